@@ -1,0 +1,279 @@
+"""The whole configuration: one tree of frozen dataclasses, each field with its help, unit, source and range beside it.
+
+Sources: [A] the paper's abstract, [S] a second-hand summary of the paper, [N] the nearest published system (FedDifRC, arXiv
+2507.06482), [O] our own reading where nothing is published: `Choice:` in the README's table of deviations.
+
+Values are settled in this order, later ones winning: the field's default, the data set's preset, a TOML file, flags, `--set a.b=c`.
+"""
+
+import dataclasses
+import difflib
+import math
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+from semanticfl_ref.errors import DataError, UserError, unknown
+
+DATASETS = ("digit-scenes", "digits", "cifar10", "cifar100", "tinyimagenet", "folder")
+METHODS = ("fedavg", "semanticfl")
+SCENARIOS = ("iid", "nid1", "nid2")
+CONTROLS = ("sd", "shuffled", "permuted", "random", "onehot")
+STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+
+
+def option(default, help: str, *, low=None, high=None, above=None, choices=None, source: str = "", unit: str = ""):
+    """A field: `low` and `high` are inclusive bounds, `above` an exclusive one."""
+    meta = {"help": help, "low": low, "high": high, "above": above, "choices": choices, "source": source, "unit": unit}
+    return dataclasses.field(default=default, metadata=meta)
+
+
+class Section:
+    """Checks every field's type and range when a section is made."""
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            _check(type(self).__name__.lower(), field, getattr(self, field.name))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data(Section):
+    name: str = option("digit-scenes", "data set", choices=DATASETS)
+    dir: str = option("", "folder of the data files, or of the class folders; empty = the download cache")
+    sha256: str = option("", "accept a local file that differs from the published one, by its SHA-256")
+    image_size: int = option(0, "side to resize images to; 0 = as published", low=0, high=512, unit="pixels")
+    validation_share: float = option(0.0, "part of the training images set aside for tuning", low=0.0, high=0.5)
+    augment: bool = option(True, "random flips and crops; the digits' preset turns it off", source="O")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Partition(Section):
+    scenario: str = option("nid1", "how labels are spread over clients", choices=SCENARIOS, source="S")
+    alpha: float = option(0.2, "Dirichlet concentration of nid1: small = skewed", above=0.0, source="S")
+    clients: int = option(10, "clients in all", low=1, high=100_000, source="N")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diffusion(Section):
+    source: str = option(STABLE_DIFFUSION, "hub id or folder of a frozen Stable Diffusion; 'tiny' = the embedded one", source="S")
+    taps: str = option("up.1,up.2,up.3", "tapped levels, separated by commas", source="N")
+    timestep: int = option(150, "noise level of the U-Net pass", low=0, high=999, source="S")
+    pool: int = option(1, "pooled grid per tap: 1 = global average, 2 = 2x2", low=1, high=4, source="S")
+    prompt: str = option("a photo of a {}", "text template; {} is the class name", source="S")
+    condition: str = option("null", "prompt of an image's U-Net pass; own-class writes the label into the anchor", choices=("null", "own-class"), source="O")
+    input_size: int = option(224, "side to which images are resized before the VAE; 0 = as they are", low=0, high=1024, source="N", unit="pixels")
+    precision: str = option("auto", "of the U-Net: auto = fp16 on CUDA, bf16 on a CPU that has it", choices=("auto", "fp32", "bf16", "fp16"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Anchors(Section):
+    control: str = option("sd", "whose meaning the anchors carry; the others are controls", choices=CONTROLS)
+    images: str = option("train", "whose images make the visual anchors: train, heldout:n (n a class), or a folder of class folders", source="O")
+    per: str = option("image", "one visual anchor per image, or per class", choices=("image", "class"), source="N")
+    width: int = option(512, "entries of a visual anchor", low=2, high=4096, source="S")
+    aggregation: str = option("256-128-128", "entries per tap, in the order of the taps; 'equal' splits the width", source="N")
+    whiten: bool = option(True, "scale every PCA component to unit variance", source="O")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model(Section):
+    width: int = option(64, "channels of ResNet-10's first stage; features have 8x as many", low=1, high=256, source="N")
+    batch_norm: str = option("average", "BatchNorm across clients: average = like any weight, local = each client keeps its own", choices=("average", "local"), source="O")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Federation(Section):
+    method: str = option("semanticfl", "federated method", choices=METHODS)
+    rounds: int = option(100, "communication rounds", low=1, source="O")
+    clients_per_round: int = option(5, "clients that train in a round", low=1, source="N")
+    local_epochs: int = option(10, "passes over a client's images in a round", low=1, source="N")
+    batch_size: int = option(64, "images a step", low=1, source="S")
+    learning_rate: float = option(0.01, "of SGD", above=0.0, source="N")
+    momentum: float = option(0.9, "of SGD; starts at zero for every client and round", low=0.0, high=0.9999, source="N")
+    weight_decay: float = option(1e-5, "of SGD", low=0.0, source="N")
+    non_finite: str = option("stop", "a client that returns NaN or infinity: stop the run, or drop the client from the round", choices=("stop", "drop"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Semantic(Section):
+    """SemanticFL's two terms."""
+
+    lambda_kd: float = option(1.0, "weight of the consistency with the visual anchor", low=0.0, source="S")
+    lambda_con: float = option(0.01, "weight of the contrast with the text anchors", low=0.0, source="S")
+    tau: float = option(0.05, "temperature of the contrast", low=0.005, high=10.0, source="S")
+    consistency: str = option("kl-unit", "kl-unit: KL of softmaxes of unit vectors; kl-raw: of raw features; cosine: 1 - cosine", choices=("kl-unit", "kl-raw", "cosine"), source="S")
+    kd_temperature: float = option(0.1, "temperature of the consistency's softmaxes; 1 on unit vectors is inert (0.002 nats)", above=0.0, source="O")
+    kd_squared: bool = option(True, "multiply the KL by the square of its temperature, so that its gradient keeps its scale", source="O")
+    visual_head: bool = option(True, "linear map from features to the visual anchors' space; without it their widths must agree", source="O")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run(Section):
+    seed: int = option(0, "of everything random", low=0, high=2**31 - 1)
+    precision: str = option("auto", "of the clients' training: auto = bf16 where the processor has it natively", choices=("auto", "fp32", "bf16"))
+    threads: int = option(0, "processor threads; 0 = as torch finds them. Results repeat bit for bit at equal threads", low=0, high=1024)
+    device: str = option("auto", "auto = CUDA when there is one", choices=("auto", "cpu", "cuda"))
+    checkpoint_every: int = option(1, "rounds between checkpoints", low=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    data: Data = Data()
+    partition: Partition = Partition()
+    diffusion: Diffusion = Diffusion()
+    anchors: Anchors = Anchors()
+    model: Model = Model()
+    federation: Federation = Federation()
+    semantic: Semantic = Semantic()
+    run: Run = Run()
+
+    def __post_init__(self):
+        if self.federation.clients_per_round > self.partition.clients:
+            raise UserError(
+                f"federation.clients_per_round = {self.federation.clients_per_round} exceeds partition.clients = {self.partition.clients}: "
+                f"lower --clients-per-round or raise --clients"
+            )
+
+
+# What differs from the fields' defaults, by data set. Choices for the embedded sets were made on their validation part.
+TINY = {
+    "data.augment": False,
+    "partition.alpha": 0.3,
+    "diffusion.source": "tiny",
+    "diffusion.taps": "down.1,mid,up.0",
+    "diffusion.timestep": 50,
+    "diffusion.input_size": 0,
+    "diffusion.precision": "fp32",
+    "anchors.width": 128,
+    "anchors.aggregation": "equal",
+    "model.width": 16,
+    "federation.rounds": 60,
+    "federation.local_epochs": 2,
+    "federation.learning_rate": 0.02,
+    "semantic.consistency": "cosine",
+    "semantic.lambda_kd": 20.0,
+}
+PRESETS: dict[str, dict[str, object]] = {
+    "digit-scenes": TINY,
+    "digits": TINY,
+    "cifar10": {},
+    "cifar100": {"federation.weight_decay": 1e-4},
+    "tinyimagenet": {"federation.weight_decay": 1e-4},
+    "folder": {"data.image_size": 32},
+}
+
+
+def build(settings: dict[str, object] | None = None, file: Path | None = None, assignments: list[str] = ()) -> Config:
+    """Settle the configuration: preset of the data set < TOML file < `settings` (flags) < `assignments` (`a.b=c`).
+
+    Args:
+        settings: dotted name -> value, typed.
+        file: a TOML file whose tables are the sections.
+        assignments: texts `section.field=value`.
+
+    Raises:
+        UserError: an unknown section, field or name (the nearest is offered), a wrong type, a value out of range.
+        DataError: the file is missing or is not TOML.
+    """
+    given: dict[str, object] = {}
+    if file is not None:
+        given.update(read_toml(file))
+    given.update(settings or {})
+    for text in assignments:
+        name, sign, value = text.partition("=")
+        if not sign:
+            raise UserError(f"--set {text!r}: expected section.field=value, for example --set semantic.tau=0.07")
+        given[name.strip()] = value.strip()
+    name = given.get("data.name", Data.__dataclass_fields__["name"].default)
+    if name not in PRESETS:
+        raise unknown("dataset", str(name), DATASETS)
+    return from_flat({**PRESETS[name], **given})
+
+
+def from_flat(values: dict[str, object]) -> Config:
+    """A Config from dotted names; texts are converted to the field's type."""
+    fields = {f"{s.name}.{f.name}": f for s in dataclasses.fields(Config) for f in dataclasses.fields(s.type)}
+    for name in values:
+        if name not in fields:
+            raise _unknown_setting(name, fields)
+    sections = {}
+    for section in dataclasses.fields(Config):
+        inside = {n.split(".")[1]: _typed(n, fields[n], v) for n, v in values.items() if n.split(".")[0] == section.name}
+        sections[section.name] = section.type(**inside)
+    return Config(**sections)
+
+
+def to_flat(config: Config) -> dict[str, object]:
+    """Dotted name -> value, every field, in the order of declaration."""
+    return {f"{s.name}.{k}": v for s in dataclasses.fields(config) for k, v in dataclasses.asdict(getattr(config, s.name)).items()}
+
+
+def to_toml(config: Config) -> str:
+    """The resolved configuration as TOML that `build(file=...)` reads back to an equal Config."""
+    lines = []
+    for section in dataclasses.fields(config):
+        lines.append(f"[{section.name}]")
+        for key, value in dataclasses.asdict(getattr(config, section.name)).items():
+            lines.append(f"{key} = {_toml_value(value)}")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def read_toml(file: Path) -> dict[str, object]:
+    """Dotted name -> value of a TOML file."""
+    try:
+        tables = tomllib.loads(Path(file).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"cannot read the configuration {file}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"{file} is not TOML: {error}") from None
+    flat = {}
+    for section, values in tables.items():
+        if not isinstance(values, dict):
+            raise UserError(f"{file}: {section!r} stands outside a section; write it as [section] and a line {section} = ...")
+        flat.update({f"{section}.{key}": value for key, value in values.items()})
+    return flat
+
+
+def _unknown_setting(name: str, fields) -> UserError:
+    near = difflib.get_close_matches(name, fields, n=1, cutoff=0.5) or [f for f in fields if f.endswith("." + name)][:1]
+    hint = f"; did you mean {near[0]!r}?" if near else "; `train --help` lists the settings"
+    return UserError(f"unknown setting {name!r}{hint}")
+
+
+def _typed(name: str, field, value):
+    kind = field.type
+    if isinstance(value, str) and kind is not str:
+        try:
+            if kind is bool:
+                return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[value.lower()]
+            return kind(value)
+        except (KeyError, ValueError):
+            raise UserError(f"{name} = {value!r}: expected {_kind(kind)}") from None
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    return value
+
+
+def _check(section: str, field, value) -> None:
+    name, meta = f"{section}.{field.name}", field.metadata
+    if type(value) is not field.type:
+        raise UserError(f"{name} = {value!r}: expected {_kind(field.type)}, not {type(value).__name__}")
+    if meta["choices"] and value not in meta["choices"]:
+        raise unknown(name, value, meta["choices"])
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{name} = {value}: expected a finite number")
+    bounds = ((meta["low"], "at least", lambda v, b: v >= b), (meta["high"], "at most", lambda v, b: v <= b), (meta["above"], "above", lambda v, b: v > b))
+    for bound, word, holds in bounds:
+        if bound is not None and not holds(value, bound):
+            raise UserError(f"{name} = {value}: must be {word} {bound}")
+
+
+def _kind(kind: type) -> str:
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[kind]
+
+
+def _toml_value(value) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"' if isinstance(value, str) else repr(value)
