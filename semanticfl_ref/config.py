@@ -118,14 +118,14 @@ class Run(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    data: Data = Data()
-    partition: Partition = Partition()
-    diffusion: Diffusion = Diffusion()
-    anchors: Anchors = Anchors()
-    model: Model = Model()
-    federation: Federation = Federation()
-    semantic: Semantic = Semantic()
-    run: Run = Run()
+    data: Data = dataclasses.field(default_factory=Data)
+    partition: Partition = dataclasses.field(default_factory=Partition)
+    diffusion: Diffusion = dataclasses.field(default_factory=Diffusion)
+    anchors: Anchors = dataclasses.field(default_factory=Anchors)
+    model: Model = dataclasses.field(default_factory=Model)
+    federation: Federation = dataclasses.field(default_factory=Federation)
+    semantic: Semantic = dataclasses.field(default_factory=Semantic)
+    run: Run = dataclasses.field(default_factory=Run)
 
     def __post_init__(self):
         if self.federation.clients_per_round > self.partition.clients:

@@ -35,8 +35,9 @@ MASKS = 40_000
 BATCH = 64
 NULL_SHARE = 0.6  # of the inputs lose their caption: the anchors are read from such passes
 VAE_STEPS, VAE_RATE = 1_200, 2e-3
-UNET_STEPS, UNET_RATE, EMA = 10_000, 8e-4, 0.999
+UNET_STEPS, UNET_RATE, EMA = 7_000, 8e-4, 0.999
 COOL_DOWN = 0.3  # of the steps, at the end, over which the rate falls to zero
+WIDTHS = (48, 112)  # channels of the U-Net at 8x8 and 4x4
 TEXT_WIDTH, TEXT_LENGTH = 64, 32
 
 
@@ -45,7 +46,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder of the resumable state")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("tiny"), help="where the model folder goes")
     parser.add_argument("--steps", type=int, default=UNET_STEPS, help="U-Net steps in all")
-    parser.add_argument("--align", type=float, default=0.25, help="weight of matching the middle block with the caption; 0 = denoising alone")
+    parser.add_argument("--align", type=float, default=0.5, help="weight of matching the middle block with the caption; 0 = denoising alone")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     options.work.mkdir(parents=True, exist_ok=True)
@@ -101,7 +102,7 @@ def new_unet() -> UNet2DConditionModel:
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         mid_block_type="UNetMidBlock2DCrossAttn",
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        block_out_channels=(48, 112),
+        block_out_channels=WIDTHS,
         layers_per_block=1,
         cross_attention_dim=TEXT_WIDTH,
         attention_head_dim=28,
@@ -178,7 +179,7 @@ def _train_vae(work: Path, masks: torch.Tensor, seed: int) -> AutoencoderKL:
 def _train_unet(work, vae, tokenizer, masks, classes, steps: int, align: float, seed: int):
     torch.manual_seed(seed + 1)
     scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
-    model = torch.nn.ModuleDict({"unet": new_unet(), "text": new_text_encoder(tokenizer), "align": torch.nn.Linear(112, TEXT_WIDTH)})
+    model = torch.nn.ModuleDict({"unet": new_unet(), "text": new_text_encoder(tokenizer), "align": torch.nn.Linear(WIDTHS[1], TEXT_WIDTH)})
     average = copy.deepcopy(model).requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), UNET_RATE, fused=True)
     file, start, began = work / f"unet-align{align:g}.pt", 0, time.time()
@@ -206,8 +207,10 @@ def _train_unet(work, vae, tokenizer, masks, classes, steps: int, align: float, 
         hidden = text.last_hidden_state[torch.where(dropped, null, classes[i])]
         predicted = model["unet"](scheduler.add_noise(latent, noise, t), t, hidden, return_dict=False)[0]
         denoising = F.mse_loss(predicted, noise)
-        pooled_BD = F.normalize(model["align"](middle["features"].mean((2, 3))), dim=1)
-        logits_BC = pooled_BD @ F.normalize(text.pooler_output[:null], dim=1).T / 0.07
+        pooled_BD = model["align"](F.layer_norm(middle["features"].mean((2, 3)), (WIDTHS[1],)))
+        names_CD = text.pooler_output[:null]
+        names_CD = names_CD - names_CD.mean(0)  # a young text encoder says nearly the same of every caption (cosine 0.9)
+        logits_BC = F.normalize(pooled_BD, dim=1) @ F.normalize(names_CD, dim=1).T / 0.07
         signal = scheduler.alphas_cumprod[t] * dropped  # what is drowned in noise, or was told, need not be recognised
         matching = (F.cross_entropy(logits_BC, classes[i], reduction="none") * signal).sum() / signal.sum()
         loss = denoising + align * matching
