@@ -219,6 +219,20 @@ def to_toml(config: Config) -> str:
     return "\n".join(lines)
 
 
+def held_out_images(config: Config) -> int:
+    """n of `anchors.images = heldout:n`: images a class that no client gets, as the anchors are made of them; else 0.
+
+    Raises:
+        UserError: n is not a whole number of at least 1.
+    """
+    kind, sign, number = config.anchors.images.partition(":")
+    if kind != "heldout":
+        return 0
+    if not sign or not number.isascii() or not number.isdigit() or int(number) < 1:
+        raise UserError(f"anchors.images = {config.anchors.images!r}: expected heldout:n with n images a class, for example heldout:20")
+    return int(number)
+
+
 def read_toml(file: Path) -> dict[str, object]:
     """Dotted name -> value of a TOML file."""
     try:

@@ -1,0 +1,33 @@
+"""Start-up and memory as whole processes.  `pytest --benchmark-only bench/bench_start.py -s`
+
+F6: `--help` within 0.5 s. F3 (up to 1 000 clients): peak memory at 10, 100 and 1 000 clients of 20 images each.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+ROUND = """
+import resource
+from bench.worlds import synthetic_world
+from semanticfl_ref.federated.round import new_state, play_round
+world = synthetic_world(clients={clients}, samples=20, clients_per_round=5)
+play_round(new_state(world), world)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+def test_help(benchmark):
+    benchmark.pedantic(subprocess.run, ([sys.executable, "-m", "semanticfl_ref", "--help"],), {"capture_output": True, "check": True}, rounds=5)
+
+
+def test_memory_in_the_number_of_clients(benchmark):
+    def peak(clients: int) -> int:
+        done = subprocess.run([sys.executable, "-c", ROUND.format(clients=clients)], capture_output=True, text=True, check=True, cwd=ROOT)
+        return int(done.stdout)
+
+    peaks = {clients: peak(clients) for clients in (10, 100, 1000)}
+    benchmark.extra_info["peak MiB"] = peaks
+    print("\nF3: peak memory in MiB by clients (20 images each, 5 a round): " + ", ".join(f"{k}: {v}" for k, v in peaks.items()))
+    benchmark.pedantic(peak, (10,), rounds=1)

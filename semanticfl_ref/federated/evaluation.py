@@ -1,0 +1,44 @@
+"""Accuracy of the global model, in all and as each client would see it.
+
+Letters: N images, M clients, C classes.
+"""
+
+import torch
+
+from semanticfl_ref.data.batches import network_input
+
+BATCH = 500  # images a forward pass
+
+
+def evaluate(model, world) -> dict:
+    """Accuracies of `model` in 0 ... 1.
+
+    Returns:
+        test_accuracy; validation_accuracy (None without a validation part); client_accuracy, a list of M: the test part's
+        class accuracies averaged by the client's label histogram, which is the accuracy on a test set with its label mix.
+    """
+    data = world.dataset
+    right_N = correct(model, world, data.test_images, data.test_labels)
+    classes = len(data.class_names)
+    seen_C = torch.bincount(data.test_labels, minlength=classes).double()
+    class_accuracy_C = torch.bincount(data.test_labels, weights=right_N.double(), minlength=classes) / seen_C.clamp(min=1)
+    mix_MC = torch.tensor(world.partition.histograms, dtype=torch.float64, device=class_accuracy_C.device)
+    mix_MC = mix_MC * (seen_C > 0)
+    client_M = (mix_MC @ class_accuracy_C) / mix_MC.sum(1).clamp(min=1)
+    has_validation = len(data.validation_labels) > 0
+    return {
+        "test_accuracy": right_N.double().mean().item(),
+        "validation_accuracy": correct(model, world, data.validation_images, data.validation_labels).double().mean().item() if has_validation else None,
+        "client_accuracy": client_M.tolist(),
+    }
+
+
+@torch.no_grad()
+def correct(model, world, images: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
+    """Which of images uint8 [N, H, W, 3] the model classifies rightly: bool [N]."""
+    model.eval()
+    predicted = []
+    for batch in images.split(BATCH):
+        with world.autocast():
+            predicted.append(model(network_input(batch, augment=False, generator=None))[0].argmax(1))
+    return torch.cat(predicted) == labels_N

@@ -1,0 +1,57 @@
+"""A model <-> one row: every floating-point parameter and buffer in a fixed order; integer counters stay out.
+
+So averaging, resuming, hashing and robust rules are each one operation on a matrix. Letters: P entries of a row.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+HEADS = ("visual_head.", "text_head.")
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """Which entries of a row are which tensor. Heads come last: models with and without them share the row's beginning.
+
+    Attributes:
+        names, shapes: of the tensors, in the row's order.
+        batch_norm: int64 indices of the entries that belong to BatchNorm layers.
+    """
+
+    names: tuple[str, ...]
+    shapes: tuple[torch.Size, ...]
+    batch_norm: torch.Tensor
+
+    @property
+    def entries(self) -> int:
+        """P."""
+        return sum(shape.numel() for shape in self.shapes)
+
+
+def layout_of(model: nn.Module) -> RowLayout:
+    """The row layout of a model."""
+    tensors = _tensors(model)
+    norms = tuple(name + "." for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d))
+    marks = torch.cat([torch.full((t.numel(),), name.startswith(norms)) for name, t in tensors.items()])
+    return RowLayout(tuple(tensors), tuple(t.shape for t in tensors.values()), marks.nonzero()[:, 0])
+
+
+def to_row(model: nn.Module) -> torch.Tensor:
+    """A new float32 row [P] on the model's device."""
+    return torch.cat([t.detach().reshape(-1) for t in _tensors(model).values()])
+
+
+@torch.no_grad()
+def load_row(model: nn.Module, row_P: torch.Tensor) -> None:
+    """Write a row [P] into the model's parameters and buffers, in place."""
+    tensors = list(_tensors(model).values())
+    assert row_P.numel() == sum(t.numel() for t in tensors), "the row belongs to another model"
+    for tensor, values in zip(tensors, row_P.split([t.numel() for t in tensors]), strict=True):
+        tensor.copy_(values.view(tensor.shape))
+
+
+def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    state = {name: t for name, t in model.state_dict().items() if t.is_floating_point()}
+    return dict(sorted(state.items(), key=lambda item: item[0].startswith(HEADS)))  # stable: only the heads move

@@ -1,0 +1,66 @@
+"""What a round cost and showed: bytes each way, steps, losses, each term's share of the gradient.
+
+Letters: P entries of a row.
+"""
+
+import math
+
+import torch
+
+from semanticfl_ref.federated.client import ClientReport
+
+
+class RoundLedger:
+    """Counts while the round is played. Bytes are those of float32 rows and of anchors, which a client gets once."""
+
+    def __init__(self, world, state):
+        self._world, self._served = world, state.served
+        self.bytes_down = self.bytes_up = self.steps = 0
+        self.reports: list[ClientReport] = []
+        self.dropped: list[int] = []
+
+    def count(self, client: int, report: ClientReport) -> None:
+        """Book one client: its row both ways, its anchors the first time, its training."""
+        row_bytes = 4 * self._world.layout.entries
+        self.bytes_down += row_bytes + (0 if self._served[client] else self._anchor_bytes(client))
+        self.bytes_up += row_bytes
+        self.steps += report.steps
+        self.reports.append(report)
+
+    def line(self) -> dict:
+        """The round's books; values of lost clients are left out of the means."""
+        terms: dict[str, list[float]] = {}
+        shares: dict[str, list[float]] = {}
+        for report in self.reports:
+            for name, total in report.terms.items():
+                terms.setdefault(name, []).append(float(total) / report.steps)
+            for name, share in report.gradient_share.items():
+                shares.setdefault(name, []).append(share)
+        losses = [float(r.loss) / r.steps for r in self.reports]
+        return {
+            "loss": _mean(losses),
+            "terms": {name: _mean(values) for name, values in terms.items()},
+            "gradient_share": {name: _mean(values) for name, values in shares.items()},
+            "steps": self.steps,
+            "bytes_down": self.bytes_down,
+            "bytes_up": self.bytes_up,
+            "dropped": self.dropped,
+        }
+
+    @staticmethod
+    def culprit(report: ClientReport) -> str:
+        """The first term that is not finite, or else the weights."""
+        bad = [name for name, total in report.terms.items() if not torch.isfinite(torch.as_tensor(total))]
+        return f"the term {bad[0]!r}" if bad else "the weights"
+
+    def _anchor_bytes(self, client: int) -> int:
+        anchors = self._world.anchors
+        if anchors is None:
+            return 0
+        visual = len(self._world.partition.indices[client]) if anchors.per == "image" else len(anchors.visual)
+        return 4 * (visual * anchors.visual.shape[1] + anchors.text.numel())
+
+
+def _mean(values: list[float]) -> float | None:
+    finite = [v for v in values if math.isfinite(v)]
+    return sum(finite) / len(finite) if finite else None

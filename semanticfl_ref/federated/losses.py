@@ -1,0 +1,57 @@
+"""One pure function per term of the client's objective.
+
+    L = CE(logits, y) + lambda_kd * consistency(features, visual anchors) + lambda_con * InfoNCE(features, text anchors)
+
+Letters: B batch, D feature width, C classes.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from semanticfl_ref.errors import unknown
+from semanticfl_ref.kernels.info_nce import info_nce
+
+cross_entropy = F.cross_entropy
+
+
+def consistency(features_BD: torch.Tensor, anchors_BD: torch.Tensor, kind: str, temperature: float = 1.0, squared: bool = False) -> torch.Tensor:
+    """How far features are from their images' visual anchors.
+
+        kl-unit:  KL( softmax(a / |a| / T) || softmax(f / |f| / T) )
+        kl-raw:   KL( softmax(a / T) || softmax(f / T) )
+        cosine:   1 - cos(f, a)
+
+    Args:
+        features_BD: float32 [B, D], after the visual head where there is one.
+        anchors_BD: float32 [B, D], constants.
+        kind: the reading, see above. The paper's literal one is kl-unit at T = 1: between unit vectors of 512 entries it is
+            0.002 nats on average, so its gradient does next to nothing.
+        temperature: T > 0, of both softmaxes; cosine has none.
+        squared: multiply the KL by T^2 (Hinton et al. 2015), which keeps the gradient's scale when T changes.
+
+    Returns:
+        float32 scalar >= 0, mean over the batch; zero when features equal anchors.
+
+    Source: SemanticFL's consistency term, as summarised second-hand; FedDifRC for the normalisation. `Choice:` kind and T.
+    """
+    if kind == "cosine":
+        return (1 - F.cosine_similarity(features_BD, anchors_BD, dim=1)).mean()
+    if kind == "kl-unit":
+        features_BD, anchors_BD = F.normalize(features_BD, dim=1), F.normalize(anchors_BD, dim=1)
+    elif kind != "kl-raw":
+        raise unknown("consistency", kind, ("kl-unit", "kl-raw", "cosine"))
+    student, teacher = F.log_softmax(features_BD / temperature, dim=1), F.log_softmax(anchors_BD / temperature, dim=1)
+    divergence = F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+    return divergence * temperature**2 if squared else divergence
+
+
+def contrast(features_BD: torch.Tensor, text_CD: torch.Tensor, labels_B: torch.Tensor, tau: float) -> torch.Tensor:
+    """InfoNCE of features against every class's text anchor, the own class positive: float32 scalar in nats.
+
+    Args:
+        features_BD: float32 [B, D], after the text head.
+        text_CD: float32 [C, D], constants.
+        labels_B: int64 [B].
+        tau: temperature; 0.05 by default in the paper's summary.
+    """
+    return info_nce(features_BD, text_CD, labels_B, tau)

@@ -1,0 +1,84 @@
+"""What stays the same in every round: data, partition, anchors, the one model that all clients take turns in.
+
+Letters: M clients in all, P entries of a row, Q entries of BatchNorm layers.
+"""
+
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+
+import torch
+
+from semanticfl_ref.config import Config
+from semanticfl_ref.data.partition import Partition
+from semanticfl_ref.data.sources import Dataset
+from semanticfl_ref.diffusion.anchors import Anchors
+from semanticfl_ref.errors import UserError
+from semanticfl_ref.federated.flat import RowLayout, layout_of, to_row
+from semanticfl_ref.federated.methods import METHODS
+from semanticfl_ref.federated.model import ResNet10
+from semanticfl_ref.federated.state import FederatedState
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """The constants of a run; tensors are on `device`. `precision` is "bf16" or "fp32", as settled for this machine."""
+
+    config: Config
+    dataset: Dataset
+    partition: Partition
+    anchors: Anchors | None
+    model: ResNet10
+    layout: RowLayout
+    device: torch.device
+    precision: str
+
+    def autocast(self):
+        """The context of a client's forward pass."""
+        return torch.autocast(self.device.type, torch.bfloat16) if self.precision == "bf16" else nullcontext()
+
+
+def make_world(config: Config, dataset: Dataset, partition: Partition, anchors: Anchors | None) -> World:
+    """Put everything on the device and build the model, with heads where the method's anchors need them.
+
+    Raises:
+        UserError: CUDA was asked for and there is none; anchors whose width the model cannot meet.
+    """
+    device = device_for(config.run.device)
+    if METHODS[config.federation.method].needs_anchors:
+        assert anchors is not None, "this method needs anchors"
+        features = 8 * config.model.width
+        if not config.semantic.visual_head and anchors.visual.shape[1] != features:
+            raise UserError(f"semantic.visual_head = false needs anchors as wide as the features: anchors.width is {anchors.visual.shape[1]}, features have {features}")
+        visual_width = anchors.visual.shape[1] if config.semantic.visual_head else 0
+        text_width = anchors.text.shape[1]
+        anchors = replace(anchors, visual=anchors.visual.to(device), text=anchors.text.to(device))
+    else:
+        anchors, visual_width, text_width = None, 0, 0
+    moved = {name: getattr(dataset, name).to(device) for name in vars(dataset) if isinstance(getattr(dataset, name), torch.Tensor)}
+    model = ResNet10(config.model.width, len(dataset.class_names), visual_width, text_width, config.run.seed)
+    model = model.to(device, memory_format=torch.channels_last)
+    return World(config=config, dataset=replace(dataset, **moved), partition=partition, anchors=anchors, model=model,
+                 layout=layout_of(model), device=device, precision=precision_for(config.run.precision, device))  # fmt: skip
+
+
+def new_state(world: World) -> FederatedState:
+    """The state before the first round: the initial weights, nobody served."""
+    row_P, clients = to_row(world.model), world.config.partition.clients
+    own = clients if world.config.model.batch_norm == "local" else 0
+    batch_norm = row_P[world.layout.batch_norm].repeat(own, 1)
+    return FederatedState(round=0, row=row_P, served=torch.zeros(clients, dtype=torch.bool), batch_norm=batch_norm)
+
+
+def device_for(name: str) -> torch.device:
+    """The device of a run; raises UserError when CUDA was asked for and there is none."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("run.device = cuda: torch finds no CUDA device here; use run.device=auto or cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def precision_for(name: str, device: torch.device) -> str:
+    """"bf16" or "fp32": auto takes bf16 on CUDA and on processors whose matrix units have it, since emulated it is slower."""
+    if name != "auto":
+        return name
+    native = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16" if native else "fp32"

@@ -1,0 +1,169 @@
+"""What is settled before the first round: the data, their split, the anchors, and what identifies them.
+
+Letters: M clients in all, C classes, N images.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from semanticfl_ref.config import Config, held_out_images, to_flat
+from semanticfl_ref.data.partition import Partition, make_partition
+from semanticfl_ref.data.sources import Dataset, load_dataset
+from semanticfl_ref.diffusion.anchors import Anchors, make_anchors
+from semanticfl_ref.diffusion.bank import open_or_build
+from semanticfl_ref.errors import UserError
+from semanticfl_ref.federated.methods import METHODS
+from semanticfl_ref.federated.world import make_world
+from semanticfl_ref.randomness import generator
+
+# Where things lie and how often to save: a checkpoint may be resumed with these changed. What they point to is in the identity by its content.
+NOT_IDENTITY = ("data.dir", "data.sha256", "diffusion.source", "anchors.images", "run.checkpoint_every")
+
+
+def load_data(config: Config, offline: bool) -> tuple[Dataset, Partition, Dataset | None]:
+    """Data set, its split over clients, and the images held out for anchors as a data set of their own (None without)."""
+    d, p = config.data, config.partition
+    dataset = load_dataset(
+        d.name,
+        data_dir=Path(d.dir) if d.dir else None,
+        image_size=d.image_size or None,
+        validation_share=d.validation_share,
+        seed=config.run.seed,
+        offline=offline,
+        data_sha256=d.sha256 or None,
+    )
+    dataset, held = take_out(dataset, held_out_images(config), config.run.seed)
+    partition = make_partition(
+        dataset.train_labels, scenario=p.scenario, clients=p.clients, classes=len(dataset.class_names), alpha=p.alpha, seed=config.run.seed
+    )
+    return dataset, partition, held
+
+
+def take_out(dataset: Dataset, n: int, seed: int) -> tuple[Dataset, Dataset | None]:
+    """Move n training images of every class into a data set of their own; n = 0 moves none.
+
+    Raises:
+        UserError: a class has no more than n images.
+    """
+    if n == 0:
+        return dataset, None
+    counts_C = torch.bincount(dataset.train_labels, minlength=len(dataset.class_names))
+    if int(counts_C.min()) <= n:
+        raise UserError(f"anchors.images = heldout:{n} leaves no image of class {dataset.class_names[int(counts_C.argmin())]!r}, which has {int(counts_C.min())}")
+    order_N = torch.randperm(len(dataset.train_labels), generator=generator(seed, "heldout"))
+    taken = torch.cat([order_N[dataset.train_labels[order_N] == c][:n] for c in range(len(counts_C))]).sort().values
+    keep_N = torch.ones(len(order_N), dtype=torch.bool).index_fill(0, taken, False)
+
+    def part(which, name: str) -> Dataset:
+        digest = hashlib.sha256(f"{dataset.sha256}/{name}:{n}/{seed}".encode()).hexdigest()
+        return replace(dataset, train_images=dataset.train_images[which], train_labels=dataset.train_labels[which], sha256=digest)
+
+    return part(keep_N, "without"), part(taken, "heldout")
+
+
+def build_anchors(config: Config, dataset: Dataset, held: Dataset | None, offline: bool, say: Callable[[str], None]) -> Anchors | None:
+    """The anchors of the run, from the feature bank in the cache, which is made when it is not there; None for a method without."""
+    if not METHODS[config.federation.method].needs_anchors:
+        return None
+    d, a = config.diffusion, config.anchors
+    images = dataset if a.images == "train" else held or _folder_of_images(config, dataset)
+    say(f"anchors from {len(images.train_labels)} images by {d.source} at t = {d.timestep}")
+    bank = open_or_build(
+        images.train_images,
+        images.train_labels,
+        images.class_names,
+        images.sha256,
+        source=d.source,
+        taps=tuple(tap.strip() for tap in d.taps.split(",")),
+        timestep=d.timestep,
+        pool=d.pool,
+        prompt=d.prompt,
+        condition=d.condition,
+        input_size=d.input_size or None,
+        seed=config.run.seed,
+        precision=d.precision,
+        cache_dir=cache_folder() / "banks",
+        offline=offline,
+        progress=True,
+        device=None if config.run.device == "auto" else config.run.device,
+    )
+    per = a.per if a.images == "train" else "class"  # a client's image has no anchor of its own when other images made them
+    return make_anchors(
+        bank,
+        images.train_labels,
+        width=a.width,
+        control=a.control,
+        per=per,
+        seed=config.run.seed,
+        classes=len(images.class_names),
+        whiten=a.whiten,
+        aggregation=a.aggregation,
+        images=a.images,
+    )
+
+
+def cache_folder() -> Path:
+    """Where feature banks are kept: $SEMANTICFL_CACHE, or ~/.cache/semanticfl_ref."""
+    return Path(os.environ.get("SEMANTICFL_CACHE") or Path.home() / ".cache" / "semanticfl_ref")
+
+
+def identity_of(config: Config, dataset: Dataset, partition: Partition, anchors: Anchors | None) -> dict:
+    """What a checkpoint must agree with: every setting that bears on the numbers, and the content behind those that are paths."""
+    settings = {name: value for name, value in to_flat(config).items() if name not in NOT_IDENTITY}
+    bank = None if anchors is None else {k: v for k, v in anchors.provenance.items() if k in ("bank", "per", "control")}
+    return {**settings, "data": dataset.sha256, "partition": partition.sha256, "anchors": bank}
+
+
+def provenance_of(config: Config, anchors: Anchors | None) -> dict:
+    """Whose images made the anchors, what the server had to see for it, and by what."""
+    if anchors is None:
+        return {"anchors": None}
+    seen = {"train": "every client's training images"}.get(config.anchors.images, f"images of its own: {config.anchors.images}")
+    return {**anchors.provenance, "server_saw": seen}
+
+
+def dry_run(config: Config) -> dict:
+    """Sizes of the run: images, clients, steps, entries, bytes. Reads the data set, fetches and writes nothing."""
+    dataset, partition, _ = load_data(config, offline=True)
+    anchors = _blank_anchors(config, len(dataset.class_names)) if METHODS[config.federation.method].needs_anchors else None
+    world = make_world(config, dataset, partition, anchors)
+    f = config.federation
+    per_client = [f.local_epochs * max(1, n // f.batch_size + (n % f.batch_size > 1)) for n in partition.sizes]
+    row_bytes = 4 * world.layout.entries
+    return {
+        "dataset": dataset.name,
+        "images": {"train": len(dataset.train_labels), "validation": len(dataset.validation_labels), "test": len(dataset.test_labels)},
+        "image_size": dataset.image_size,
+        "classes": len(dataset.class_names),
+        "clients": len(partition.sizes),
+        "client_images": [int(n) for n in partition.sizes],
+        "clients_per_round": f.clients_per_round,
+        "rounds": f.rounds,
+        "steps_per_round": round(f.clients_per_round * sum(per_client) / len(per_client), 1),
+        "row_entries": world.layout.entries,
+        "bytes_down_per_round": f.clients_per_round * row_bytes,
+        "bytes_up_per_round": f.clients_per_round * row_bytes,
+    }
+
+
+def _folder_of_images(config: Config, dataset: Dataset) -> Dataset:
+    """Class folders of images, read to the data set's size; their names must be the data set's classes."""
+    folder = load_dataset("folder", data_dir=Path(config.anchors.images), image_size=dataset.image_size, seed=config.run.seed)
+    if tuple(folder.class_names) != tuple(dataset.class_names):
+        differing = sorted(set(folder.class_names) ^ set(dataset.class_names))
+        raise UserError(f"anchors.images = {config.anchors.images}: its class folders are not the classes of {dataset.name}: {', '.join(differing[:5])}")
+    return folder
+
+
+def _blank_anchors(config: Config, classes: int) -> Anchors:
+    """Anchors of the right widths, for sizes only. Without a folder to read it from, the text width is Stable Diffusion 1.5's."""
+    source = Path(__file__).parent / "diffusion" / "tiny" if config.diffusion.source == "tiny" else Path(config.diffusion.source)
+    described = source / "text_encoder" / "config.json"
+    text = json.loads(described.read_text(encoding="utf-8"))["hidden_size"] if described.is_file() else 768
+    return Anchors(visual=torch.zeros(classes, config.anchors.width), text=torch.zeros(classes, text), per="class", provenance={})

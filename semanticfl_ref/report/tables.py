@@ -1,0 +1,67 @@
+"""What a reader sees: the table that ends a run, a partition's, a dry run's. No torch in here."""
+
+from semanticfl_ref.config import PRESETS, TINY, Config
+
+
+def closing_words(summary: dict, config: Config) -> str:
+    """The table, the warnings, and what to try next."""
+    lines = [table(summary), *(f"warning: {text}" for text in summary["warnings"])]
+    command = "python -m semanticfl_ref train"
+    dataset = "" if config.data.name == "digit-scenes" else f" --dataset {config.data.name}"
+    other = "fedavg" if config.federation.method != "fedavg" else "semanticfl"
+    lines += ["", f"try next: {command}{dataset} --method {other}    (the difference that the anchors make)"]
+    if is_embedded(config):
+        lines.append(f"          {command} --dataset cifar10    (the paper's setting)")
+    return "\n".join(lines)
+
+
+def table(summary: dict) -> str:
+    """The short table that ends a run."""
+    sent = summary["bytes_down"] + summary["bytes_up"]
+    lines = [
+        ("last accuracy", f"{summary['test_accuracy']:.2%}"),
+        ("mean of the last five", f"{summary['test_accuracy_last_five']:.2%}"),
+        ("worst client", f"{summary['worst_client_accuracy']:.2%} (client {summary['worst_client']})"),
+        ("time", f"{summary['seconds']:.0f} s for {summary['rounds']} rounds"),
+        ("sent", f"{size(sent)} ({size(summary['bytes_down'])} to the clients, {size(summary['bytes_up'])} back)"),
+        ("run folder", summary["folder"]),
+    ]
+    width = max(len(name) for name, _ in lines)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in lines)
+
+
+def sizes_table(sizes: dict) -> str:
+    """The dry run's sizes for a reader."""
+    images = ", ".join(f"{count} {part}" for part, count in sizes["images"].items())
+    small, large = min(sizes["client_images"]), max(sizes["client_images"])
+    return "\n".join(
+        (
+            f"data set       {sizes['dataset']}: {images}; {sizes['classes']} classes, {sizes['image_size']} pixels a side",
+            f"clients        {sizes['clients']}, {small} to {large} images each; {sizes['clients_per_round']} a round, {sizes['rounds']} rounds",
+            f"steps a round  {sizes['steps_per_round']} on average",
+            f"row            {sizes['row_entries']} entries, {size(4 * sizes['row_entries'])}",
+            f"sent a round   {size(sizes['bytes_down_per_round'])} down, {size(sizes['bytes_up_per_round'])} up; a client's anchors once besides",
+        )
+    )
+
+
+def partition_table(partition) -> str:
+    """A line per client: how many images, and how many of each class."""
+    lines = [f"{partition.scenario}, alpha {partition.alpha:g}, seed {partition.seed}: skew {partition.skew:.3f}, sha256 {partition.sha256[:16]}", "client  images  by class"]
+    for client, (count, histogram) in enumerate(zip(partition.sizes, partition.histograms, strict=True)):
+        lines.append(f"{client:>6}  {int(count):>6}  {' '.join(f'{int(n):>4}' for n in histogram)}")
+    return "\n".join(lines)
+
+
+def size(count: float) -> str:
+    """A number of bytes for a reader: 1 536 is "1.5 KiB"."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def is_embedded(config: Config) -> bool:
+    """Whether the data set is one of those in the package, which the embedded diffusion model was made for."""
+    return PRESETS[config.data.name] is TINY

@@ -1,0 +1,179 @@
+"""Properties of a round: repeatable, equal to FedAvg at zero strength, robust against a client that breaks."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from semanticfl_ref.data.batches import epoch_batches, network_input
+from semanticfl_ref.errors import DataError, MismatchError, NonFiniteError
+from semanticfl_ref.federated import round as story
+from semanticfl_ref.federated.flat import layout_of, load_row, to_row
+from semanticfl_ref.federated.model import ResNet10
+from semanticfl_ref.federated.round import new_state, play_round
+from semanticfl_ref.federated.state import load_checkpoint, save_checkpoint
+from semanticfl_ref.randomness import generator
+
+
+def play(world, rounds=2):
+    state, lines = new_state(world), []
+    for _ in range(rounds):
+        state, line = play_round(state, world)
+        lines.append(line)
+    return state, lines
+
+
+def test_a_round_by_hand(small_world):
+    """One client, one step, plain SGD without momentum: w - lr * (gradient + decay * w), redone without the loop's code."""
+    world = small_world(federation__method="fedavg", partition__clients=1, federation__clients_per_round=1, federation__batch_size=64, federation__momentum=0.0)
+    state = new_state(world)
+    model = ResNet10(2, 3)
+    load_row(model, state.row)
+    (batch,) = epoch_batches(world.partition.indices[0], batch_size=64, generator=generator(0, "batches", 1, 0, 0))
+    logits, _ = model(network_input(world.dataset.train_images[batch], augment=False, generator=None))
+    torch.nn.functional.cross_entropy(logits, world.dataset.train_labels[batch]).backward()
+    options = world.config.federation
+    with torch.no_grad():
+        for p in model.parameters():
+            p -= options.learning_rate * (p.grad + options.weight_decay * p)
+    after, line = play_round(state, world)
+    torch.testing.assert_close(after.row, to_row(model), rtol=1e-5, atol=1e-7)
+    assert line["steps"] == 1 and line["clients"] == [0] and line["bytes_up"] == 4 * world.layout.entries
+
+
+def test_bitwise_repeatable_and_no_global_randomness(small_world):
+    first, lines = play(small_world())
+    torch.manual_seed(123)
+    before = torch.random.get_rng_state()
+    second, again = play(small_world())
+    assert torch.equal(first.row, second.row) and lines == again
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_zero_strength_is_fedavg_bit_for_bit(small_world):
+    """Over the entries both have: the heads come last in a row. Weight decay still moves the unused heads, and nothing else."""
+    plain, _ = play(small_world(federation__method="fedavg"))
+    idle, _ = play(small_world(semantic__lambda_kd=0.0, semantic__lambda_con=0.0))
+    assert len(idle.row) > len(plain.row)
+    assert torch.equal(idle.row[: len(plain.row)], plain.row)
+
+
+@pytest.mark.parametrize("term", ["lambda_kd", "lambda_con"])
+def test_each_term_alone_changes_the_result_and_is_reported(small_world, term):
+    other = {"lambda_kd": "semantic__lambda_con", "lambda_con": "semantic__lambda_kd"}[term]
+    state, lines = play(small_world(**{other: 0.0}), rounds=1)
+    plain, _ = play(small_world(federation__method="fedavg"), rounds=1)
+    assert not torch.equal(state.row[: len(plain.row)], plain.row)
+    name = {"lambda_kd": "consistency", "lambda_con": "contrast"}[term]
+    assert set(lines[0]["terms"]) == {"cross_entropy", name} == set(lines[0]["gradient_share"])
+    assert sum(lines[0]["gradient_share"].values()) == pytest.approx(1)
+
+
+def test_anchors_are_sent_once(small_world):
+    world = small_world(federation__clients_per_round=3)
+    _, lines = play(world)
+    row, anchors = 4 * world.layout.entries * 3, 4 * (30 * 8 + 3 * (3 * 6))
+    assert [line["bytes_down"] for line in lines] == [row + anchors, row]
+
+
+def broken(monkeypatch, client_to_break):
+    honest = story.train_client
+
+    def train(world, model, client, round):
+        report = honest(world, model, client, round)
+        if client == client_to_break:
+            with torch.no_grad():
+                next(model.parameters())[0] = float("nan")
+        return report
+
+    monkeypatch.setattr(story, "train_client", train)
+
+
+def test_a_broken_client_stops_the_run_by_name(small_world, monkeypatch):
+    broken(monkeypatch, 1)
+    with pytest.raises(NonFiniteError, match="round 1, client 1: the weights"):
+        play(small_world(federation__clients_per_round=3), rounds=1)
+
+
+def test_a_broken_client_is_dropped_and_leaves_the_others_intact(small_world, monkeypatch):
+    broken(monkeypatch, 2)
+    world = small_world(federation__clients_per_round=3, federation__non_finite="drop", federation__method="fedavg")
+    state, lines = play(world, rounds=1)
+    assert lines[0]["dropped"] == [2] and torch.isfinite(state.row).all()
+    start, rows = new_state(small_world(federation__method="fedavg")).row, []
+    for client in (0, 1):
+        load_row(world.model, start)
+        story.train_client(world, world.model, client, 1)
+        rows.append(to_row(world.model).double())
+    counts = [len(world.partition.indices[k]) for k in (0, 1)]
+    torch.testing.assert_close(state.row.double(), (counts[0] * rows[0] + counts[1] * rows[1]) / sum(counts), rtol=1e-6, atol=1e-7)
+
+
+def test_local_batch_norm_keeps_each_clients_own(small_world):
+    world = small_world(model__batch_norm="local", federation__method="fedavg", federation__clients_per_round=2)
+    state, lines = play(world, rounds=1)
+    absent = ({0, 1, 2} - set(lines[0]["clients"])).pop()
+    start = new_state(small_world(federation__method="fedavg")).row[world.layout.batch_norm]
+    assert torch.equal(state.batch_norm[absent], start)
+    assert all(not torch.equal(state.batch_norm[k], start) for k in lines[0]["clients"])
+
+
+def test_a_row_round_trips_and_leaves_counters_out():
+    model = ResNet10(2, 3, 8, 6)
+    layout, row = layout_of(model), to_row(model)
+    assert layout.entries == len(row) and not any("num_batches_tracked" in name for name in layout.names)
+    assert [name.startswith(("visual_head", "text_head")) for name in layout.names[-4:]] == [True] * 4
+    other = ResNet10(2, 3, 8, 6, seed=1)
+    load_row(other, row)
+    assert torch.equal(to_row(other), row)
+
+
+def test_the_papers_network_has_its_size():
+    model = ResNet10(64, 10)
+    assert 4.8e6 < sum(p.numel() for p in model.parameters()) < 5.0e6
+    assert model(torch.zeros(2, 3, 32, 32))[1].shape == (2, 512)
+
+
+def test_checkpoint_is_the_same_bytes_and_every_damage_is_found(small_world, tmp_path):
+    state, _ = play(small_world(), rounds=1)
+    path, identity = tmp_path / "checkpoint.safetensors", {"seed": 0, "data": "abc"}
+    save_checkpoint(path, state, identity)
+    content = path.read_bytes()
+    save_checkpoint(path, state, identity)
+    assert path.read_bytes() == content
+    assert torch.equal(load_checkpoint(path, identity).row, state.row)
+    source = torch.Generator().manual_seed(0)
+    for position in torch.randint(0, len(content), (60,), generator=source).tolist() + list(range(0, 600, 7)):
+        damaged = bytearray(content)
+        damaged[position] ^= 0x10
+        path.write_bytes(damaged)
+        try:
+            loaded = load_checkpoint(path, identity)
+        except MismatchError:
+            continue
+        assert torch.equal(loaded.row, state.row) and loaded.round == state.round  # a flip in the header's padding is harmless
+    for length in (0, 7, 100, len(content) - 1):
+        path.write_bytes(content[:length])
+        with pytest.raises(MismatchError, match="damaged"):
+            load_checkpoint(path, identity)
+
+
+def test_checkpoint_of_another_run_lists_what_differs(small_world, tmp_path):
+    save_checkpoint(tmp_path / "c", new_state(small_world()), {"seed": 0, "alpha": 0.3})
+    with pytest.raises(MismatchError, match="alpha: 0.3 there, 0.5 here"):
+        load_checkpoint(tmp_path / "c", {"seed": 0, "alpha": 0.5})
+
+
+def test_disk_full_keeps_the_last_checkpoint(small_world, tmp_path, monkeypatch):
+    state = new_state(small_world())
+    path = tmp_path / "checkpoint.safetensors"
+    save_checkpoint(path, state, {})
+    content = path.read_bytes()
+
+    def full(_descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(DataError, match="checkpoint.safetensors: No space left"):
+        save_checkpoint(path, replace(state, round=7), {})
+    assert path.read_bytes() == content and [p.name for p in tmp_path.iterdir()] == [path.name]
