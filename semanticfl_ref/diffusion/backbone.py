@@ -37,10 +37,10 @@ class Backbone:
         # Every pass has this many images, the last one filled up: libraries choose their algorithm by the batch's size, so
         # a pass of another size would round differently. Large models take fewer, for memory.
         self.batch = 64 if self.unet.config.block_out_channels[-1] <= 256 else 8
-        self._modules = {f"down.{i}": block for i, block in enumerate(self.unet.down_blocks)}
+        self._blocks = {f"down.{i}": block for i, block in enumerate(self.unet.down_blocks)}
         if self.unet.mid_block is not None:
-            self._modules["mid"] = self.unet.mid_block
-        self._modules |= {f"up.{i}": block for i, block in enumerate(self.unet.up_blocks)}
+            self._blocks["mid"] = self.unet.mid_block
+        self._blocks |= {f"up.{i}": block for i, block in enumerate(self.unet.up_blocks)}
         for tap in taps:
             if tap not in self.tap_names():
                 raise unknown("tap", tap, self.tap_names())
@@ -67,9 +67,9 @@ class Backbone:
         if dtype == torch.float16 and device.type == "cpu":
             raise UserError("precision fp16 needs a CUDA device; on a CPU choose fp32 or bf16")
         folder = locate(source, offline=offline)
-        parts = load_parts(folder)
+        parts = load_parts(folder, dtype)
         for part in ("vae", "unet", "text_encoder"):
-            parts[part] = parts[part].eval().requires_grad_(False).to(device, dtype if part == "unet" else torch.float32)
+            parts[part] = parts[part].eval().requires_grad_(False).to(device)
         if device.type == "cuda" or dtype == torch.bfloat16:
             parts["unet"].to(memory_format=torch.channels_last), parts["vae"].to(memory_format=torch.channels_last)
         return cls(folder, parts, tuple(taps), device, dtype)
@@ -81,7 +81,7 @@ class Backbone:
 
     def tap_names(self) -> list[str]:
         """The layers that can be tapped, in the order in which they are computed; "vae" is the latent itself."""
-        return ["vae", *self._modules]
+        return ["vae", *self._blocks]
 
     @torch.no_grad()
     def features(self, images, *, timestep: int, seed: int, prompt_embedding=None, pool: int = 1, input_size: int | None = None, first: int = 0):
@@ -191,7 +191,7 @@ class Backbone:
         try:
             for tap in self.taps:
                 if tap != "vae":
-                    handles.append(self._modules[tap].register_forward_hook(hook_of(tap)))
+                    handles.append(self._blocks[tap].register_forward_hook(hook_of(tap)))
             yield
         finally:
             for handle in handles:

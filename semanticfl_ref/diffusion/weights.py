@@ -103,7 +103,8 @@ def _inventory(folder: Path) -> tuple[list[Path], dict[str, str | None]]:
     return sorted(files), variants
 
 
-def load_parts(folder: Path) -> dict:
+def load_parts(folder: Path, dtype: torch.dtype) -> dict:
+    """The five parts, weights on the CPU: the U-Net in `dtype`; the VAE, which overflows in fp16, and the text encoder in fp32."""
     from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -115,6 +116,7 @@ def load_parts(folder: Path) -> dict:
             options |= {"use_safetensors": True, "variant": variants[part], "output_loading_info": True}
         if part in ("vae", "unet"):
             options["low_cpu_mem_usage"] = importlib.util.find_spec("accelerate") is not None
+            options["torch_dtype"] = dtype if part == "unet" else torch.float32
         try:
             with torch.random.fork_rng(devices=[]), _quiet():  # initial weights, soon overwritten, must not move the global generator
                 loaded = cls.from_pretrained(folder / part, **options)
@@ -125,6 +127,7 @@ def load_parts(folder: Path) -> dict:
             absent = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
             if absent:  # the libraries only warn, and leave random weights
                 raise DataError(f"{part} of model folder {folder} has no weights for {absent[0]} ({len(absent)} such): fetch it again")
+            loaded = loaded.float() if part == "text_encoder" else loaded
         parts[part] = loaded
     config = parts["unet"].config
     if config.in_channels != parts["vae"].config.latent_channels or config.addition_embed_type or config.class_embed_type:

@@ -41,7 +41,9 @@ def loaded(model_folder):
 @pytest.fixture
 def backbone(loaded):
     """The loaded model; what a test changes on it is its own."""
-    return copy.copy(loaded)
+    own = copy.copy(loaded)
+    own.batch = 16  # a pass of 64 would be mostly filling here
+    return own
 
 
 @pytest.fixture(scope="session")
