@@ -7,7 +7,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, command, environment, run_cli
+from processes import ROOT, command, environment, run_cli
 
 from semanticfl_ref import cli, config
 from semanticfl_ref.report import metrics, tables

@@ -39,7 +39,8 @@ class Archive:
     urls: tuple[str, ...]
 
 
-# The publisher first. MD5 as published: c58f3010..., eb9058c3..., 90528d7c...; SHA-256 and size as Keras and others record them for the same files.
+# The publisher first. SHA-256 and size as Keras and others record them for the files of the published MD5 (c58f3010..., eb9058c3...,
+# 90528d7c...).
 ARCHIVES = {
     "cifar10": Archive(
         filename="cifar-10-python.tar.gz",
@@ -97,7 +98,10 @@ def locate(name: str, *, data_dir: Path | None, offline: bool, data_sha256: str 
         return path
     if offline:
         state = "is damaged" if path.is_file() else "is not here"
-        raise DownloadError(f"{path} {state} and --offline forbids the download: run once without --offline, or put {archive.filename} into a folder and name it with --data-dir")
+        raise DownloadError(
+            f"{path} {state} and --offline forbids the download: run once without --offline, "
+            f"or put {archive.filename} into a folder and name it with --data-dir"
+        )
     return download(name, archive, path)
 
 
@@ -155,9 +159,11 @@ def download(name: str, archive: Archive, path: Path) -> Path:
                     return path
                 reasons.append(f"{url}: {reason}")
     except OSError as error:
-        raise DownloadError(f"cannot write {error.filename or part}: {error.strerror}; free space there or set SEMANTICFL_CACHE to another folder") from None
+        where = f"cannot write {error.filename or part}: {error.strerror}"
+        raise DownloadError(f"{where}; free space there or set SEMANTICFL_CACHE to another folder") from None
     raise DownloadError(
-        f"{archive.filename} could not be downloaded ({'; '.join(reasons)}). Put the file into a folder and name it with --data-dir, or set SEMANTICFL_URL_{name.upper()}"
+        f"{archive.filename} could not be downloaded ({'; '.join(reasons)}). Put the file into a folder and name it with --data-dir, "
+        f"or set SEMANTICFL_URL_{name.upper()}"
     )
 
 
@@ -203,14 +209,14 @@ def _request(url: str, archive: Archive, file, *, last: bool) -> str | None:
         return f"broke off: the server refused to resume at {have}" if error.code == 416 else f"HTTP {error.code}"
     except (OSError, http.client.HTTPException, ValueError) as error:
         return str(getattr(error, "reason", None) or error)
-    with response, tqdm(total=archive.size, initial=have, unit="B", unit_scale=True, desc=archive.filename, file=sys.stderr, leave=False) as bar:
-        resumed = response.status == 206 and (response.headers.get("Content-Range") or "").startswith(f"bytes {have}-")
-        if have and not resumed:  # the whole file is coming, or another piece of it than was asked for
+    with response:
+        if response.status == 206 and not (response.headers.get("Content-Range") or "").startswith(f"bytes {have}-"):
+            file.truncate(0)
+            return "broke off: the server resumed at another place"
+        if response.status != 206:  # the whole file is coming
             have = file.truncate(0)
-            bar.reset(archive.size)
-            if response.status == 206:
-                return "broke off: the server resumed at another place"
-        return _receive(response, archive, file, bar, have, last=last)
+        with tqdm(total=archive.size, initial=have, unit="B", unit_scale=True, desc=archive.filename, file=sys.stderr, leave=False) as bar:
+            return _receive(response, archive, file, bar, have, last=last)
 
 
 def _receive(response, archive: Archive, file, bar, have: int, *, last: bool) -> str | None:

@@ -142,7 +142,8 @@ def _nid2(labels, clients, classes, alpha, source) -> torch.Tensor:
     Choice: groups of consecutive classes (two of CIFAR-10's, 20 of CIFAR-100's) and six equal clients; neither is published.
     """
     if clients != NID2_CLIENTS:
-        raise UserError(f"scenario nid2 is defined for {NID2_CLIENTS} clients (five biased, one unbiased), not {clients}: use --clients {NID2_CLIENTS}, or nid1")
+        defined = f"scenario nid2 is defined for {NID2_CLIENTS} clients (five biased, one unbiased), not {clients}"
+        raise UserError(f"{defined}: use --clients {NID2_CLIENTS}, or nid1")
     biased = NID2_CLIENTS - 1
     if classes < biased:
         raise UserError(f"scenario nid2 gives each of {biased} biased clients classes of its own; this data set has {classes} classes: use nid1")

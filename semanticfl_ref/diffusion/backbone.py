@@ -29,14 +29,16 @@ class _DeepestTapReached(Exception):
 class Backbone:
     """A loaded model; `Backbone.load` makes one."""
 
+    # Every pass has this many images, the last one filled up: libraries choose their algorithm by the batch's size, so a pass of
+    # another size would round differently. Large models take fewer, for memory.
+    SMALL_PASS, LARGE_PASS = 64, 8
+
     def __init__(self, folder: Path, parts: dict, taps: tuple[str, ...], device: torch.device, dtype: torch.dtype):
         self.vae, self.unet, self.text_encoder = parts["vae"], parts["unet"], parts["text_encoder"]
         self.tokenizer, self.scheduler = parts["tokenizer"], parts["scheduler"]
         self.folder, self.device, self.dtype = folder, device, dtype
         self.stop_early = True
-        # Every pass has this many images, the last one filled up: libraries choose their algorithm by the batch's size, so
-        # a pass of another size would round differently. Large models take fewer, for memory.
-        self.batch = 64 if self.unet.config.block_out_channels[-1] <= 256 else 8
+        self.batch = self.SMALL_PASS if self.unet.config.block_out_channels[-1] <= 256 else self.LARGE_PASS
         self._blocks = {f"down.{i}": block for i, block in enumerate(self.unet.down_blocks)}
         if self.unet.mid_block is not None:
             self._blocks["mid"] = self.unet.mid_block

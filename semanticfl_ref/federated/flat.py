@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-HEADS = ("visual_head.", "text_head.")
+from semanticfl_ref.federated.model import HEADS
 
 
 @dataclass(frozen=True)
@@ -54,4 +54,4 @@ def load_row(model: nn.Module, row_P: torch.Tensor) -> None:
 
 def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     state = {name: t for name, t in model.state_dict().items() if t.is_floating_point()}
-    return dict(sorted(state.items(), key=lambda item: item[0].startswith(HEADS)))  # stable: only the heads move
+    return dict(sorted(state.items(), key=lambda item: item[0].split(".")[0] in HEADS))  # stable: only the heads move

@@ -11,6 +11,8 @@ from torch import nn
 
 from semanticfl_ref.randomness import generator
 
+HEADS = ("visual_head", "text_head")
+
 
 class ResNet10(nn.Module):
     """One basic block a stage, four stages, for small images (3x3 stem, no pooling before the stages).
@@ -27,15 +29,19 @@ class ResNet10(nn.Module):
 
     def __init__(self, width: int, classes: int, visual_width: int = 0, text_width: int = 0, seed: int = 0):
         super().__init__()
+        with torch.random.fork_rng(devices=[]):  # torch's layers draw from the global generator when made; it must not move
+            self._make_layers(width, classes, visual_width, text_width)
+        self._initialise([m for name, m in self.named_modules() if name not in HEADS], seed, "model")
+        self._initialise([m for name, m in self.named_modules() if name in HEADS], seed, "heads")
+
+    def _make_layers(self, width: int, classes: int, visual_width: int, text_width: int) -> None:
         self.stem = nn.Conv2d(3, width, 3, padding=1, bias=False)
         self.stem_norm = nn.BatchNorm2d(width)
         widths = [width, width, 2 * width, 4 * width, 8 * width]
         self.stages = nn.Sequential(*(BasicBlock(i, o, 1 if i == o else 2) for i, o in zip(widths[:-1], widths[1:], strict=True)))
         self.classifier = nn.Linear(8 * width, classes)
-        self._initialise(self.modules(), seed, "model")
         self.visual_head = nn.Linear(8 * width, visual_width) if visual_width else None
         self.text_head = nn.Linear(8 * width, text_width) if text_width else None
-        self._initialise([m for m in (self.visual_head, self.text_head) if m is not None], seed, "heads")
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """images float [B, 3, H, W] -> logits float32 [B, C], features float32 [B, D] (after the global average)."""

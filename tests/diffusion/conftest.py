@@ -6,6 +6,25 @@ import pytest
 import torch
 
 
+@pytest.fixture(scope="session", autouse=True)
+def small_passes():
+    """The tests describe a dozen images: passes of 64 would be mostly filling."""
+    from semanticfl_ref.diffusion.backbone import Backbone
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Backbone, "SMALL_PASS", 16)
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Work this small is six times slower on two threads when another process wants the same cores: they wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory):
     from diffusers import AutoencoderKL, DDPMScheduler
@@ -41,9 +60,7 @@ def loaded(model_folder):
 @pytest.fixture
 def backbone(loaded):
     """The loaded model; what a test changes on it is its own."""
-    own = copy.copy(loaded)
-    own.batch = 16  # a pass of 64 would be mostly filling here
-    return own
+    return copy.copy(loaded)
 
 
 @pytest.fixture(scope="session")

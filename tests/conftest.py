@@ -1,0 +1,26 @@
+"""A small job that tests share, and one unbroken run of it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from processes import JOB, run_cli
+
+
+@pytest.fixture
+def job() -> Iterator[list[str]]:
+    """Flags of a job of some seconds. It sets the number of threads, which is put back after a test that ran it in this process."""
+    import torch
+
+    threads = torch.get_num_threads()
+    yield list(JOB)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def unbroken_run(tmp_path_factory) -> Path:
+    """The folder of the small job, run to its end without a break."""
+    folder = tmp_path_factory.mktemp("unbroken") / "run"
+    done = run_cli("train", *JOB, "--out", str(folder))
+    assert done.returncode == 0, done.stderr
+    return folder
