@@ -23,7 +23,7 @@ CONDITIONS = {
     "consistency alone": WITHOUT_CON,
     "contrast alone": WITHOUT_KD,
 }
-RATES = (0.02, 0.05, 0.1)
+RATES = (0.02, 0.05, 0.1, 0.2)
 SEARCH = {f"{name}, learning rate {rate}": [*flags, "--set", f"federation.learning_rate={rate}"] for rate in RATES for name, flags in (("FedAvg", FEDAVG), ("SemanticFL", []))}
 SEARCH |= {f"SemanticFL, lambda_kd {weight}": ["--set", f"semantic.lambda_kd={weight}"] for weight in (5, 50)}
 

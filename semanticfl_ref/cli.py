@@ -113,10 +113,10 @@ def _partition(arguments) -> int:
     settings = settle(arguments)
     _say(f"{settings.data.name}: loading torch ...")
     from semanticfl_ref import prepare
-    from semanticfl_ref.report import tables
+    from semanticfl_ref.data.partition import describe
 
-    _, partition, _ = prepare.load_data(settings, arguments.offline)
-    return _print(partition.manifest(), arguments.json, lambda manifest: tables.partition_table(partition))
+    dataset, partition, _ = prepare.load_data(settings, arguments.offline)
+    return _print(partition.manifest(), arguments.json, lambda manifest: describe(partition, dataset.class_names))
 
 
 def _config(arguments) -> int:

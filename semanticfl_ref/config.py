@@ -151,7 +151,7 @@ TINY = {
     "federation.rounds": 40,
     "federation.local_epochs": 5,
     "federation.batch_size": 32,
-    "federation.learning_rate": 0.05,
+    "federation.learning_rate": 0.1,
     "semantic.consistency": "cosine",
     "semantic.lambda_kd": 20.0,
 }

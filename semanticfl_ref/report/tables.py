@@ -45,14 +45,6 @@ def sizes_table(sizes: dict) -> str:
     )
 
 
-def partition_table(partition) -> str:
-    """A line per client: how many images, and how many of each class."""
-    lines = [f"{partition.scenario}, alpha {partition.alpha:g}, seed {partition.seed}: skew {partition.skew:.3f}, sha256 {partition.sha256[:16]}", "client  images  by class"]
-    for client, (count, histogram) in enumerate(zip(partition.sizes, partition.histograms, strict=True)):
-        lines.append(f"{client:>6}  {int(count):>6}  {' '.join(f'{int(n):>4}' for n in histogram)}")
-    return "\n".join(lines)
-
-
 def size(count: float) -> str:
     """A number of bytes for a reader: 1 536 is "1.5 KiB"."""
     for unit in ("B", "KiB", "MiB", "GiB"):
