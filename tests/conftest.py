@@ -7,6 +7,14 @@ import pytest
 from processes import JOB, run_cli
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Small tensors gain nothing from a second thread, and lose much where the cores are busy."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
 @pytest.fixture
 def job() -> Iterator[list[str]]:
     """Flags of a job of some seconds. It sets the number of threads, which is put back after a test that ran it in this process."""

@@ -1,5 +1,8 @@
 """Properties of a round: repeatable, equal to FedAvg at zero strength, robust against a client that breaks."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -132,6 +135,22 @@ def test_the_papers_network_has_its_size():
     model = ResNet10(64, 10)
     assert 4.8e6 < sum(p.numel() for p in model.parameters()) < 5.0e6
     assert model(torch.zeros(2, 3, 32, 32))[1].shape == (2, 512)
+
+
+NARROW = """
+import torch
+from semanticfl_ref.federated.model import ResNet10
+torch.set_num_threads(2)
+model = ResNet10(2, 3).to(memory_format=torch.channels_last)
+for batch in (9, 33) * 4:
+    model(torch.ones(batch, 3, 32, 32).contiguous(memory_format=torch.channels_last))[0].sum().backward()
+"""
+
+
+def test_narrow_models_train_on_two_threads_with_odd_batches():
+    """A strided 1x1 convolution on the shortcut corrupted the heap here; checked by the C library, in a process of its own."""
+    done = subprocess.run([sys.executable, "-c", NARROW], env={**os.environ, "MALLOC_CHECK_": "3"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_checkpoint_is_the_same_bytes_and_every_damage_is_found(small_world, tmp_path):
