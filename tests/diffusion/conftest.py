@@ -16,15 +16,6 @@ def small_passes():
         yield
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Work this small is six times slower on two threads when another process wants the same cores: they wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory):
     from diffusers import AutoencoderKL, DDPMScheduler
