@@ -19,8 +19,8 @@ from torch.utils.data import Dataset as TorchDataset
 
 from semanticfl_ref.data.batches import epoch_batches, network_input
 from semanticfl_ref.federated.model import ResNet10
-from semanticfl_ref.federated.round import new_state, play_round
-from semanticfl_ref.federated.world import precision_for
+from semanticfl_ref.federated.round import play_round
+from semanticfl_ref.federated.world import new_state, precision_for
 from semanticfl_ref.randomness import generator
 
 REPEATS = 5

@@ -11,7 +11,8 @@ ROOT = Path(__file__).parent.parent
 ROUND = """
 import resource
 from bench.worlds import synthetic_world
-from semanticfl_ref.federated.round import new_state, play_round
+from semanticfl_ref.federated.round import play_round
+from semanticfl_ref.federated.world import new_state
 world = synthetic_world(clients={clients}, samples=20, clients_per_round=5)
 play_round(new_state(world), world)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)

@@ -5,8 +5,7 @@ import torch
 from semanticfl_ref.config import build
 from semanticfl_ref.data.partition import Partition, make_partition
 from semanticfl_ref.data.sources import Dataset
-from semanticfl_ref.federated.round import World
-from semanticfl_ref.federated.world import make_world
+from semanticfl_ref.federated.world import World, make_world
 
 
 def synthetic_world(clients: int, samples: int, width: int = 16, epochs: int = 1, clients_per_round: int | None = None, precision: str = "auto") -> World:

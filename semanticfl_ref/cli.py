@@ -1,7 +1,6 @@
 """The command line. Nothing heavy is imported here: torch comes in with the sub-command that needs it."""
 
 import argparse
-import dataclasses
 import difflib
 import json
 import os
@@ -136,7 +135,7 @@ def _same_settings(saved: config.Config, arguments) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    about = {f"{s.name}.{f.name}": f for s in dataclasses.fields(config.Config) for f in dataclasses.fields(s.type)}
+    about = config.settings()
     parser = _Parser(prog="semanticfl_ref", description="Federated learning guided by a frozen diffusion model.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"semanticfl_ref {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")

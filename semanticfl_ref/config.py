@@ -192,9 +192,14 @@ def build(settings: dict[str, object] | None = None, file: Path | None = None, a
     return from_flat({**PRESETS[name], **given})
 
 
+def settings() -> dict[str, dataclasses.Field]:
+    """Dotted name -> field of every setting, in the order of declaration."""
+    return {f"{s.name}.{f.name}": f for s in dataclasses.fields(Config) for f in dataclasses.fields(s.type)}
+
+
 def from_flat(values: dict[str, object]) -> Config:
     """A Config from dotted names; texts are converted to the field's type."""
-    fields = {f"{s.name}.{f.name}": f for s in dataclasses.fields(Config) for f in dataclasses.fields(s.type)}
+    fields = settings()
     for name in values:
         if name not in fields:
             raise _unknown_setting(name, fields)

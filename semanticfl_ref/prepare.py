@@ -5,7 +5,6 @@ Letters: M clients in all, C classes, N images.
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import torch
 
 from semanticfl_ref.config import Config, held_out_images, to_flat
+from semanticfl_ref.data.fetch import cache_folder
 from semanticfl_ref.data.partition import Partition, make_partition
 from semanticfl_ref.data.sources import Dataset, load_dataset
 from semanticfl_ref.diffusion.anchors import Anchors, make_anchors
@@ -106,11 +106,6 @@ def build_anchors(config: Config, dataset: Dataset, held: Dataset | None, offlin
         aggregation=a.aggregation,
         images=a.images,
     )
-
-
-def cache_folder() -> Path:
-    """Where feature banks are kept: $SEMANTICFL_CACHE, or ~/.cache/semanticfl_ref."""
-    return Path(os.environ.get("SEMANTICFL_CACHE") or Path.home() / ".cache" / "semanticfl_ref")
 
 
 def identity_of(config: Config, dataset: Dataset, partition: Partition, anchors: Anchors | None) -> dict:

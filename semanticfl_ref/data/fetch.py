@@ -70,7 +70,7 @@ ARCHIVES = {
 
 
 def cache_folder() -> Path:
-    """Where downloads are kept: $SEMANTICFL_CACHE, or ~/.cache/semanticfl_ref."""
+    """Where downloads and feature banks are kept: $SEMANTICFL_CACHE, or ~/.cache/semanticfl_ref."""
     return Path(os.environ.get("SEMANTICFL_CACHE") or Path.home() / ".cache" / "semanticfl_ref")
 
 

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 import torch
 
+from semanticfl_ref.config import SCENARIOS
 from semanticfl_ref.errors import UserError, unknown
 from semanticfl_ref.randomness import generator
 
-SCENARIOS = ("iid", "nid1", "nid2")
 ALPHA_RANGE = (1e-6, 1e6)  # outside, Gamma draws leave float64's range in logarithms too
 NID2_CLIENTS = 6  # five biased, one unbiased
 

@@ -18,12 +18,11 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load
 
+from semanticfl_ref.config import DATASETS
 from semanticfl_ref.data import archives, fetch
 from semanticfl_ref.data.scenes import plain, scenes
 from semanticfl_ref.errors import DataError, UserError, unknown
 from semanticfl_ref.randomness import generator
-
-DATASETS = ("digit-scenes", "digits", "cifar10", "cifar100", "tinyimagenet", "folder")
 
 DIGITS_FILE = Path(__file__).parent / "assets" / "digits.safetensors"
 DIGITS_SHA256 = "a30e67a092a3d97f0abfb32a3b1bb85d96a99e6b66794d351b29f17a6566f5c7"

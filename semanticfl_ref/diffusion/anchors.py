@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from semanticfl_ref.config import CONTROLS
 from semanticfl_ref.diffusion.bank import FeatureBank
 from semanticfl_ref.errors import UserError, unknown
 from semanticfl_ref.randomness import generator
 
-CONTROLS = ("sd", "shuffled", "permuted", "random", "onehot")
 GRANULARITIES = ("image", "class")
 
 

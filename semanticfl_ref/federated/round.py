@@ -15,7 +15,7 @@ from semanticfl_ref.federated.flat import load_row, to_row
 from semanticfl_ref.federated.ledger import RoundLedger
 from semanticfl_ref.federated.methods import METHODS
 from semanticfl_ref.federated.state import FederatedState
-from semanticfl_ref.federated.world import World, new_state  # noqa: F401  (new_state belongs to the story's first line)
+from semanticfl_ref.federated.world import World
 from semanticfl_ref.randomness import generator
 
 

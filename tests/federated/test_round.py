@@ -13,7 +13,8 @@ from semanticfl_ref.errors import DataError, MismatchError, NonFiniteError
 from semanticfl_ref.federated import round as story
 from semanticfl_ref.federated.flat import layout_of, load_row, to_row
 from semanticfl_ref.federated.model import ResNet10
-from semanticfl_ref.federated.round import new_state, play_round
+from semanticfl_ref.federated.round import play_round
+from semanticfl_ref.federated.world import new_state
 from semanticfl_ref.federated.state import load_checkpoint, save_checkpoint
 from semanticfl_ref.randomness import generator
 
