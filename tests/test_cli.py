@@ -10,6 +10,7 @@ import pytest
 from processes import ROOT, command, environment, run_cli
 
 from semanticfl_ref import cli, config
+from semanticfl_ref.commands.flags import FLAGS
 from semanticfl_ref.report import metrics, tables
 
 
@@ -31,7 +32,7 @@ def test_help_is_instant_and_imports_nothing_heavy():
         times.append(time.perf_counter() - began)
     assert done.stdout.splitlines()[-1] == "[]", done.stderr
     assert min(times) <= 0.5
-    assert all(flag in done.stdout for flag in [*cli.FLAGS, "--config", "--set", "--dry-run", "--json", "--out", "--resume", "--offline"])
+    assert all(flag in done.stdout for flag in [*FLAGS, "--config", "--set", "--dry-run", "--json", "--out", "--resume", "--offline"])
     assert all(name in done.stdout for name in config.to_flat(config.Config()))
 
 
