@@ -3,7 +3,7 @@
 Letters: N images, C classes.
 """
 
-import importlib.util
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,10 +16,10 @@ from semanticfl_ref.diffusion.bank import Plan, finished, open_bank, open_or_bui
 from semanticfl_ref.diffusion.extract import build as build_bank
 from semanticfl_ref.diffusion.extract import done_already
 from semanticfl_ref.diffusion.probe import describe_layer
-from semanticfl_ref.errors import DataError, UserError
+from semanticfl_ref.errors import DataError
 from semanticfl_ref.prepare import anchor_images, bank_plan, bank_plans, build_command, load_images
 from semanticfl_ref.randomness import generator
-from semanticfl_ref.storage import PART, writing
+from semanticfl_ref.report.drawing import COLOURS, need_matplotlib, new_figure, save_figure
 
 PROBE_IMAGES = 2000  # at most, to fit on and to judge on
 JUDGED_SHARE = 0.2  # of the training images, where a data set has no validation part
@@ -74,8 +74,8 @@ def probe(config: Config, *, offline: bool, layers: str, timesteps: list[int], i
     Raises:
         UserError: matplotlib is needed and not there; and whatever `build` raises.
     """
-    if figure is not None and importlib.util.find_spec("matplotlib") is None:
-        raise UserError("--figure needs matplotlib: pip install matplotlib, or leave the flag out: the table needs nothing")
+    if figure is not None:
+        need_matplotlib("--figure", figure)
     dataset = _images(config, offline)[0]
     fitted, judged, part = _two_sets(dataset, images, config.run.seed)
     rows = [_row(None, "pixels", (fitted.train_images.flatten(1), judged.train_images.flatten(1)), fitted, judged, None)]
@@ -124,29 +124,22 @@ def probe_words(document: dict) -> str:
 
 
 def draw(document: dict, file: Path) -> None:
-    """The table as a PNG: one panel a number, one line a timestep; written whole or not at all."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
+    """The table as a figure: one panel a number, one line a timestep; written whole or not at all."""
     panels = {name: name.replace("_", " ") for name in ("linear_probe", "nearest", "fisher_ratio", "effective_rank", "text_alignment")}
-    chart = Figure(figsize=(3.4 * len(panels), 3.6), layout="constrained")
-    FigureCanvasAgg(chart)
+    figure, grid = new_figure(1, len(panels), width=3.4 * len(panels), height=3.6)
     pixels, rows = document["rows"][0], document["rows"][1:]
-    for place, (key, title) in enumerate(panels.items(), start=1):
-        axes = chart.add_subplot(1, len(panels), place, title=title)
-        for timestep in dict.fromkeys(row["timestep"] for row in rows):
+    for axes, (key, title) in zip(grid[0], panels.items(), strict=True):
+        axes.set_title(title)
+        for colour, timestep in zip(itertools.cycle(COLOURS), dict.fromkeys(row["timestep"] for row in rows)):
             here = [row for row in rows if row["timestep"] == timestep and row[key] is not None]
-            axes.plot([row["layer"] for row in here], [row[key] for row in here], marker="o", label=f"t = {timestep}")
+            axes.plot([row["layer"] for row in here], [row[key] for row in here], marker="o", color=colour, label=f"t = {timestep}")
         if key in ("linear_probe", "nearest"):
             axes.axhline(pixels[key], color="grey", linestyle=":", label="raw pixels")
             axes.set_ylim(0, 1)
         axes.tick_params(axis="x", rotation=90)
-    chart.axes[0].legend(fontsize="small")
-    chart.suptitle(f"{document['dataset']} by {document['source']}" + (f" ({CONDITIONED})" if document["label_conditioned"] else ""), fontsize="small")
-    temporary = file.with_name(file.name + PART)
-    with writing(file, "choose another --figure"):
-        chart.savefig(temporary, format="png", dpi=120)
-        temporary.replace(file)
+    grid[0, 0].legend(fontsize="small")
+    figure.suptitle(f"{document['dataset']} by {document['source']}" + (f" ({CONDITIONED})" if document["label_conditioned"] else ""), fontsize="small")
+    save_figure(figure, file)
 
 
 def _plans(config: Config, offline: bool) -> dict[str, Plan]:
