@@ -14,6 +14,7 @@ import pytest
 from processes import ROOT, command, environment
 
 from semanticfl_ref import cli, config, prepare
+from semanticfl_ref.commands.flags import settle
 from semanticfl_ref.diffusion import extract
 
 pytestmark = pytest.mark.skipif(not (ROOT / "semanticfl_ref" / "diffusion" / "tiny" / "unet").is_dir(), reason="the embedded diffusion model is not in this checkout")
@@ -98,7 +99,7 @@ def test_the_command_that_remakes_a_bank_makes_that_bank():
     settings = {"data.name": "digits", "diffusion.timestep": 30, "diffusion.prompt": "one {} 'of' them", "anchors.images": "heldout:3", "run.seed": 4, "anchors.width": 8}
     words = prepare.build_command(config.build(settings))
     arguments = cli.parse([word for word in shlex.split(words)[3:] if word != "--anew"])
-    again = config.to_flat(cli.settle(arguments))
+    again = config.to_flat(settle(arguments))
     assert {name: again[name] for name in settings if name != "anchors.width"} == {name: value for name, value in settings.items() if name != "anchors.width"}
     assert "anchors.width" not in words, "it does not bear on the bank"
 
