@@ -4,21 +4,25 @@ import argparse
 import difflib
 import os
 import re
+import runpy
 import sys
+from pathlib import Path
 
 from semanticfl_ref import __version__
-from semanticfl_ref.commands import config, features, partition, train
+from semanticfl_ref.commands import compare, config, features, partition, train
 from semanticfl_ref.commands.output import say
-from semanticfl_ref.errors import UserError, unknown
+from semanticfl_ref.errors import DataError, UserError, unknown
 
-COMMANDS = {"train": train, "features": features, "partition": partition, "config": config}
+COMMANDS = {"train": train, "features": features, "compare": compare, "partition": partition, "config": config}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit code. A user's error is one line on stderr."""
     argv = sys.argv[1:] if argv is None else argv
     try:
+        argv, files = take_imports(argv)
         arguments = parse(argv)
+        arguments.imports = files
         code = COMMANDS[arguments.command].run(arguments)
         sys.stdout.flush()
         return code
@@ -34,6 +38,27 @@ def main(argv: list[str] | None = None) -> int:
         return 0
 
 
+def take_imports(argv: list[str]) -> tuple[list[str], list[Path]]:
+    """Run the files that --import names, before anything is parsed: they may add methods and settings. Returns the other arguments and the files.
+
+    Raises:
+        DataError: there is no such file. UserError: it raised.
+    """
+    finder = _Parser(prog="semanticfl_ref", add_help=False, allow_abbrev=False)
+    finder.add_argument("--import", dest="files", action="append", type=Path, default=[])
+    found, others = finder.parse_known_args(argv)
+    for file in found.files:
+        if not file.is_file():
+            raise DataError(f"--import {file}: there is no such file")
+        try:
+            runpy.run_path(str(file))
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(f"--import {file} raised {type(error).__name__}: {error}") from error
+    return others, [file.absolute() for file in found.files]
+
+
 def parse(argv: list[str]) -> argparse.Namespace:
     """The arguments of a command.
 
@@ -43,6 +68,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
         raise unknown("command", argv[0], COMMANDS)
     parser = _Parser(prog="semanticfl_ref", description="Federated learning guided by a frozen diffusion model.", allow_abbrev=False)
+    parser.add_argument("--import", metavar="FILE", help="with any command: run a Python file first, which may add a method of your own; repeatable")
     parser.add_argument("--version", action="version", version=f"semanticfl_ref {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     parsers = {name: commands.add_parser(name, help=module.HELP, description=f"{module.HELP.capitalize()}.", allow_abbrev=False) for name, module in COMMANDS.items()}

@@ -1,0 +1,1 @@
+"""Comparisons: the runs of a grid and the statistics over them."""
