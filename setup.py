@@ -17,10 +17,11 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    # The link semanticfl_ref/kernels serves a checkout that was not installed; an installation takes the folder itself.
-    packages=find_packages(include=["semanticfl_ref", "semanticfl_ref.*"], exclude=["semanticfl_ref.kernels*"]) + ["semanticfl_ref.kernels"],
-    package_dir={"semanticfl_ref": "semanticfl_ref", "semanticfl_ref.kernels": "kernels"},
+    # The links semanticfl_ref/kernels and semanticfl_ref/configs serve a checkout that was not installed; an installation takes the folders themselves.
+    packages=find_packages(include=["semanticfl_ref", "semanticfl_ref.*"], exclude=["semanticfl_ref.kernels*"]) + ["semanticfl_ref.kernels", "semanticfl_ref.configs"],
+    package_dir={"semanticfl_ref": "semanticfl_ref", "semanticfl_ref.kernels": "kernels", "semanticfl_ref.configs": "configs"},
     package_data={
+        "semanticfl_ref.configs": ["*.toml", "*/*.toml"],
         "semanticfl_ref.data": ["assets/*"],
         "semanticfl_ref.diffusion": ["tiny/*", "tiny/*/*", "tiny/*/*/*"],
     },

@@ -62,6 +62,8 @@ def draw_gains(result: dict, *paths: Path) -> None:
     groups = list(dict.fromkeys(cell["scenario"] for cell in result["cells"]))
     arms = list(dict.fromkeys(cell["arm"] for cell in result["cells"]))
     compared = [arm for arm in arms if arm != result["baseline"]]
+    if not compared:
+        return
     figure, axes = new_figure(1, len(groups), width=1.6 + 3.1 * len(groups), height=1.2 + 0.42 * len(compared), sharey=True, sharex=True)
     for axis, group in zip(axes[0], groups, strict=True):
         cells = {cell["arm"]: cell["gain"] for cell in result["cells"] if cell["scenario"] == group}
@@ -83,11 +85,12 @@ def _row(cell: dict) -> str:
     gain = cell["gain"]
     interval = f" [{gain['low']:+.1f}, {gain['high']:+.1f}]" if gain and gain["low"] is not None else ""
     difference, wins = (f"{gain['mean']:+.1f}{interval}", f"{gain['wins']} of {len(gain['values'])}") if gain else ("", "")
-    numbers = [_mean(cell[name]) for name in ("last", "last_five", "worst_client")]
+    numbers = [mean(cell[name]) for name in ("last", "last_five", "worst_client")]
     return f"| {cell['arm']} | {' | '.join(numbers)} | {size(cell['bytes_sent'])} | {difference} | {wins} |"
 
 
-def _mean(values: list[float]) -> str:
+def mean(values: list[float]) -> str:
+    """Mean ± standard deviation; the mean alone of a single value."""
     deviation = spread(values)
     return f"{fmean(values):.1f}" + (f" ± {deviation:.1f}" if deviation is not None else "")
 
