@@ -127,10 +127,7 @@ def make_partition(
         scenario, owner_N = "file", read_owners(file, N, clients, data_sha256)
         kept = kept[owner_N[kept] >= 0]
         owner_N = owner_N[kept]
-        fewest = torch.bincount(owner_N, minlength=clients).min(0)
-        if fewest.values < minimum:
-            dropped = ", of those that partition.imbalance leaves" if imbalance > 1 else ""
-            raise DataError(f"partition.file = {file}: client {int(fewest.indices)} has {int(fewest.values)} images{dropped}; at least {minimum} are needed")
+        _refuse_short(owner_N, clients, minimum, f"partition.file = {file}", ", of those that partition.imbalance leaves" if imbalance > 1 else "")
     else:
         if len(kept) < clients * minimum:
             raise UserError(f"{clients} clients need at least {clients * minimum} training images ({minimum} each), there are {len(kept)}: lower --clients")
@@ -167,6 +164,13 @@ def describe(partition: Partition, class_names: tuple[str, ...]) -> str:
 def _dealt(names: tuple[str, ...], clients: int, seed: int, purpose: str) -> tuple[str, ...]:
     """A name for each client: in turn, over a seeded shuffle of the clients."""
     return tuple(names[place % len(names)] for place in torch.randperm(clients, generator=generator(seed, purpose)).tolist())
+
+
+def _refuse_short(owner_N: torch.Tensor, clients: int, minimum: int, where: str, of_what: str) -> None:
+    """Raise DataError where a file leaves a client below its minimum: what a user wrote is not repaired."""
+    fewest = torch.bincount(owner_N, minlength=clients).min(0)
+    if fewest.values < minimum:
+        raise DataError(f"{where}: client {int(fewest.indices)} has {int(fewest.values)} images{of_what}; at least {minimum} are needed")
 
 
 def _repair(owner_N: torch.Tensor, clients: int, minimum: int, source: torch.Generator) -> torch.Tensor:
