@@ -19,7 +19,7 @@ from semanticfl_ref.schema import Section, option, toml_value, typed
 
 DATASETS = ("digit-scenes", "digits", "cifar10", "cifar100", "tinyimagenet", "folder")
 METHODS = ["fedavg", "fedprox", "scaffold", "moon", "fedrcl", "feddisco", "fedcda", "feddifrc", "semanticfl"]  # a list: see add_method
-SCENARIOS = ("iid", "nid1", "nid2")
+SCENARIOS = ("iid", "nid1", "nid2", "pathological", "quantity")
 CONTROLS = ("sd", "shuffled", "permuted", "random", "onehot")
 STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
@@ -36,8 +36,13 @@ class Data(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class Partition(Section):
-    scenario: str = option("nid1", "how labels are spread over clients", choices=SCENARIOS, source="S")
-    alpha: float = option(0.2, "Dirichlet concentration of nid1: small = skewed", above=0.0, source="S")
+    scenario: str = option("nid1", "how the images are spread over clients: nid1, nid2, pathological skew the labels, quantity the sizes", choices=SCENARIOS, source="S")
+    alpha: float = option(0.2, "Dirichlet concentration of nid1 and quantity: small = skewed", above=0.0, source="S")
+    classes_per_client: int = option(2, "k of pathological: every client holds k classes", low=1, source="McMahan et al. 2017: 2")
+    imbalance: float = option(1.0, "long tail: the first class has so many times the last one's training images; the others belong to nobody; 1 = none", low=1.0, source="N")
+    features: str = option("none", "camera = each client's images pass a camera of its own; train images make anchors as the clients hold them", choices=("none", "camera"), source="O")
+    modality: str = option("none", "mixed = clients get both kinds of anchors, text alone, visual alone, or neither, in turn", choices=("none", "mixed"), source="O")
+    file: str = option("", "JSON of each client's images, in the scenario's place, as `partition show --save` writes it")
     clients: int = option(10, "clients in all", low=1, high=100_000, source="N")
     held_out_share: float = option(0.0, "part of each client's images that it keeps for a test of its own", low=0.0, high=0.5)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from semanticfl_ref.config import Config, build, held_out_images, to_flat
+from semanticfl_ref.data.cameras import as_held
 from semanticfl_ref.data.fetch import cache_folder
 from semanticfl_ref.data.partition import Partition, make_partition
 from semanticfl_ref.data.sources import Dataset, load_dataset
@@ -25,18 +26,23 @@ from semanticfl_ref.federated.world import make_world
 from semanticfl_ref.randomness import generator
 
 # Where things lie and how often to save: a checkpoint may be resumed with these changed. What they point to is in the identity by its content.
-NOT_IDENTITY = ("data.dir", "data.sha256", "diffusion.source", "anchors.images", "run.checkpoint_every")
+NOT_IDENTITY = ("data.dir", "data.sha256", "partition.file", "diffusion.source", "anchors.images", "run.checkpoint_every")
 
 
 def load_data(config: Config, offline: bool) -> tuple[Dataset, Partition, Dataset | None]:
-    """Data set, its split over clients, and the images held out for anchors as a data set of their own (None without)."""
-    p = config.partition
+    """The data set as its clients hold it, its split over them, and the images held out for anchors as a data set of their own (None without)."""
     dataset, held = load_images(config, offline)
-    partition = make_partition(
+    return *as_held(dataset, split(config, dataset), config.run.seed), held
+
+
+def split(config: Config, dataset: Dataset) -> Partition:
+    """The training images spread over clients, as the configuration says; places are those in `dataset`."""
+    p = config.partition
+    return make_partition(
         dataset.train_labels, scenario=p.scenario, clients=p.clients, classes=len(dataset.class_names), alpha=p.alpha, seed=config.run.seed,
-        held_out_share=p.held_out_share,
+        held_out_share=p.held_out_share, classes_per_client=p.classes_per_client, imbalance=p.imbalance, features=p.features, modality=p.modality,
+        file=Path(p.file) if p.file else None, data_sha256=dataset.sha256,
     )  # fmt: skip
-    return dataset, partition, held
 
 
 def load_images(config: Config, offline: bool) -> tuple[Dataset, Dataset | None]:
@@ -141,7 +147,10 @@ def bank_plan(config: Config, images: Dataset, offline: bool, **changes) -> Plan
 def build_command(config: Config) -> str:
     """The command that makes the configuration's banks anew."""
     preset, given = to_flat(build({"data.name": config.data.name})), to_flat(config)
-    bearing = [name for name in given if name.startswith(("data.", "diffusion.")) or name in ("anchors.images", "anchors.text", "anchors.text_images", "run.seed", "run.device")]
+    p, parts = config.partition, ("data.", "diffusion.")
+    if p.file or p.imbalance > 1 or p.features != "none":  # the images are those that the clients hold, as they hold them
+        parts += ("partition.", "federation.clients_per_round")
+    bearing = [name for name in given if name.startswith(parts) or name in ("anchors.images", "anchors.text", "anchors.text_images", "run.seed", "run.device")]
     words = ["python", "-m", "semanticfl_ref", "features", "build", "--anew", "--dataset", config.data.name]
     for name in bearing:
         if given[name] != preset[name]:

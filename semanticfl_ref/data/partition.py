@@ -1,37 +1,38 @@
-"""Scenarios: how the training images are spread over clients. A split is drawn once, repaired within a bound, or refused by name.
-
-    iid   equal parts of a shuffle
-    nid1  label skew: every class is dealt out by Dirichlet(alpha) proportions; a client that holds N / M images gets no more
-    nid2  the extreme split of six clients: five hold a fifth of the classes each, one holds all
+"""Who holds what: the training images spread over clients by a scenario or a file, drawn once, repaired within a bound, or refused by name.
 
 Letters: M clients in all, C classes, N images.
 """
 
 import hashlib
 import heapq
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
 from semanticfl_ref.config import SCENARIOS
-from semanticfl_ref.errors import UserError, unknown
+from semanticfl_ref.data import scenarios
+from semanticfl_ref.data.partition_file import read_owners
+from semanticfl_ref.errors import DataError, UserError, unknown
 from semanticfl_ref.randomness import generator
 
 ALPHA_RANGE = (1e-6, 1e6)  # outside, Gamma draws leave float64's range in logarithms too
-NID2_CLIENTS = 6  # five biased, one unbiased
+CAMERAS = ("grey", "blur", "noise", "colour cast", "low resolution")
+MODALITIES = ("visual and text", "text", "visual", "neither")  # which anchors a client gets
 
 
 @dataclass(frozen=True, kw_only=True)
 class Partition:
-    """Which images are whose.
+    """Which images are whose, and what else tells clients apart.
 
     indices: M ascending int64 tensors into the training images: what each client trains on.
     held_out: M ascending int64 tensors: what each client keeps for a test of its own; empty at share 0. All of these tensors
-        are disjoint, together all images.
+        are disjoint, together all images but those `dropped`.
     sizes: M image counts, of `indices`. histograms: M rows of C image counts, of `indices`.
     skew: mean over clients of the total-variation distance between a client's and the global label distribution, 0 ... 1.
     sha256: of the indices.
+    dropped: C counts of the images that belong to nobody: outside the long tail, or in no list of the file; empty = none.
+    cameras, modalities: M names, of CAMERAS and of MODALITIES; empty where clients do not differ in them.
     """
 
     scenario: str
@@ -43,23 +44,55 @@ class Partition:
     histograms: tuple[tuple[int, ...], ...]
     skew: float
     sha256: str
+    dropped: tuple[int, ...] = ()
+    cameras: tuple[str, ...] = ()
+    modalities: tuple[str, ...] = ()
+
+    @property
+    def owned(self) -> torch.Tensor:
+        """The images that somebody holds, ascending int64."""
+        return torch.cat([*self.indices, *self.held_out]).sort().values
+
+    @property
+    def kl(self) -> float:
+        """Mean over clients of KL(client's || global label distribution), in nats."""
+        table_MC = torch.tensor(self.histograms, dtype=torch.float64)
+        own_MC, global_C = table_MC / table_MC.sum(1, keepdim=True), table_MC.sum(0) / table_MC.sum()
+        return float(torch.xlogy(own_MC, own_MC / global_C.clamp(min=1e-300)).sum(1).mean())
+
+    def among_owned(self) -> "Partition":
+        """The same partition of a data set that has the owned images alone."""
+        owned = self.owned
+        places = {name: tuple(torch.searchsorted(owned, i) for i in getattr(self, name)) for name in ("indices", "held_out")}
+        return replace(self, **places)
+
+    def gets(self, client: int, anchors: str) -> bool:
+        """Whether the client is sent these anchors, "visual" or "text"."""
+        return not self.modalities or anchors in self.modalities[client]
 
     def manifest(self) -> dict:
         """Everything but the indices, which the hash stands for; ready for JSON."""
         return {
             "scenario": self.scenario,
             "seed": self.seed,
-            "alpha": self.alpha if self.scenario == "nid1" else None,
+            "alpha": self.alpha if self.scenario in ("nid1", "quantity") else None,
             "clients": len(self.indices),
             "sizes": list(self.sizes),
             "held_out_sizes": [len(i) for i in self.held_out],
             "histograms": [list(row) for row in self.histograms],
+            "dropped": list(self.dropped),
+            "cameras": list(self.cameras),
+            "modalities": list(self.modalities),
             "skew": self.skew,
+            "kl": self.kl,
             "sha256": self.sha256,
         }
 
 
-def make_partition(labels: torch.Tensor, *, scenario: str, clients: int, classes: int, alpha: float, seed: int, minimum: int = 2, held_out_share: float = 0.0) -> Partition:
+def make_partition(
+    labels: torch.Tensor, *, scenario: str, clients: int, classes: int, alpha: float, seed: int, minimum: int = 2, held_out_share: float = 0.0,
+    classes_per_client: int = 2, imbalance: float = 1.0, features: str = "none", modality: str = "none", file: Path | None = None, data_sha256: str = "",
+) -> Partition:  # fmt: skip
     """Split the training images over clients.
 
     Args:
@@ -67,15 +100,21 @@ def make_partition(labels: torch.Tensor, *, scenario: str, clients: int, classes
         scenario: one of SCENARIOS.
         clients: M.
         classes: C.
-        alpha: Dirichlet concentration of nid1, 1e-6 ... 1e6; small = skewed.
+        alpha: Dirichlet concentration of nid1 and quantity, 1e-6 ... 1e6; small = skewed.
         seed: the run's seed.
         minimum: images that every client gets at least; the largest clients give what is missing.
         held_out_share: of each client's images, 0 ... 0.5, rounded down: it keeps them for a test of its own.
+        classes_per_client: k of pathological.
+        imbalance: factor >= 1 of the long tail over classes, made before the split; 1 = none.
+        features: "none", or "camera": a camera for each client, which `cameras.py` applies.
+        modality: "none", or "mixed": clients differ in the anchors that they get.
+        file: lists of indices in the scenario's place, see `partition_file.py`; data_sha256: of the data set, which the file may record.
 
     Raises:
-        UserError: an unknown scenario; alpha out of range; more clients than images (times `minimum`); a nid2 of other than six clients.
+        UserError: an unknown scenario; alpha out of range; more clients than images (times `minimum`); a nid2 of other than six clients; shards that do
+            not come out. DataError, MismatchError: the file is damaged, gives a client too little, or is of another data set.
     """
-    N = len(labels)
+    N, labels = len(labels), labels.cpu()
     assert N == 0 or 0 <= int(labels.min()) and int(labels.max()) < classes
     if scenario not in SCENARIOS:
         raise unknown("scenario", scenario, SCENARIOS)
@@ -83,82 +122,55 @@ def make_partition(labels: torch.Tensor, *, scenario: str, clients: int, classes
         raise UserError(f"partition.clients = {clients}: at least one client is needed")
     if not ALPHA_RANGE[0] <= alpha <= ALPHA_RANGE[1]:  # NaN fails this too
         raise UserError(f"partition.alpha = {alpha}: must lie in {ALPHA_RANGE[0]:g} ... {ALPHA_RANGE[1]:g} (small = skewed, large = even)")
-    if N < clients * minimum:
-        raise UserError(f"{clients} clients need at least {clients * minimum} training images ({minimum} each), there are {N}: lower --clients")
-    labels = labels.cpu()
-    source = generator(seed, f"partition-{scenario}")
-    owner_N = {"iid": _iid, "nid1": _nid1, "nid2": _nid2}[scenario](labels, clients, classes, alpha, source)
-    owner_N = _repair(owner_N, clients, minimum, source)
-    return _finish(owner_N, labels, classes, held_out_share, scenario=scenario, seed=seed, alpha=float(alpha), clients=clients)
+    kept = scenarios.long_tail(labels, classes, imbalance, generator(seed, "long-tail"))
+    if file is not None:
+        scenario, owner_N = "file", read_owners(file, N, clients, data_sha256)
+        kept = kept[owner_N[kept] >= 0]
+        owner_N = owner_N[kept]
+        _refuse_short(owner_N, clients, minimum, f"partition.file = {file}", ", of those that partition.imbalance leaves" if imbalance > 1 else "")
+    else:
+        if len(kept) < clients * minimum:
+            raise UserError(f"{clients} clients need at least {clients * minimum} training images ({minimum} each), there are {len(kept)}: lower --clients")
+        source, seen = generator(seed, f"partition-{scenario}"), labels[kept]
+        owner_N = {
+            "iid": lambda: scenarios.iid(seen, clients, source),
+            "nid1": lambda: scenarios.nid1(seen, clients, classes, alpha, source),
+            "nid2": lambda: scenarios.nid2(seen, clients, classes, source),
+            "pathological": lambda: scenarios.pathological(seen, clients, classes, classes_per_client, minimum, source),
+            "quantity": lambda: scenarios.quantity(seen, clients, alpha, source),
+        }[scenario]()
+        owner_N = _repair(owner_N, clients, minimum, source)
+    cameras = _dealt(CAMERAS, clients, seed, "cameras") if features == "camera" else ()
+    modalities = _dealt(MODALITIES, clients, seed, "modalities") if modality == "mixed" else ()
+    about = {"scenario": scenario, "seed": seed, "alpha": float(alpha), "cameras": cameras, "modalities": modalities}
+    return _finish(owner_N, kept, labels, classes, held_out_share, clients=clients, **about)
 
 
 def describe(partition: Partition, class_names: tuple[str, ...]) -> str:
     """A table for a reader: a line per client with its size, its number of classes and the classes it holds most of."""
-    alpha = f", alpha {partition.alpha:g}" if partition.scenario == "nid1" else ""
-    head = f"{partition.scenario}{alpha}, seed {partition.seed}: {sum(partition.sizes)} images, {len(partition.sizes)} clients, "
-    lines = [head + f"skew {partition.skew:.3f}, sha256 {partition.sha256[:16]}", "client  images  classes  most of"]
+    alpha = f", alpha {partition.alpha:g}" if partition.scenario in ("nid1", "quantity") else ""
+    dropped = f" ({sum(partition.dropped)} more belong to nobody)" if partition.dropped else ""
+    head = f"{partition.scenario}{alpha}, seed {partition.seed}: {sum(partition.sizes)} images{dropped}, {len(partition.sizes)} clients, "
+    columns = [(name, values) for name, values in (("camera", partition.cameras), ("anchors", partition.modalities)) if values]
+    titles = "".join(f"{name:<17}" for name, _ in columns)
+    lines = [head + f"skew {partition.skew:.3f}, KL {partition.kl:.3f}, sha256 {partition.sha256[:16]}", f"client  images  classes  {titles}most of"]
     for client, (n, counts) in enumerate(zip(partition.sizes, partition.histograms, strict=True)):
         held = sorted((c for c in range(len(counts)) if counts[c]), key=lambda c: -counts[c])
         most = ", ".join(f"{class_names[c]} {counts[c]}" for c in held[:5]) + (", ..." if len(held) > 5 else "")
-        lines.append(f"{client:>6}  {n:>6}  {len(held):>7}  {most}")
+        lines.append(f"{client:>6}  {n:>6}  {len(held):>7}  {''.join(f'{values[client]:<17}' for _, values in columns)}{most}")
     return "\n".join(lines)
 
 
-def _iid(labels, clients, classes, alpha, source) -> torch.Tensor:
-    """Owner of each image: sizes differ by one at most."""
-    order_N = torch.randperm(len(labels), generator=source)
-    return torch.empty_like(order_N).index_copy_(0, order_N, torch.arange(len(labels)) % clients)
+def _dealt(names: tuple[str, ...], clients: int, seed: int, purpose: str) -> tuple[str, ...]:
+    """A name for each client: in turn, over a seeded shuffle of the clients."""
+    return tuple(names[place % len(names)] for place in torch.randperm(clients, generator=generator(seed, purpose)).tolist())
 
 
-def _nid1(labels, clients, classes, alpha, source) -> torch.Tensor:
-    """Owner of each image, class by class. Source: the Dirichlet split with balancing that MOON's and FedDisco's experiments use."""
-    owner_N = torch.empty(len(labels), dtype=torch.int64)
-    sizes_M = torch.zeros(clients, dtype=torch.int64)
-    for c in range(classes):
-        (mine,) = torch.where(labels == c)
-        if len(mine) == 0:
-            continue
-        mine = mine[torch.randperm(len(mine), generator=source)]
-        log_share_M = _log_gamma_draws(alpha, clients, source)
-        log_share_M[sizes_M * clients >= len(labels)] = -math.inf  # never all: they hold less than N while a class is left
-        bounds = (log_share_M.softmax(0).cumsum(0) * len(mine)).round().long().clamp_(max=len(mine))
-        bounds[-1] = len(mine)
-        if log_share_M[-1] == -math.inf:  # rounding's remainder must not go to a client that is full
-            bounds[int(torch.where(log_share_M > -math.inf)[0][-1]) :] = len(mine)
-        counts_M = bounds.diff(prepend=torch.zeros(1, dtype=torch.int64))
-        owner_N[mine] = torch.repeat_interleave(torch.arange(clients), counts_M)
-        sizes_M += counts_M
-    return owner_N
-
-
-def _log_gamma_draws(alpha: float, n: int, source: torch.Generator) -> torch.Tensor:
-    """log of n Gamma(alpha) draws, float64; their softmax is Dirichlet(alpha). In logarithms, as a small alpha underflows.
-
-    Gamma(alpha) = Gamma(alpha + 1) * U^(1 / alpha) in distribution.
-    """
-    above = torch._standard_gamma(torch.full((n,), alpha + 1.0, dtype=torch.float64), generator=source)
-    uniform = 1 - torch.rand(n, dtype=torch.float64, generator=source)  # in (0, 1]: its logarithm is finite
-    return above.log() + uniform.log() / alpha
-
-
-def _nid2(labels, clients, classes, alpha, source) -> torch.Tensor:
-    """Owner of each image: a sixth of every class goes to the unbiased client (the last), the rest to the class's biased one.
-
-    Choice: groups of consecutive classes (two of CIFAR-10's, 20 of CIFAR-100's) and six equal clients; neither is published.
-    """
-    if clients != NID2_CLIENTS:
-        defined = f"scenario nid2 is defined for {NID2_CLIENTS} clients (five biased, one unbiased), not {clients}"
-        raise UserError(f"{defined}: use --clients {NID2_CLIENTS}, or nid1")
-    biased = NID2_CLIENTS - 1
-    if classes < biased:
-        raise UserError(f"scenario nid2 gives each of {biased} biased clients classes of its own; this data set has {classes} classes: use nid1")
-    owner_N = torch.empty(len(labels), dtype=torch.int64)
-    for c in range(classes):
-        (mine,) = torch.where(labels == c)
-        mine = mine[torch.randperm(len(mine), generator=source)]
-        owner_N[mine] = c * biased // classes
-        owner_N[mine[: round(len(mine) / NID2_CLIENTS)]] = biased
-    return owner_N
+def _refuse_short(owner_N: torch.Tensor, clients: int, minimum: int, where: str, of_what: str) -> None:
+    """Raise DataError where a file leaves a client below its minimum: what a user wrote is not repaired."""
+    fewest = torch.bincount(owner_N, minlength=clients).min(0)
+    if fewest.values < minimum:
+        raise DataError(f"{where}: client {int(fewest.indices)} has {int(fewest.values)} images{of_what}; at least {minimum} are needed")
 
 
 def _repair(owner_N: torch.Tensor, clients: int, minimum: int, source: torch.Generator) -> torch.Tensor:
@@ -180,11 +192,13 @@ def _repair(owner_N: torch.Tensor, clients: int, minimum: int, source: torch.Gen
     return owner_N
 
 
-def _finish(owner_N: torch.Tensor, labels: torch.Tensor, classes: int, held_out_share: float, *, clients: int, **about) -> Partition:
-    """Owners -> Partition, with the invariants asserted."""
+def _finish(owner_N: torch.Tensor, kept: torch.Tensor, labels: torch.Tensor, classes: int, held_out_share: float, *, clients: int, **about) -> Partition:
+    """Owners of the kept images -> Partition, with the invariants asserted."""
     counts = torch.bincount(owner_N, minlength=clients)
-    whole = owner_N.argsort(stable=True).split(counts.tolist())  # stable: ascending inside a client
-    assert len(counts) == clients and int(counts.min()) > 0 and int(counts.sum()) == len(labels)
+    whole = kept[owner_N.argsort(stable=True)].split(counts.tolist())  # stable: ascending inside a client
+    assert len(counts) == clients and int(counts.min()) > 0 and int(counts.sum()) == len(kept)
+    lost_C = torch.bincount(labels, minlength=classes) - torch.bincount(labels[kept], minlength=classes)
+    about["dropped"] = tuple(lost_C.tolist()) if lost_C.any() else ()
     indices, held_out = zip(*(_hold_out(images, held_out_share, about["seed"], client) for client, images in enumerate(whole)), strict=True)
     sizes = torch.tensor([len(i) for i in indices])
     table_MC = torch.stack([torch.bincount(labels[i], minlength=classes) for i in indices])

@@ -114,7 +114,7 @@ def load_dataset(
     for part in ("train", "validation", "test"):
         images, tensors[f"{part}_labels"] = getattr(raw, part)
         tensors[f"{part}_images"] = _resized(images, image_size)
-    return Dataset(name=name, class_names=raw.class_names, sha256=_content_sha256(raw.class_names, tensors), **tensors)
+    return Dataset(name=name, class_names=raw.class_names, sha256=content_sha256(raw.class_names, tensors), **tensors)
 
 
 def stratified(labels: torch.Tensor, shares: tuple[float, ...], source: torch.Generator) -> tuple[torch.Tensor, ...]:
@@ -286,7 +286,7 @@ def _resized(images: torch.Tensor, size: int | None) -> torch.Tensor:
     return out
 
 
-def _content_sha256(class_names: tuple[str, ...], tensors: dict[str, torch.Tensor]) -> str:
+def content_sha256(class_names: tuple[str, ...], tensors: dict[str, torch.Tensor]) -> str:
     """SHA-256 of names, shapes and bytes, part by part in alphabetical order."""
     digest = hashlib.sha256("\0".join(class_names).encode())
     for name in sorted(tensors):

@@ -85,7 +85,8 @@ def objective(visit: Visit, method: Method, frozen: dict[str, nn.Module], images
             logits_BC, features_BD = model(images)
         with torch.no_grad():
             looks = {name: (other, other(images)[1]) for name, other in frozen.items()}
-    visual_BD, text_CD = (None, None) if anchors is None else (anchors.visual_for(labels_B, index_B), anchors.text)
+    visual_BD = anchors.visual_for(labels_B, index_B) if anchors is not None and world.partition.gets(visit.client, "visual") else None
+    text_CD = anchors.text if anchors is not None and world.partition.gets(visit.client, "text") else None
     batch = LocalBatch(
         visit=visit, model=model, features_BD=features_BD, levels=levels, frozen=looks, labels_B=labels_B, visual_BD=visual_BD, text_CD=text_CD
     )  # fmt: skip

@@ -58,8 +58,9 @@ class RoundLedger:
         anchors = self._world.anchors
         if anchors is None:
             return 0
-        visual = len(self._world.partition.indices[client]) if anchors.per == "image" else len(anchors.visual)
-        return 4 * (visual * anchors.visual.shape[1] + anchors.text.numel())
+        partition = self._world.partition
+        visual = len(partition.indices[client]) if anchors.per == "image" else len(anchors.visual)
+        return 4 * (partition.gets(client, "visual") * visual * anchors.visual.shape[1] + partition.gets(client, "text") * anchors.text.numel())
 
 
 def row_bytes(world) -> int:

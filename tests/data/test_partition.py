@@ -53,7 +53,7 @@ def test_skew_by_hand():
 
 
 def test_dirichlet_draws_have_the_right_mean_and_variance():
-    from semanticfl_ref.data.partition import _log_gamma_draws
+    from semanticfl_ref.data.scenarios import _log_gamma_draws
 
     for alpha in (0.05, 0.5, 5.0):
         source = generator(0, "test")

@@ -215,8 +215,8 @@ def test_stratified():
 def test_the_hash_covers_everything(tmp_path):
     d = load_dataset("digits")
     tensors = {name: value for name, value in vars(d).items() if isinstance(value, torch.Tensor)}
-    assert sources._content_sha256(d.class_names, tensors) == d.sha256
+    assert sources.content_sha256(d.class_names, tensors) == d.sha256
     for name in tensors:
         changed = replace(d, **{name: tensors[name].flip(0)})
-        assert sources._content_sha256(d.class_names, {n: getattr(changed, n) for n in tensors}) != d.sha256
-    assert sources._content_sha256(d.class_names[::-1], tensors) != d.sha256
+        assert sources.content_sha256(d.class_names, {n: getattr(changed, n) for n in tensors}) != d.sha256
+    assert sources.content_sha256(d.class_names[::-1], tensors) != d.sha256

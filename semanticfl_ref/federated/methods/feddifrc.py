@@ -24,12 +24,12 @@ def heads_where_widths_differ(config: Config, anchors: Anchors, features: int) -
 
 
 def diffusion_terms(batch: LocalBatch) -> Terms:
-    """lambda_noise * KL + lambda_text * InfoNCE. A term of weight zero is not computed."""
+    """lambda_noise * KL + lambda_text * InfoNCE. A term of weight zero, or whose anchors the client does not get, is not computed."""
     o, model, terms = batch.config.feddifrc, batch.model, {}
-    if o.lambda_noise > 0:
+    if o.lambda_noise > 0 and batch.visual_BD is not None:
         seen_BD = batch.features_BD if model.visual_head is None else model.visual_head(batch.features_BD)
         terms["noise_consistency"] = (o.lambda_noise, consistency(seen_BD, batch.visual_BD, "kl-unit", o.temperature))
-    if o.lambda_text > 0:
+    if o.lambda_text > 0 and batch.text_CD is not None:
         seen_BD = batch.features_BD if model.text_head is None else model.text_head(batch.features_BD)
         terms["text_contrast"] = (o.lambda_text, contrast(seen_BD, batch.text_CD, batch.labels_B, o.tau))
     return terms

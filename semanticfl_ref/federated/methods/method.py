@@ -55,8 +55,8 @@ class LocalBatch:
         levels: float32 [B, width] of every level, for a method with `needs_levels`; else empty.
         frozen: name -> (model, its features [B, D] of the same images), for each row of the method's `frozen`.
         labels_B: int64 [B].
-        visual_BD: float32 [B, width of a visual anchor], this batch's anchors; None for a method without.
-        text_CD: float32 [C, width of a text anchor]; None for a method without.
+        visual_BD: float32 [B, width of a visual anchor], this batch's anchors; None for a method or a client without.
+        text_CD: float32 [C, width of a text anchor]; None for a method or a client without.
     """
 
     visit: Visit

@@ -23,12 +23,12 @@ def anchor_heads(config: Config, anchors: Anchors, features: int) -> dict[str, i
 
 
 def semantic_terms(batch: LocalBatch) -> Terms:
-    """lambda_kd * consistency + lambda_con * InfoNCE. A term of weight zero is not computed."""
+    """lambda_kd * consistency + lambda_con * InfoNCE. A term of weight zero, or whose anchors the client does not get, is not computed."""
     o, terms = batch.config.semantic, {}
-    if o.lambda_kd > 0:
+    if o.lambda_kd > 0 and batch.visual_BD is not None:
         seen_BD = batch.features_BD if batch.model.visual_head is None else batch.model.visual_head(batch.features_BD)
         terms["consistency"] = (o.lambda_kd, consistency(seen_BD, batch.visual_BD, o.consistency, o.kd_temperature, o.kd_squared))
-    if o.lambda_con > 0:
+    if o.lambda_con > 0 and batch.text_CD is not None:
         terms["contrast"] = (o.lambda_con, contrast(batch.model.text_head(batch.features_BD), batch.text_CD, batch.labels_B, o.tau))
     return terms
 
