@@ -35,4 +35,9 @@ def diffusion_terms(batch: LocalBatch) -> Terms:
     return terms
 
 
-FEDDIFRC = Method(local_terms=diffusion_terms, heads=heads_where_widths_differ, needs_anchors=True)
+def anchors_read(config: Config) -> tuple[bool, bool]:
+    """Visual anchors for the consistency, texts for the contrast."""
+    return config.feddifrc.lambda_noise > 0, config.feddifrc.lambda_text > 0
+
+
+FEDDIFRC = Method(local_terms=diffusion_terms, heads=heads_where_widths_differ, needs_anchors=True, reads_anchors=anchors_read)
