@@ -63,8 +63,7 @@ def train(config: Config, *, out: Path, resume: bool, offline: bool, say: Callab
         folder, state = RunFolder.create(out, config, about), new_state(world)
     state = play(world, state, folder, identity)
     load_row(world.model, state.row)  # a resume may have had no round left to play
-    about = {**_about(config, folder, anchors), "confusion": confusion(world.model, world)}
-    summary = summarise(folder.rows(), folder.seconds(), about)
+    summary = summarise(folder.rows(), folder.seconds(), {**_about(config, folder, anchors), "confusion": confusion(world.model, world)})
     folder.finish(summary)
     return summary
 

@@ -14,7 +14,8 @@ def evaluate(model, world) -> dict:
     """Accuracies of `model` in 0 ... 1.
 
     Returns:
-        test_accuracy; validation_accuracy (None without a validation part); class_accuracy, a list of C, None for a class without a test image; client_accuracy, a list of M: the test part's
+        test_accuracy; validation_accuracy (None without a validation part); class_accuracy, a list of C, None for a class without a test image;
+        client_accuracy, a list of M: the test part's
         class accuracies averaged by the client's label histogram, which is the accuracy on a test set with its label mix; with
         partition.held_out_share, own_accuracy: a list of M accuracies on the clients' own tests, None for a client without.
     """

@@ -40,11 +40,10 @@ class RoundLedger:
 
     def line(self) -> dict:
         """The round's books; values of lost clients are left out of the means."""
-        steps = [r.steps for r in self._reports]
         gradients = [r.gradients for r in self._reports]
         return {
             "loss": _mean([float(r.loss) / r.steps for r in self._reports]),
-            "terms": _means([{name: float(total) / n for name, total in r.terms.items()} for n, r in zip(steps, self._reports, strict=True)]),
+            "terms": _means([{name: float(total) / r.steps for name, total in r.terms.items()} for r in self._reports]),
             "gradient_share": _means([{name: g.share for name, g in found.items()} for found in gradients]),
             "gradient_norm": _means([{name: g.norm for name, g in found.items()} for found in gradients]),
             "gradient_cosine": _means([{name: g.cosine for name, g in found.items() if name != "cross_entropy"} for found in gradients]),

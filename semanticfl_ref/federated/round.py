@@ -85,6 +85,7 @@ def participants(world: World, clients: list[int]) -> Participants:
 
 
 def new_aggregator(world: World, state: FederatedState) -> Aggregator:
-    """An empty aggregator of the configured rule. Updates are compared over what descends and comes from the global row: no running averages, no entries of a client's own."""
+    """An empty aggregator of the configured rule. Norms of updates are over what descends and comes from the global row:
+    no running averages, no entries of a client's own."""
     apart = world.layout.batch_norm if len(state.batch_norm) else world.layout.buffers
     return Aggregator(state.row, world.config.federation.aggregation, world.config.server.trim, apart)

@@ -35,9 +35,5 @@ def diffusion_terms(batch: LocalBatch) -> Terms:
     return terms
 
 
-def anchors_read(config: Config) -> tuple[bool, bool]:
-    """Visual anchors for the consistency, texts for the contrast."""
-    return config.feddifrc.lambda_noise > 0, config.feddifrc.lambda_text > 0
-
-
-FEDDIFRC = Method(local_terms=diffusion_terms, heads=heads_where_widths_differ, needs_anchors=True, reads_anchors=anchors_read)
+FEDDIFRC = Method(local_terms=diffusion_terms, heads=heads_where_widths_differ, needs_anchors=True,
+                  reads_anchors=lambda config: (config.feddifrc.lambda_noise > 0, config.feddifrc.lambda_text > 0))  # fmt: skip

@@ -33,9 +33,5 @@ def semantic_terms(batch: LocalBatch) -> Terms:
     return terms
 
 
-def anchors_read(config: Config) -> tuple[bool, bool]:
-    """Visual anchors for the consistency, texts for the contrast."""
-    return config.semantic.lambda_kd > 0, config.semantic.lambda_con > 0
-
-
-SEMANTICFL = Method(local_terms=semantic_terms, heads=anchor_heads, needs_anchors=True, reads_anchors=anchors_read)
+SEMANTICFL = Method(local_terms=semantic_terms, heads=anchor_heads, needs_anchors=True,
+                    reads_anchors=lambda config: (config.semantic.lambda_kd > 0, config.semantic.lambda_con > 0))  # fmt: skip
