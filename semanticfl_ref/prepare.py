@@ -180,7 +180,7 @@ def dry_run(config: Config) -> dict:
     world = make_world(config, dataset, partition, anchors)
     f = config.federation
     per_client = [f.local_epochs * max(1, n // f.batch_size + (n % f.batch_size > 1)) for n in partition.sizes]
-    sent = f.clients_per_round * row_bytes(world)
+    sent = {way: f.clients_per_round * sum(kinds.values()) for way, kinds in row_bytes(world).items()}
     return {
         "dataset": dataset.name,
         "images": {"train": len(dataset.train_labels), "validation": len(dataset.validation_labels), "test": len(dataset.test_labels)},
@@ -192,8 +192,8 @@ def dry_run(config: Config) -> dict:
         "rounds": f.rounds,
         "steps_per_round": round(f.clients_per_round * sum(per_client) / len(per_client), 1),
         "row_entries": world.layout.entries,
-        "bytes_down_per_round": sent,
-        "bytes_up_per_round": sent,
+        "bytes_down_per_round": sent["down"],
+        "bytes_up_per_round": sent["up"],
     }
 
 

@@ -18,6 +18,8 @@ from tqdm import tqdm
 from semanticfl_ref import __version__
 from semanticfl_ref.config import Config
 from semanticfl_ref.diffusion.anchors import Anchors
+from semanticfl_ref.federated.evaluation import confusion
+from semanticfl_ref.federated.flat import load_row
 from semanticfl_ref.federated.round import play_round
 from semanticfl_ref.federated.state import FederatedState, load_checkpoint, save_checkpoint
 from semanticfl_ref.federated.world import World, make_world, new_state
@@ -59,8 +61,9 @@ def train(config: Config, *, out: Path, resume: bool, offline: bool, say: Callab
     else:
         about = {"environment.json": environment, "partition.json": partition.manifest(), "anchors.json": provenance_of(config, anchors)}
         folder, state = RunFolder.create(out, config, about), new_state(world)
-    play(world, state, folder, identity)
-    summary = summarise(folder.rows(), folder.seconds(), _about(config, folder, anchors))
+    state = play(world, state, folder, identity)
+    load_row(world.model, state.row)  # a resume may have had no round left to play
+    summary = summarise(folder.rows(), folder.seconds(), {**_about(config, folder, anchors), "confusion": confusion(world.model, world)})
     folder.finish(summary)
     return summary
 

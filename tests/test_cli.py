@@ -11,7 +11,7 @@ from processes import ROOT, command, environment, run_cli
 
 from semanticfl_ref import cli, config
 from semanticfl_ref.commands.flags import FLAGS
-from semanticfl_ref.report import metrics, tables
+from semanticfl_ref.report import tables
 
 
 def refused(capsys, code: int, *arguments: str) -> str:
@@ -177,16 +177,6 @@ def test_first_line_within_two_seconds(elsewhere):
     process.kill()
     process.communicate()
     assert b"loading torch" in line and waited <= 2.0
-
-
-def test_the_summary_and_its_table():
-    row = {"test_accuracy": 0.5, "validation_accuracy": None, "client_accuracy": [0.6, 0.2], "loss": 1.0, "steps": 3, "bytes_down": 1024, "bytes_up": 512}
-    rows = [{**row, "round": r, "test_accuracy": r / 10, "gradient_share": {"cross_entropy": 0.995, "contrast": 0.005}} for r in range(1, 8)]
-    summary = metrics.summarise(rows, 12.0, {"folder": "runs/x", "warnings": ["first"]})
-    assert (summary["test_accuracy"], summary["worst_client"], summary["bytes_down"]) == (0.7, 1, 7 * 1024)
-    assert summary["test_accuracy_last_five"] == pytest.approx(0.5)
-    assert len(summary["warnings"]) == 2 and "'contrast'" in summary["warnings"][1] and "0.50%" in summary["warnings"][1]
-    assert "20.00% (client 1)" in tables.table(summary) and "10.5 KiB" in tables.table(summary)
 
 
 @pytest.mark.parametrize("count, text", [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (2**40 * 3, "3.0 TiB")])

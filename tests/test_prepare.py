@@ -55,7 +55,7 @@ def test_dry_run_says_what_a_run_does(method, job, tmp_path):
     everyone = [*job, "--method", method, "--clients-per-round", "3", "--rounds", "1"]
     assert cli.main(["train", *everyone, "--out", str(tmp_path / "run")]) == 0
     row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
-    sizes = prepare.dry_run(cli.settle(cli.parse(["train", *everyone])))
+    sizes = prepare.dry_run(settle(cli.parse(["train", *everyone])))
     assert (sizes["steps_per_round"], sizes["bytes_down_per_round"], sizes["bytes_up_per_round"]) == (row["steps"], row["bytes_down"], row["bytes_up"])
 
 

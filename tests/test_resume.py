@@ -198,6 +198,15 @@ def unfinished(tmp_path, unbroken_run):
     return run
 
 
+def test_the_summary_of_a_run_that_was_killed_just_before_it(unfinished, unbroken_run):
+    """The confusion matrix comes from the final row, whether or not a round was played in this session."""
+    assert cli.main(["train", "--resume", str(unfinished)]) == 0
+    here, there = (json.loads((run / "summary.json").read_text()) for run in (unfinished, unbroken_run))
+    assert {**here, "folder": there["folder"]} == there and here["rounds"] == 4
+    last = json.loads((unfinished / "metrics.jsonl").read_text().splitlines()[-1])
+    assert [row[c] / sum(row) for c, row in enumerate(there["confusion"])] == last["class_accuracy"] == there["class_accuracy"]
+
+
 def test_flags_that_contradict_the_run(unfinished, capsys):
     assert cli.main(["train", "--resume", str(unfinished), "--seed", "0", "--set", "model.width=3"]) == 4
     assert "model.width = 2 there, 3 here" in capsys.readouterr().err

@@ -20,41 +20,70 @@ class Aggregator:
     """Takes the round's rows one by one, in ascending client number: in O(P) memory for the mean, in O(K P) for the robust rules, which need all rows.
 
     Args:
-        entries: P.
+        start_P: float32 [P], the row that the clients started from.
         rule: "mean", weighted; "median" or "trimmed-mean" of every entry, BatchNorm's running averages too, each client counting once.
         trim: share of the clients that trimmed-mean cuts at each end.
+        apart: int64 indices of entries that the updates' norms leave out; None = none.
+
+    Attributes:
+        clients: whose rows were added.
+        weight: of these rows, in all.
+        update_norms: client -> |row - start|, measured while the row is added: it is read from memory once.
+        mean_update_norm: |aggregate - start|, once there is one.
 
     Source: FedAvg (McMahan et al. 2017); Yin, Chen, Ramchandran, Bartlett: Byzantine-Robust Distributed Learning. ICML 2018, Definitions 1 and 2.
     The robust rules bear fewer hostile clients than half, or than `trim`. Under label skew an honest client is an outlier too, and is lost with them.
     """
 
-    def __init__(self, entries: int, device: torch.device, rule: str = "mean", trim: float = 0.0):
+    def __init__(self, start_P: torch.Tensor, rule: str = "mean", trim: float = 0.0, apart: torch.Tensor | None = None):
         if rule not in ("mean", "median", "trimmed-mean"):
             raise unknown("federation.aggregation", rule, ("mean", "median", "trimmed-mean"))
-        self._average, self._rule, self._trim = RunningAverage(entries, device), rule, trim
+        self._average, self._rule, self._trim = RunningAverage(len(start_P), start_P.device), rule, trim
+        self._start_P, self._apart = start_P, apart
         self._rows: list[torch.Tensor] = []
+        self._weighted_norms = 0.0
         self.clients: list[int] = []
         self.weight = 0.0
+        self.update_norms: dict[int, float] = {}
 
     def add(self, client: int, row_P: torch.Tensor, weight: float) -> bool:
         """Add a client's row, `weight` relative to the other clients of the round; False for a row with NaN or infinity, which is left out."""
         assert not self.clients or client > self.clients[-1], "rows must come in ascending client number: the sum's order is the result"
-        if self._rule == "mean":
-            finite = int(self._average.add(row_P, weight).non_finite) == 0
-        else:
-            finite = bool(torch.isfinite(row_P).all())
-            self._rows += [row_P] if finite else []
-        if finite:
-            self.clients.append(client)
-            self.weight += weight
-        return finite
+        norm = self._update_norm(row_P, weight if self._rule == "mean" else 0.0)
+        if norm is None:
+            return False
+        self._rows += [row_P] if self._rule != "mean" else []
+        self.clients.append(client)
+        self.weight += weight
+        self._weighted_norms += weight * norm
+        self.update_norms[client] = norm
+        return True
 
     def finish(self) -> torch.Tensor:
         """The aggregate, float32 [P]."""
         if self._rule == "mean":
-            return self._average.finish()
-        clients = len(self._rows)
-        return trimmed_mean(self._rows, (clients - 1) // 2 if self._rule == "median" else trimmed(self._trim, clients))
+            aggregate_P = self._average.finish()
+        else:
+            clients = len(self._rows)
+            aggregate_P = trimmed_mean(self._rows, (clients - 1) // 2 if self._rule == "median" else trimmed(self._trim, clients))
+        self.mean_update_norm = self._update_norm(aggregate_P, 0.0)
+        return aggregate_P
+
+    @property
+    def agreement(self) -> float | None:
+        """|aggregate - start| over the weighted mean of |row - start|: of the mean 1 when all updates are one, 1 / sqrt(K) when K equal ones are
+        orthogonal, 0 when they cancel; None when nobody moved."""
+        return self.mean_update_norm * self.weight / self._weighted_norms if self._weighted_norms else None
+
+    def _update_norm(self, row_P: torch.Tensor, weight: float) -> float | None:
+        """|row - start| of a row that is added with a weight, 0 = only looked at; None for one with NaN or infinity, which is not added."""
+        seen = self._average.add(row_P, weight, self._start_P)
+        if int(seen.non_finite):
+            return None
+        squared = float(seen.squared_update_norm)
+        if self._apart is not None:
+            squared -= float((row_P[self._apart].double() - self._start_P[self._apart]).square().sum())
+        return math.sqrt(max(squared, 0.0))
 
 
 def trimmed(share: float, clients: int) -> int:

@@ -4,7 +4,9 @@ Letters: B batch, D feature width, M clients, P entries of a row.
 """
 
 import copy
+import math
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -17,24 +19,31 @@ from semanticfl_ref.federated.methods.method import LocalBatch, Method, Terms, V
 from semanticfl_ref.randomness import generator
 
 
+class Gradient(NamedTuple):
+    """Of one weighted term, at the features: its norm; the norm over the sum of all terms' norms; its cosine to cross-entropy's, NaN where one vanishes."""
+
+    norm: float
+    share: float
+    cosine: float
+
+
 @dataclass
 class ClientReport:
-    """What a client's training showed: sums over its steps, and each term's share of the gradient at its first step.
+    """What a client's training showed: sums over its steps, and each term's gradient at the features at its first step.
 
     Attributes:
         steps: SGD steps made.
         loss: sum over steps of the whole objective, float scalar tensor.
         last_epoch_loss: mean of the objective over the last epoch's steps, float scalar tensor.
         terms: name -> sum over steps of the unweighted term.
-        gradient_share: name -> norm of the weighted term's gradient at the features, over the sum of all terms' norms; terms that do not
-            pass through the features (a distance between weights, inner levels) are not in it.
+        gradients: name -> what `feature_gradients` says of the term.
     """
 
     steps: int = 0
     loss: torch.Tensor | float = 0.0
     last_epoch_loss: torch.Tensor | float = 0.0
     terms: dict[str, torch.Tensor] = field(default_factory=dict)
-    gradient_share: dict[str, float] = field(default_factory=dict)
+    gradients: dict[str, Gradient] = field(default_factory=dict)
 
 
 def train_client(visit: Visit) -> ClientReport:
@@ -56,8 +65,8 @@ def train_client(visit: Visit) -> ClientReport:
         for index_B in epoch_batches(world.partition.indices[visit.client], batch_size=options.batch_size, generator=source):
             images = network_input(data.train_images[index_B], augment=visit.config.data.augment, generator=source)
             terms, features_BD = objective(visit, method, frozen, images, index_B)
-            if report.steps == 0 and len(terms) > 1:
-                report.gradient_share = gradient_share(terms, features_BD)
+            if report.steps == 0:
+                report.gradients = feature_gradients(terms, features_BD)
             loss = sum(weight * value for weight, value in terms.values())
             optimizer.zero_grad()
             loss.backward()
@@ -100,13 +109,15 @@ def frozen_copy(model: nn.Module, row_P: torch.Tensor) -> nn.Module:
     return other
 
 
-def gradient_share(terms: Terms, features_BD: torch.Tensor) -> dict[str, float]:
-    """Each weighted term's gradient norm at the features [B, D], over the sum of the norms.
+def feature_gradients(terms: Terms, features_BD: torch.Tensor) -> dict[str, Gradient]:
+    """Each weighted term's gradient at the features [B, D]: how long it is, and whether it pulls with cross-entropy or against it.
 
     At the features rather than at every weight: the backbone's share of the backward pass, which is nearly all of it, is not
-    repeated for each term.
+    repeated for each term. Terms that do not pass through the features (a distance between weights, inner levels) are not in it.
     """
-    gradients = {name: torch.autograd.grad(weight * value, features_BD, retain_graph=True, allow_unused=True)[0] for name, (weight, value) in terms.items()}
-    norms = {name: gradient.norm().item() for name, gradient in gradients.items() if gradient is not None}
-    total = sum(norms.values())
-    return {name: norm / total if total else 0.0 for name, norm in norms.items()}
+    found = {name: torch.autograd.grad(weight * value, features_BD, retain_graph=True, allow_unused=True)[0] for name, (weight, value) in terms.items()}
+    found = {name: gradient.flatten() for name, gradient in found.items() if gradient is not None}
+    norms = {name: gradient.norm().item() for name, gradient in found.items()}
+    total, base = sum(norms.values()), norms["cross_entropy"]
+    cosines = {name: gradient.dot(found["cross_entropy"]).item() / (norms[name] * base) if norms[name] * base else math.nan for name, gradient in found.items()}
+    return {name: Gradient(norm, norm / total if total else 0.0, cosines[name]) for name, norm in norms.items()}

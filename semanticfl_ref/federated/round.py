@@ -12,7 +12,7 @@ from semanticfl_ref.federated.aggregation import Aggregator, server_step
 from semanticfl_ref.federated.client import train_client
 from semanticfl_ref.federated.evaluation import evaluate
 from semanticfl_ref.federated.flat import load_row, to_row
-from semanticfl_ref.federated.ledger import RoundLedger
+from semanticfl_ref.federated.ledger import RoundLedger, drift
 from semanticfl_ref.federated.methods import METHODS
 from semanticfl_ref.federated.methods.method import Participants, Visit
 from semanticfl_ref.federated.state import FederatedState
@@ -35,7 +35,7 @@ def play_round(state: FederatedState, world: World) -> tuple[FederatedState, dic
     everyone_M = torch.randperm(world.config.partition.clients, generator=generator(world.config.run.seed, "clients", round))
     chosen_K = sorted(everyone_M[: options.clients_per_round].tolist())
     weights_K = method.weights(participants(world, chosen_K))
-    average = new_aggregator(world)
+    returned = average = new_aggregator(world, state)
 
     for client, weight in zip(chosen_K, weights_K.tolist(), strict=True):
         # 2. Client: load the global row, train locally, return a row.
@@ -46,7 +46,7 @@ def play_round(state: FederatedState, world: World) -> tuple[FederatedState, dic
         ledger.count(client, report)
 
         # 3. Server: add the client's row to the weighted average, and to what the method keeps.
-        if bool(torch.isfinite(torch.as_tensor(report.loss))) and average.add(client, row_P, weight):
+        if bool(torch.isfinite(torch.as_tensor(report.loss))) and returned.add(client, row_P, weight):
             method.remember(memory, visit, row_P, report)
             if len(batch_norm):
                 batch_norm[client] = row_P[world.layout.batch_norm]
@@ -54,11 +54,11 @@ def play_round(state: FederatedState, world: World) -> tuple[FederatedState, dic
             raise NonFiniteError(f"round {round}, client {client}: {ledger.culprit(report)} became NaN or infinite. Lower federation.learning_rate, or set federation.non_finite=drop")
         else:
             ledger.dropped.append(client)
-    if not average.weight:
+    if not returned.weight:
         raise NonFiniteError(f"round {round}: every client that has a weight returned NaN or infinity. Lower federation.learning_rate")
-    others = method.choose(world, memory, average.clients, round)
+    others = method.choose(world, memory, returned.clients, round)
     if others is not None:
-        average = new_aggregator(world)
+        average = new_aggregator(world, state)
         for client, row_P, weight in others:
             average.add(client, row_P.to(world.device), weight)
     served = state.served.index_fill(0, torch.tensor(chosen_K), True)  # their anchors went out with the row
@@ -66,7 +66,7 @@ def play_round(state: FederatedState, world: World) -> tuple[FederatedState, dic
 
     # 4. Server: evaluate the new global row, and write one line of metrics.
     load_row(model, state.row)
-    return state, {"round": round, "clients": chosen_K, **evaluate(model, world), **ledger.line()}
+    return state, {"round": round, "clients": chosen_K, **evaluate(model, world), **ledger.line(), "drift": drift(chosen_K, returned, average)}
 
 
 def with_own_batch_norm(state: FederatedState, world: World, client: int) -> torch.Tensor:
@@ -84,6 +84,8 @@ def participants(world: World, clients: list[int]) -> Participants:
     return Participants(config=world.config, counts_K=counts_K, histograms_KC=torch.tensor([world.partition.histograms[k] for k in clients]))
 
 
-def new_aggregator(world: World) -> Aggregator:
-    """An empty aggregator of the configured rule."""
-    return Aggregator(world.layout.entries, world.device, world.config.federation.aggregation, world.config.server.trim)
+def new_aggregator(world: World, state: FederatedState) -> Aggregator:
+    """An empty aggregator of the configured rule. Norms of updates are over what descends and comes from the global row:
+    no running averages, no entries of a client's own."""
+    apart = world.layout.batch_norm if len(state.batch_norm) else world.layout.buffers
+    return Aggregator(state.row, world.config.federation.aggregation, world.config.server.trim, apart)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -141,7 +142,9 @@ class RunFolder:
 
 
 def _json(document: dict) -> str:
-    return json.dumps(document, indent=2, sort_keys=True) + "\n"
+    """Indented, and a list of plain values on one line, so that a matrix looks like one. In a text a line break is written \\n: those found are the indentation's."""
+    text = json.dumps(document, indent=2, sort_keys=True, allow_nan=False)
+    return re.sub(r"\[\n([^\[\]{}]*)\n *\]", lambda values: "[" + re.sub(r"\n +", " ", values[1].lstrip()) + "]", text) + "\n"
 
 
 def _rounds(lines: list[bytes]) -> list[int] | None:

@@ -17,11 +17,12 @@ def closing_words(summary: dict, config: Config) -> str:
 
 def table(summary: dict) -> str:
     """The short table that ends a run."""
-    sent = summary["bytes_down"] + summary["bytes_up"]
+    sent, best = summary["bytes_down"] + summary["bytes_up"], summary["test_accuracy_at_best_validation"]
     lines = [
         ("last accuracy", f"{summary['test_accuracy']:.2%}"),
         ("mean of the last five", f"{summary['test_accuracy_last_five']:.2%}"),
-        ("worst client", f"{summary['worst_client_accuracy']:.2%} (client {summary['worst_client']})"),
+        *([("best on validation", f"{best:.2%} (round {summary['best_validation_round']})")] if best is not None else []),
+        ("worst 10 % of clients", f"{summary['client_accuracy']['worst_tenth']:.2%} (the worst: client {summary['worst_client']}, {summary['worst_client_accuracy']:.2%})"),
         ("time", f"{summary['seconds']:.0f} s for {summary['rounds']} rounds"),
         ("sent", f"{size(sent)} ({size(summary['bytes_down'])} to the clients, {size(summary['bytes_up'])} back)"),
         ("run folder", summary["folder"]),

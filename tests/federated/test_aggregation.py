@@ -18,7 +18,7 @@ ROWS = torch.tensor([[1.0, -8.0], [2.0, 0.0], [4.0, 1.0], [7.0, 2.0], [1e9, 3.0]
 
 
 def aggregate(rows, rule, trim=0.2, weights=None):
-    aggregator = Aggregator(rows.shape[1], torch.device("cpu"), rule, trim)
+    aggregator = Aggregator(torch.zeros(rows.shape[1]), rule, trim)
     for client, row in enumerate(rows):
         aggregator.add(client, row, 1.0 if weights is None else weights[client])
     return aggregator.finish().tolist()
@@ -52,11 +52,12 @@ def test_a_trim_that_cuts_nobody_is_refused():
 
 @pytest.mark.parametrize("rule", ["mean", "median", "trimmed-mean"])
 def test_a_row_that_is_not_finite_is_left_out(rule):
-    aggregator = Aggregator(2, torch.device("cpu"), rule, 0.2)
+    aggregator = Aggregator(torch.zeros(2), rule, 0.2)
     bad = ROWS[0].clone()
     bad[1] = float("inf")
     assert [aggregator.add(client, row, 1.0) for client, row in enumerate([bad, *ROWS[1:4]])] == [False, True, True, True]
     assert aggregator.clients == [1, 2, 3] and aggregator.weight == 3
+    assert aggregator.update_norms == pytest.approx({1: 2.0, 2: 17**0.5, 3: 53**0.5})
     assert aggregator.finish().tolist() == pytest.approx([13 / 3 if rule != "median" else 4.0, 1.0])
 
 

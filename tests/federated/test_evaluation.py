@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 
 from semanticfl_ref.data.partition import make_partition
-from semanticfl_ref.federated.evaluation import evaluate
+from semanticfl_ref.federated.evaluation import confusion, evaluate
 
 
 class AlwaysFirst(torch.nn.Module):
@@ -24,6 +24,29 @@ def test_a_client_is_judged_by_its_own_mix_of_labels(small_world):
     assert line["test_accuracy"] == 4 / 12
     assert torch.tensor(line["client_accuracy"], dtype=torch.float64).allclose(mix_MC[:, 0] / mix_MC.sum(1))
     assert "own_accuracy" not in line and line["validation_accuracy"] is None
+    assert line["class_accuracy"] == [1.0, 0.0, 0.0] and confusion(AlwaysFirst(), world) == [[4, 0, 0]] * 3
+
+
+class ByBrightness(torch.nn.Module):
+    """Says class 0 of dark images, 1 of grey and 2 of bright ones."""
+
+    def forward(self, images):
+        level_B = images.mean((1, 2, 3))
+        logits = -(level_B[:, None] - torch.tensor([-1.0, 0.0, 1.0])).abs()
+        return logits, logits
+
+
+def test_classes_and_their_confusion_on_numbers(small_world):
+    """Seven test images of classes 0 and 1, none of class 2. A client of class 2 alone has nothing to be judged by."""
+    world = small_world()
+    bytes_N, labels_N = torch.tensor([0, 0, 128, 255, 128, 128, 0]), torch.tensor([0, 0, 0, 0, 1, 1, 1])
+    images = bytes_N.to(torch.uint8)[:, None, None, None].expand(7, 32, 32, 3)
+    partition = replace(world.partition, histograms=((3, 1, 0), (0, 2, 8), (0, 0, 5)))
+    world = replace(world, dataset=replace(world.dataset, test_images=images, test_labels=labels_N), partition=partition)
+    assert confusion(ByBrightness(), world) == [[2, 1, 1], [1, 2, 0], [0, 0, 0]]
+    line = evaluate(ByBrightness(), world)
+    assert line["class_accuracy"] == [2 / 4, 2 / 3, None] and line["test_accuracy"] == 4 / 7
+    torch.testing.assert_close(line["client_accuracy"], [(3 * 2 / 4 + 2 / 3) / 4, 2 / 3, 0.0])
 
 
 def test_a_client_is_judged_by_the_images_it_kept(small_world):

@@ -35,4 +35,5 @@ def diffusion_terms(batch: LocalBatch) -> Terms:
     return terms
 
 
-FEDDIFRC = Method(local_terms=diffusion_terms, heads=heads_where_widths_differ, needs_anchors=True)
+FEDDIFRC = Method(local_terms=diffusion_terms, heads=heads_where_widths_differ, needs_anchors=True,
+                  reads_anchors=lambda config: (config.feddifrc.lambda_noise > 0, config.feddifrc.lambda_text > 0))  # fmt: skip

@@ -107,8 +107,9 @@ class Method:
         heads: the model's heads besides the classifier, as arguments of ResNet10: width by name.
         frozen: rows with which a second, frozen model looks at each batch, by name.
         needs_anchors: whether the server makes and sends anchors. A bool.
+        reads_anchors: (configuration) -> whether a client needs its visual anchors, and the texts, for the ledger; those of a term of weight zero are not sent.
         needs_levels: whether local terms look at every level's features. A bool.
-        control_rows: rows of parameters that travel beside the model, each way, for the ledger. An int.
+        control_rows: (configuration) -> rows of parameters that travel beside the model, each way, for the ledger.
     """
 
     keeps: Callable[[Config, torch.Tensor], Memory] = lambda config, row_P: {}
@@ -120,5 +121,6 @@ class Method:
     heads: Callable[[Config, Anchors | None, int], dict[str, int]] = no_heads
     frozen: Callable[[Visit], dict[str, torch.Tensor]] = lambda visit: {}
     needs_anchors: bool = False
+    reads_anchors: Callable[[Config], tuple[bool, bool]] = lambda config: (True, True)
     needs_levels: bool = False
-    control_rows: int = 0
+    control_rows: Callable[[Config], int] = lambda config: 0

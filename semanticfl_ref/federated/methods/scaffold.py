@@ -54,4 +54,5 @@ def effective_steps(steps: int, momentum: float) -> float:
     return sum((1 - momentum**t) / (1 - momentum) for t in range(1, steps + 1))
 
 
-SCAFFOLD = Method(keeps=controls, correction=control_gradient, remember=update_controls, control_rows=1)
+# c goes to a client, c_i+ - c_i comes back.
+SCAFFOLD = Method(keeps=controls, correction=control_gradient, remember=update_controls, control_rows=lambda config: int(config.scaffold.control_scale > 0))

@@ -33,4 +33,5 @@ def semantic_terms(batch: LocalBatch) -> Terms:
     return terms
 
 
-SEMANTICFL = Method(local_terms=semantic_terms, heads=anchor_heads, needs_anchors=True)
+SEMANTICFL = Method(local_terms=semantic_terms, heads=anchor_heads, needs_anchors=True,
+                    reads_anchors=lambda config: (config.semantic.lambda_kd > 0, config.semantic.lambda_con > 0))  # fmt: skip
