@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from info_nce_cases import NAMES, assert_as_exact_as_eager, derive, draw, eager, inputs
+from info_nce_cases import NAMES, assert_as_exact_as_eager, derive, draw, eager, factors_of, inputs
 
 from semanticfl_ref.kernels.info_nce import info_nce
 
@@ -195,4 +195,5 @@ def sum_of_magnitudes(q, k, labels, tau, normalize=True, weights=None, reduction
     slopes = torch.autograd.functional.jacobian(lambda tau: eager(q.double(), k.double(), labels, tau, normalize, None, "none", symmetric), tau)
     weights = torch.ones_like(slopes) if weights is None else weights.double()
     shares = weights / weights.sum(-1, keepdim=True) if reduction == "mean" else weights
-    return (shares * slopes.abs()).sum().item()
+    contributions = shares * slopes.abs() if reduction == "none" else (shares * slopes.abs()).sum(-1)
+    return (contributions * factors_of(contributions)).sum().item()
