@@ -25,8 +25,8 @@ import torch
 import triton
 import triton.language as tl
 
-from semanticfl_ref.kernels.dispatch import Variant, interpreted
-from semanticfl_ref.kernels.info_nce_small import TRITON_TYPES, ZERO_SCALE, chunk, multiply
+from semanticfl_ref.kernels.dispatch import Variant, interpreted, variant
+from semanticfl_ref.kernels.info_nce_small import TRITON_TYPES, ZERO_SCALE, chunk, kinds, multiply
 from semanticfl_ref.kernels.info_nce_streaming import block_sizes as forward_block_sizes
 
 SPACE = 64 << 20  # bytes of S
@@ -55,7 +55,7 @@ def residual(
     label = b + (first_b - first_n)
     if labels is not None:
         label = (tl.load(labels + g * B + b, mask=b < B, other=0) - first_n).to(tl.int32)
-    row_scale = tl.full((BLOCK_B,), 1.4426950408889634, tl.float32) / tau
+    row_scale = tl.div_rn(tl.full((BLOCK_B,), 1.4426950408889634, tl.float32), tau)
     if query_scale is not None:
         row_scale *= tl.load(query_scale + g * B + b, mask=b < B, other=0.0)
     query_rows = queries + g * query_stride_g + first * query_stride_b + (tl.arange(0, BLOCK_B) * query_stride_b)[:, None]
@@ -196,6 +196,7 @@ def launch(queries, keys, labels, absent: bool, candidates, temperature, coeffic
                 launch_project(q_total, q, part(query_scale, g, b), part(live, g, b), temperature, dq[g, b], tau)
         if want_k:
             launch_accumulate(s, q, part(live, g, b), dk_total[h, n], True, len(q) if shared else 1, False, precision)
+        del s  # or the next block's would be made beside it
     dk = keys.new_empty(keys.shape if want_k else 0)
     if want_k:
         launch_project(dk_total, k_GND, key_scale, None if shared else candidates, temperature, dk, tau)
@@ -273,25 +274,17 @@ def tensor_cores(dtype: torch.dtype, precision: str) -> bool:
 def variants() -> list[Variant]:
     """The kernels of one block of 64k x 64k pairs at D 512, positives on the diagonal."""
     found = []
-    for dtype, precision in ((torch.float32, "ieee"), (torch.float32, "tf32"), (torch.bfloat16, "ieee"), (torch.float16, "ieee")):
-        kind, kind_s, name = TRITON_TYPES[dtype], "*bf16" if dtype == torch.bfloat16 else "*fp32", f"{str(dtype)[6:]}{' tf32' if precision == 'tf32' else ''} 65536x65536x512"
-        common = {"D": 512, "WIDEN": False}
-        tensors = {"queries": kind, "keys": kind, "residuals": kind_s} | dict.fromkeys(("query_scale", "key_scale", "row_factor", "row_top", "row_total"), "*fp32")
-        constants = common | {"PRECISION": precision, "ROUND": kind_s == "*fp32" and tensor_cores(dtype, precision), "SPAN": SPAN} | dict.fromkeys(("row_slope", "labels", "candidates", "temperature"))
-        found.append(variant(f"info_nce_residual {name}", residual, tensors, constants, residual_block_sizes(512, dtype, precision), tensor_cores(dtype, precision)))
-        for transposed in (False, True):
+    for dtype, precision, name, cores in kinds():
+        kind, kind_s, where = TRITON_TYPES[dtype], "*bf16" if dtype == torch.bfloat16 else "*fp32", f"{name} 65536x65536x512"
+        common, fp32 = {"D": 512, "PRECISION": precision, "WIDEN": False}, ("query_scale", "key_scale", "row_factor", "row_top", "row_total")
+        tensors = {"queries": kind, "keys": kind, "residuals": kind_s} | dict.fromkeys(fp32, "*fp32")
+        constants = common | {"ROUND": kind_s == "*fp32" and cores, "SPAN": SPAN} | dict.fromkeys(("row_slope", "labels", "candidates", "temperature"))
+        found.append(variant(f"info_nce_residual {where}", residual, tensors, constants, residual_block_sizes(512, dtype, precision), tensor_cores=cores))
+        for side, transposed in (("dq", False), ("dk", True)):
             tensors = {"residuals": kind_s, "other": kind, "total": "*fp32"}
             constants = common | {"PRECISION": "tf32" if dtype == torch.float16 else precision, "TRANSPOSED": transposed, "other_live": None, "groups": 1}
-            side = "dk" if transposed else "dq"
-            found.append(variant(f"info_nce_{side} {name}", accumulate, tensors, constants, block_sizes(512, dtype, precision), tensor_cores(dtype, precision)))
-        tensors, constants = {"total": "*fp32", "own": kind, "own_scale": "*fp32", "out": kind}, {"D": 512, "ZERO": ZERO_SCALE, "own_live": None, "temperature": None}
-        found.append(variant(f"info_nce_project {name}", project, tensors, constants, {"BLOCK_ROW": 16, "BLOCK_D": 256, "num_warps": 4, "num_stages": 3}, False))
+            found.append(variant(f"info_nce_{side} {where}", accumulate, tensors, constants, block_sizes(512, dtype, precision), tensor_cores=cores))
+        tensors = {"total": "*fp32", "own": kind, "own_scale": "*fp32", "out": kind}
+        constants = {"D": 512, "ZERO": ZERO_SCALE, "own_live": None, "temperature": None, "BLOCK_ROW": 16, "BLOCK_D": 256}
+        found.append(variant(f"info_nce_project {where}", project, tensors, constants, {"num_warps": 4}))
     return found
-
-
-def variant(name: str, kernel, tensors: dict, constants: dict, blocks: dict, tensor_cores: bool) -> Variant:
-    """A variant whose other arguments are integers, known to be multiples of 16, but for the temperature."""
-    constants = constants | {key: value for key, value in blocks.items() if key.isupper()}
-    types = {argument: tensors.get(argument, "constexpr" if argument in constants else "fp32" if argument == "tau" else "i32") for argument in kernel.arg_names}
-    divisible = tuple(argument for argument, kind in types.items() if kind not in ("constexpr", "fp32"))
-    return Variant(name=name, kernel=kernel, signature=types, constants=constants, divisible_by_16=divisible, num_warps=blocks["num_warps"], num_stages=blocks["num_stages"], tensor_cores=tensor_cores)
