@@ -37,11 +37,11 @@ SPAN = 8  # tiles of keys that one program of `residual` walks over
 @triton.jit
 def residual(
     queries, keys, query_scale, key_scale, row_factor, labels, candidates, row_top, row_total, temperature, residuals, row_slope,
-    tau, programs, spans, B, N, first_b, first_n, query_stride_g, query_stride_b, key_stride_g, key_stride_n, key_scale_stride,
+    tau, programs, spans, B, N, first_b, first_n, query_stride_g, query_stride_b, key_stride_g, key_stride_n, key_scale_stride, residual_stride,
     D: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr, ROUND: tl.constexpr, SPAN: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """S [G, B, N] of a block: one tile of rows, SPAN tiles of keys. Row 0 and key 0 are number first_b and first_n of their client; row_factor = c_b / |q_b|.
+    """S [G, B, residual_stride] of a block, zeros beyond N: one tile of rows, SPAN tiles of keys. Row 0 and key 0 are number first_b and first_n of their client; row_factor = c_b / |q_b|.
 
     row_slope [G, B, spans], if given: sum_n (p_bn - [n = y_b]) x_bn over the program's keys, in base 2 and before S is rounded.
     """
@@ -88,8 +88,8 @@ def residual(
             ds = tl.where(pair, ds, 0.0)
             if ROUND:  # to the nearest TF32, as tensor cores cut the digits off; a NaN stays what it is
                 ds = tl.where(ds == ds, ((ds.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True), ds)
-            out = residuals + (g * B + first) * N + first_key + (tl.arange(0, BLOCK_B) * N)[:, None] + tl.arange(0, BLOCK_N)[None, :]
-            tl.store(out, ds.to(residuals.dtype.element_ty), mask=(b < B)[:, None] & (n < N)[None, :])
+            out = residuals + (g * B + first) * residual_stride + first_key + (tl.arange(0, BLOCK_B) * residual_stride)[:, None] + tl.arange(0, BLOCK_N)[None, :]
+            tl.store(out, ds.to(residuals.dtype.element_ty), mask=(b < B)[:, None] & (n < residual_stride)[None, :])
             score = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
     if row_slope is not None:
         tl.store(row_slope + (g * B + b) * spans + tl.program_id(0) % spans, slope, mask=b < B)
@@ -98,7 +98,7 @@ def residual(
 @triton.jit
 def accumulate(
     residuals, other, other_live, total,
-    programs, OWN, OTHER, groups, residual_stride_g, other_stride_g, other_stride,
+    programs, OWN, OTHER, groups, residual_stride_g, residual_stride, other_stride_g, other_stride,
     D: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
     BLOCK_OWN: tl.constexpr, BLOCK_OTHER: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -115,11 +115,11 @@ def accumulate(
         group, start = g + step // tiles, tl.cast(step % tiles * BLOCK_OTHER, tl.int64)
         reached = start.to(tl.int32) + k < OTHER
         if TRANSPOSED:
-            at = residuals + (group * residual_stride_g + start * OWN + first) + (k * OWN)[:, None] + tl.arange(0, BLOCK_OWN)[None, :]
-            s = tl.trans(tl.load(at, mask=reached[:, None] & (own < OWN)[None, :], other=0.0))
+            at = residuals + (group * residual_stride_g + start * residual_stride + first) + (k * residual_stride)[:, None] + tl.arange(0, BLOCK_OWN)[None, :]
+            s = tl.trans(tl.load(at, mask=reached[:, None] & (own < residual_stride)[None, :], other=0.0))
         else:
-            at = residuals + (group * residual_stride_g + first * OTHER + start) + (tl.arange(0, BLOCK_OWN) * OTHER)[:, None] + k[None, :]
-            s = tl.load(at, mask=(own < OWN)[:, None] & reached[None, :], other=0.0)
+            at = residuals + (group * residual_stride_g + first * residual_stride + start) + (tl.arange(0, BLOCK_OWN) * residual_stride)[:, None] + k[None, :]
+            s = tl.load(at, mask=(own < OWN)[:, None] & (start.to(tl.int32) + k < residual_stride)[None, :], other=0.0)
         if other_live is not None:
             reached = reached & (tl.load(other_live + group * OTHER + start + k, mask=reached, other=0.0) != 0)
         v = chunk(other + (group * other_stride_g + start * other_stride) + (k * other_stride)[:, None], d, reached, D, BLOCK_D)
@@ -181,7 +181,7 @@ def launch(queries, keys, labels, absent: bool, candidates, temperature, coeffic
     for g, b, n in cuts(G, B, N, dtype_s.itemsize):
         h = slice(0, 1) if shared else g  # the clients of the keys
         q, k = q_GBD[g, b], k_GND[h, n]
-        s = q.new_empty((len(q), q.shape[1], k.shape[1]), dtype=dtype_s)
+        s = q.new_empty((len(q), q.shape[1], padded(k.shape[1])), dtype=dtype_s)[..., : k.shape[1]]
         slope_GB = launch_residual(
             q, k, part(query_scale, g, b), part(key_scale, h, n), row_factor[g, b], part(labels, g, b), part(candidates, g, n), statistics[:, g, b], temperature, s,
             want_tau, tau, b.start, n.start, precision, shared,
@@ -212,13 +212,18 @@ def cuts(G: int, B: int, N: int, itemsize: int) -> list[tuple[slice, slice, slic
     """
     if 0 in (G, B):
         return []
-    if B * N * itemsize <= SPACE:
-        clients = SPACE // (B * N * itemsize)
+    if (client := B * padded(N) * itemsize) <= SPACE:
+        clients = SPACE // client
         return [(slice(g, min(g + clients, G)), slice(0, B), slice(0, N)) for g in range(0, G, clients)]
     columns = min(N, COLUMNS)
     rows = max(128, SPACE // (columns * itemsize) // 128 * 128)
     corners = [(g, b, n) for g in range(G) for b in range(0, B, rows) for n in range(0, N, columns)]
     return [(slice(g, g + 1), slice(b, min(b + rows, B)), slice(n, min(n + columns, N))) for g, b, n in corners]
+
+
+def padded(N: int) -> int:
+    """Entries of a row of S: every row begins at a multiple of 32 bytes, so that loads and stores are wide whatever N is."""
+    return triton.cdiv(N, 16) * 16
 
 
 def residual_block_sizes(D: int, dtype: torch.dtype, precision: str) -> dict:
@@ -240,7 +245,7 @@ def launch_residual(q_GBD, k_HND, query_scale, key_scale, row_factor, labels, ca
         queries=q_GBD, keys=k_HND, query_scale=query_scale, key_scale=key_scale, row_factor=row_factor, labels=labels, candidates=candidates,
         row_top=statistics[0], row_total=statistics[1], temperature=temperature, residuals=s_GBN, row_slope=slopes,
         tau=tau, programs=programs, spans=spans, B=B, N=N, first_b=first_b, first_n=first_n, query_stride_g=q_GBD.stride(0), query_stride_b=q_GBD.stride(1),
-        key_stride_g=0 if shared else k_HND.stride(0), key_stride_n=k_HND.stride(1), key_scale_stride=0 if shared else N,
+        key_stride_g=0 if shared else k_HND.stride(0), key_stride_n=k_HND.stride(1), key_scale_stride=0 if shared else N, residual_stride=s_GBN.stride(1),
         D=D, PRECISION=precision, WIDEN=interpreted() and q_GBD.dtype == torch.bfloat16, ROUND=s_GBN.dtype == torch.float32 and tensor_cores(q_GBD.dtype, precision),
         SPAN=SPAN, **blocks,
     )  # fmt: skip
@@ -253,7 +258,7 @@ def launch_accumulate(s_GBN, other, other_live, total, transposed: bool, groups:
     programs = triton.cdiv(OWN, blocks["BLOCK_OWN"])
     accumulate[(len(total) * programs, triton.cdiv(D, blocks["BLOCK_D"]))](
         residuals=s_GBN, other=other, other_live=other_live, total=total, programs=programs, OWN=OWN, OTHER=other.shape[1], groups=groups,
-        residual_stride_g=s_GBN.stride(0), other_stride_g=0 if shared else other.stride(0), other_stride=other.stride(1), D=D, TRANSPOSED=transposed,
+        residual_stride_g=s_GBN.stride(0), residual_stride=s_GBN.stride(1), other_stride_g=0 if shared else other.stride(0), other_stride=other.stride(1), D=D, TRANSPOSED=transposed,
         PRECISION="tf32" if other.dtype == torch.float16 else precision, WIDEN=interpreted() and other.dtype == torch.bfloat16, **blocks,
     )  # fmt: skip
 
