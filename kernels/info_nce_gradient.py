@@ -216,7 +216,7 @@ def cuts(G: int, B: int, N: int, itemsize: int) -> list[tuple[slice, slice, slic
         clients = SPACE // client
         return [(slice(g, min(g + clients, G)), slice(0, B), slice(0, N)) for g in range(0, G, clients)]
     columns = min(N, COLUMNS)
-    rows = max(128, SPACE // (columns * itemsize) // 128 * 128)
+    rows = max(128, SPACE // (padded(columns) * itemsize) // 128 * 128)
     corners = [(g, b, n) for g in range(G) for b in range(0, B, rows) for n in range(0, N, columns)]
     return [(slice(g, g + 1), slice(b, min(b + rows, B)), slice(n, min(n + columns, N))) for g, b, n in corners]
 
@@ -226,10 +226,10 @@ def padded(N: int) -> int:
     return triton.cdiv(N, 16) * 16
 
 
-def residual_block_sizes(D: int, dtype: torch.dtype, precision: str) -> dict:
-    """Tile shape and launch options of `residual`: the forward's, with half the keys where S leaves in fp32, which takes as many registers again."""
+def residual_block_sizes(D: int, dtype: torch.dtype, precision: str, slope: bool) -> dict:
+    """Tile shape and launch options of `residual`: the forward's, with half the keys where S leaves in fp32 or slopes are summed, which takes more registers."""
     blocks = forward_block_sizes(D, dtype, precision)
-    return blocks | {"BLOCK_N": 64} if dtype == torch.float16 or precision == "tf32" else blocks
+    return blocks | {"BLOCK_N": 64} if dtype == torch.float16 or precision == "tf32" or slope else blocks
 
 
 def part(tensor: torch.Tensor | None, clients: slice, entries: slice) -> torch.Tensor | None:
@@ -238,7 +238,7 @@ def part(tensor: torch.Tensor | None, clients: slice, entries: slice) -> torch.T
 
 def launch_residual(q_GBD, k_HND, query_scale, key_scale, row_factor, labels, candidates, statistics, temperature, s_GBN, want_slope: bool, tau, first_b, first_n, precision, shared):
     (G, B, N), D = s_GBN.shape, q_GBD.shape[2]
-    blocks = residual_block_sizes(D, q_GBD.dtype, precision)
+    blocks = residual_block_sizes(D, q_GBD.dtype, precision, want_slope)
     programs, spans = triton.cdiv(B, blocks["BLOCK_B"]), triton.cdiv(N, SPAN * blocks["BLOCK_N"])
     slopes = row_factor.new_empty((G, B, spans)) if want_slope else None
     residual[(G * programs * spans,)](
@@ -283,8 +283,11 @@ def variants() -> list[Variant]:
         kind, kind_s, where = TRITON_TYPES[dtype], "*bf16" if dtype == torch.bfloat16 else "*fp32", f"{name} 65536x65536x512"
         common, fp32 = {"D": 512, "PRECISION": precision, "WIDEN": False}, ("query_scale", "key_scale", "row_factor", "row_top", "row_total")
         tensors = {"queries": kind, "keys": kind, "residuals": kind_s} | dict.fromkeys(fp32, "*fp32")
-        constants = common | {"ROUND": kind_s == "*fp32" and cores, "SPAN": SPAN} | dict.fromkeys(("row_slope", "labels", "candidates", "temperature"))
-        found.append(variant(f"info_nce_residual {where}", residual, tensors, constants, residual_block_sizes(512, dtype, precision), tensor_cores=cores))
+        options = {"row_slope": "*fp32", "labels": "*i64", "candidates": "*fp32", "temperature": "*fp32"}
+        for form, given in (("", {}), ("_with_everything", options)):  # the temperature learns, labels, absent keys
+            constants = common | {"ROUND": kind_s == "*fp32" and cores, "SPAN": SPAN} | dict.fromkeys(options.keys() - given.keys())
+            blocks = residual_block_sizes(512, dtype, precision, bool(given))
+            found.append(variant(f"info_nce_residual{form} {where}", residual, tensors | given, constants, blocks, tensor_cores=cores))
         for side, transposed in (("dq", False), ("dk", True)):
             tensors = {"residuals": kind_s, "other": kind, "total": "*fp32"}
             constants = common | {"PRECISION": "tf32" if dtype == torch.float16 else precision, "TRANSPOSED": transposed, "other_live": None, "groups": 1}
