@@ -24,7 +24,7 @@ STAGES = {  # name: the function, and the seconds that it may take
     "ceilings": ("bench.gpu_checks:ceilings_stage", 45),
     "info_nce, training shape": ("bench.gpu_info_nce:training_stage", 110),
     "weighted_average": ("bench.gpu_average:stage", 100),
-    "info_nce, large": ("bench.gpu_info_nce:large_stage", 120),
+    "info_nce, large": ("bench.gpu_info_nce:large_stage", 150),
     "tests": ("bench.gpu_checks:tests_stage", 150),
     "sanitizer": ("bench.gpu_checks:sanitizer_stage", 90),
     "compiled": ("bench.gpu_checks:compiled_stage", 120),

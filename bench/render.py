@@ -106,7 +106,7 @@ def one_gpu(path: Path, result: dict, root: Path) -> str:
     figure = path.with_suffix(".png")
     if figure.is_file() and figure.resolve().is_relative_to(root.resolve()):
         lines += ["", f"![Roofline of {result['device']}]({figure.resolve().relative_to(root.resolve())})"]
-    columns = ("kernel", "case", "dtype", "direction", "contender", "ms (20 ... 80 %)", "GB/s", "TFLOP/s", "of the roofline", "peak MiB", "error")
+    columns = ("kernel", "case", "dtype", "direction", "contender", "ms (20 ... 80 %)", "GB/s", "TFLOP/s", "of the roofline", "extra MiB", "error")
     lines += ["", "<details><summary>Every measurement</summary>", "", f"| {' | '.join(columns)} |", "|" + " --- |" * len(columns)]
     lines += [measurement(row, result.get("ceilings", {})) for row in result.get("rows", [])]
     return "\n".join([*lines, "", "</details>"])

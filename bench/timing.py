@@ -57,17 +57,16 @@ def summary(milliseconds: list[float]) -> dict:
 
 
 def peak_extra_bytes(contender: Callable, device: torch.device) -> int | None:
-    """Device memory that one call takes at its peak beyond what was allocated before, its result included; None off the GPU."""
+    """Device memory that one call takes at its peak beyond what was allocated before and beyond its result; None off the GPU."""
     if device.type != "cuda":
         return None
     torch.cuda.synchronize(device)
-    before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     result = contender()
     torch.cuda.synchronize(device)
-    peak = torch.cuda.max_memory_allocated(device) - before
+    extra = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)  # what is held now is what was, and the result
     del result
-    return peak
+    return extra
 
 
 class _CudaClock:

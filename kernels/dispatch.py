@@ -10,6 +10,7 @@ import re
 import subprocess
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -81,6 +82,23 @@ class Variant:
     num_warps: int = 4
     num_stages: int = 3
     tensor_cores: bool = False  # whether the compiled code has to use them
+
+
+def variant(name: str, kernel, tensors: dict[str, str], constants: dict, blocks: dict, *, tensor_cores: bool = False, ragged: tuple[str, ...] = ()) -> Variant:
+    """The variant of a launch with these tensors (argument -> Triton type), constants, and block sizes and launch options.
+
+    The other arguments are the temperature `tau` and integers, known to be multiples of 16 unless they are `ragged`; every tensor begins at such a multiple.
+    """
+    constants = constants | {key: value for key, value in blocks.items() if key.isupper()}
+    types = {argument: tensors.get(argument, "constexpr" if argument in constants else "fp32" if argument == "tau" else "i32") for argument in kernel.arg_names}
+    divisible = tuple(argument for argument, kind in types.items() if kind not in ("constexpr", "fp32") and argument not in ragged)
+    options = {key: value for key, value in blocks.items() if key.islower()}
+    return Variant(name=name, kernel=kernel, signature=types, constants=constants, divisible_by_16=divisible, tensor_cores=tensor_cores, **options)
+
+
+def on_device(tensor: torch.Tensor):
+    """Triton launches on the current device, which need not be the tensor's own."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 @torch.compiler.assume_constant_result

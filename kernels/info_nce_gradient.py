@@ -25,8 +25,8 @@ import torch
 import triton
 import triton.language as tl
 
-from semanticfl_ref.kernels.dispatch import Variant, interpreted
-from semanticfl_ref.kernels.info_nce_small import TRITON_TYPES, ZERO_SCALE, chunk, multiply
+from semanticfl_ref.kernels.dispatch import Variant, interpreted, variant
+from semanticfl_ref.kernels.info_nce_small import TRITON_TYPES, ZERO_SCALE, chunk, kinds, multiply
 from semanticfl_ref.kernels.info_nce_streaming import block_sizes as forward_block_sizes
 
 SPACE = 64 << 20  # bytes of S
@@ -37,11 +37,11 @@ SPAN = 8  # tiles of keys that one program of `residual` walks over
 @triton.jit
 def residual(
     queries, keys, query_scale, key_scale, row_factor, labels, candidates, row_top, row_total, temperature, residuals, row_slope,
-    tau, programs, spans, B, N, first_b, first_n, query_stride_g, query_stride_b, key_stride_g, key_stride_n, key_scale_stride,
+    tau, programs, spans, B, N, first_b, first_n, query_stride_g, query_stride_b, key_stride_g, key_stride_n, key_scale_stride, residual_stride,
     D: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr, ROUND: tl.constexpr, SPAN: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """S [G, B, N] of a block: one tile of rows, SPAN tiles of keys. Row 0 and key 0 are number first_b and first_n of their client; row_factor = c_b / |q_b|.
+    """S [G, B, residual_stride] of a block, zeros beyond N: one tile of rows, SPAN tiles of keys. Row 0 and key 0 are number first_b and first_n of their client; row_factor = c_b / |q_b|.
 
     row_slope [G, B, spans], if given: sum_n (p_bn - [n = y_b]) x_bn over the program's keys, in base 2 and before S is rounded.
     """
@@ -55,7 +55,7 @@ def residual(
     label = b + (first_b - first_n)
     if labels is not None:
         label = (tl.load(labels + g * B + b, mask=b < B, other=0) - first_n).to(tl.int32)
-    row_scale = tl.full((BLOCK_B,), 1.4426950408889634, tl.float32) / tau
+    row_scale = tl.div_rn(tl.full((BLOCK_B,), 1.4426950408889634, tl.float32), tau)
     if query_scale is not None:
         row_scale *= tl.load(query_scale + g * B + b, mask=b < B, other=0.0)
     query_rows = queries + g * query_stride_g + first * query_stride_b + (tl.arange(0, BLOCK_B) * query_stride_b)[:, None]
@@ -88,8 +88,8 @@ def residual(
             ds = tl.where(pair, ds, 0.0)
             if ROUND:  # to the nearest TF32, as tensor cores cut the digits off; a NaN stays what it is
                 ds = tl.where(ds == ds, ((ds.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True), ds)
-            out = residuals + (g * B + first) * N + first_key + (tl.arange(0, BLOCK_B) * N)[:, None] + tl.arange(0, BLOCK_N)[None, :]
-            tl.store(out, ds.to(residuals.dtype.element_ty), mask=(b < B)[:, None] & (n < N)[None, :])
+            out = residuals + (g * B + first) * residual_stride + first_key + (tl.arange(0, BLOCK_B) * residual_stride)[:, None] + tl.arange(0, BLOCK_N)[None, :]
+            tl.store(out, ds.to(residuals.dtype.element_ty), mask=(b < B)[:, None] & (n < residual_stride)[None, :])
             score = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
     if row_slope is not None:
         tl.store(row_slope + (g * B + b) * spans + tl.program_id(0) % spans, slope, mask=b < B)
@@ -98,7 +98,7 @@ def residual(
 @triton.jit
 def accumulate(
     residuals, other, other_live, total,
-    programs, OWN, OTHER, groups, residual_stride_g, other_stride_g, other_stride,
+    programs, OWN, OTHER, groups, residual_stride_g, residual_stride, other_stride_g, other_stride,
     D: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
     BLOCK_OWN: tl.constexpr, BLOCK_OTHER: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -115,11 +115,11 @@ def accumulate(
         group, start = g + step // tiles, tl.cast(step % tiles * BLOCK_OTHER, tl.int64)
         reached = start.to(tl.int32) + k < OTHER
         if TRANSPOSED:
-            at = residuals + (group * residual_stride_g + start * OWN + first) + (k * OWN)[:, None] + tl.arange(0, BLOCK_OWN)[None, :]
-            s = tl.trans(tl.load(at, mask=reached[:, None] & (own < OWN)[None, :], other=0.0))
+            at = residuals + (group * residual_stride_g + start * residual_stride + first) + (k * residual_stride)[:, None] + tl.arange(0, BLOCK_OWN)[None, :]
+            s = tl.trans(tl.load(at, mask=reached[:, None] & (own < residual_stride)[None, :], other=0.0))
         else:
-            at = residuals + (group * residual_stride_g + first * OTHER + start) + (tl.arange(0, BLOCK_OWN) * OTHER)[:, None] + k[None, :]
-            s = tl.load(at, mask=(own < OWN)[:, None] & reached[None, :], other=0.0)
+            at = residuals + (group * residual_stride_g + first * residual_stride + start) + (tl.arange(0, BLOCK_OWN) * residual_stride)[:, None] + k[None, :]
+            s = tl.load(at, mask=(own < OWN)[:, None] & (start.to(tl.int32) + k < residual_stride)[None, :], other=0.0)
         if other_live is not None:
             reached = reached & (tl.load(other_live + group * OTHER + start + k, mask=reached, other=0.0) != 0)
         v = chunk(other + (group * other_stride_g + start * other_stride) + (k * other_stride)[:, None], d, reached, D, BLOCK_D)
@@ -181,7 +181,7 @@ def launch(queries, keys, labels, absent: bool, candidates, temperature, coeffic
     for g, b, n in cuts(G, B, N, dtype_s.itemsize):
         h = slice(0, 1) if shared else g  # the clients of the keys
         q, k = q_GBD[g, b], k_GND[h, n]
-        s = q.new_empty((len(q), q.shape[1], k.shape[1]), dtype=dtype_s)
+        s = q.new_empty((len(q), q.shape[1], padded(k.shape[1])), dtype=dtype_s)[..., : k.shape[1]]
         slope_GB = launch_residual(
             q, k, part(query_scale, g, b), part(key_scale, h, n), row_factor[g, b], part(labels, g, b), part(candidates, g, n), statistics[:, g, b], temperature, s,
             want_tau, tau, b.start, n.start, precision, shared,
@@ -196,6 +196,7 @@ def launch(queries, keys, labels, absent: bool, candidates, temperature, coeffic
                 launch_project(q_total, q, part(query_scale, g, b), part(live, g, b), temperature, dq[g, b], tau)
         if want_k:
             launch_accumulate(s, q, part(live, g, b), dk_total[h, n], True, len(q) if shared else 1, False, precision)
+        del s  # or the next block's would be made beside it
     dk = keys.new_empty(keys.shape if want_k else 0)
     if want_k:
         launch_project(dk_total, k_GND, key_scale, None if shared else candidates, temperature, dk, tau)
@@ -211,19 +212,24 @@ def cuts(G: int, B: int, N: int, itemsize: int) -> list[tuple[slice, slice, slic
     """
     if 0 in (G, B):
         return []
-    if B * N * itemsize <= SPACE:
-        clients = SPACE // (B * N * itemsize)
+    if (client := B * padded(N) * itemsize) <= SPACE:
+        clients = SPACE // client
         return [(slice(g, min(g + clients, G)), slice(0, B), slice(0, N)) for g in range(0, G, clients)]
     columns = min(N, COLUMNS)
-    rows = max(128, SPACE // (columns * itemsize) // 128 * 128)
+    rows = max(128, SPACE // (padded(columns) * itemsize) // 128 * 128)
     corners = [(g, b, n) for g in range(G) for b in range(0, B, rows) for n in range(0, N, columns)]
     return [(slice(g, g + 1), slice(b, min(b + rows, B)), slice(n, min(n + columns, N))) for g, b, n in corners]
 
 
-def residual_block_sizes(D: int, dtype: torch.dtype, precision: str) -> dict:
-    """Tile shape and launch options of `residual`: the forward's, with half the keys where S leaves in fp32, which takes as many registers again."""
+def padded(N: int) -> int:
+    """Entries of a row of S: every row begins at a multiple of 32 bytes, so that loads and stores are wide whatever N is."""
+    return triton.cdiv(N, 16) * 16
+
+
+def residual_block_sizes(D: int, dtype: torch.dtype, precision: str, slope: bool) -> dict:
+    """Tile shape and launch options of `residual`: the forward's, with half the keys where S leaves in fp32 or slopes are summed, which takes more registers."""
     blocks = forward_block_sizes(D, dtype, precision)
-    return blocks | {"BLOCK_N": 64} if dtype == torch.float16 or precision == "tf32" else blocks
+    return blocks | {"BLOCK_N": 64} if dtype == torch.float16 or precision == "tf32" or slope else blocks
 
 
 def part(tensor: torch.Tensor | None, clients: slice, entries: slice) -> torch.Tensor | None:
@@ -232,14 +238,14 @@ def part(tensor: torch.Tensor | None, clients: slice, entries: slice) -> torch.T
 
 def launch_residual(q_GBD, k_HND, query_scale, key_scale, row_factor, labels, candidates, statistics, temperature, s_GBN, want_slope: bool, tau, first_b, first_n, precision, shared):
     (G, B, N), D = s_GBN.shape, q_GBD.shape[2]
-    blocks = residual_block_sizes(D, q_GBD.dtype, precision)
+    blocks = residual_block_sizes(D, q_GBD.dtype, precision, want_slope)
     programs, spans = triton.cdiv(B, blocks["BLOCK_B"]), triton.cdiv(N, SPAN * blocks["BLOCK_N"])
     slopes = row_factor.new_empty((G, B, spans)) if want_slope else None
     residual[(G * programs * spans,)](
         queries=q_GBD, keys=k_HND, query_scale=query_scale, key_scale=key_scale, row_factor=row_factor, labels=labels, candidates=candidates,
         row_top=statistics[0], row_total=statistics[1], temperature=temperature, residuals=s_GBN, row_slope=slopes,
         tau=tau, programs=programs, spans=spans, B=B, N=N, first_b=first_b, first_n=first_n, query_stride_g=q_GBD.stride(0), query_stride_b=q_GBD.stride(1),
-        key_stride_g=0 if shared else k_HND.stride(0), key_stride_n=k_HND.stride(1), key_scale_stride=0 if shared else N,
+        key_stride_g=0 if shared else k_HND.stride(0), key_stride_n=k_HND.stride(1), key_scale_stride=0 if shared else N, residual_stride=s_GBN.stride(1),
         D=D, PRECISION=precision, WIDEN=interpreted() and q_GBD.dtype == torch.bfloat16, ROUND=s_GBN.dtype == torch.float32 and tensor_cores(q_GBD.dtype, precision),
         SPAN=SPAN, **blocks,
     )  # fmt: skip
@@ -252,7 +258,7 @@ def launch_accumulate(s_GBN, other, other_live, total, transposed: bool, groups:
     programs = triton.cdiv(OWN, blocks["BLOCK_OWN"])
     accumulate[(len(total) * programs, triton.cdiv(D, blocks["BLOCK_D"]))](
         residuals=s_GBN, other=other, other_live=other_live, total=total, programs=programs, OWN=OWN, OTHER=other.shape[1], groups=groups,
-        residual_stride_g=s_GBN.stride(0), other_stride_g=0 if shared else other.stride(0), other_stride=other.stride(1), D=D, TRANSPOSED=transposed,
+        residual_stride_g=s_GBN.stride(0), residual_stride=s_GBN.stride(1), other_stride_g=0 if shared else other.stride(0), other_stride=other.stride(1), D=D, TRANSPOSED=transposed,
         PRECISION="tf32" if other.dtype == torch.float16 else precision, WIDEN=interpreted() and other.dtype == torch.bfloat16, **blocks,
     )  # fmt: skip
 
@@ -273,25 +279,20 @@ def tensor_cores(dtype: torch.dtype, precision: str) -> bool:
 def variants() -> list[Variant]:
     """The kernels of one block of 64k x 64k pairs at D 512, positives on the diagonal."""
     found = []
-    for dtype, precision in ((torch.float32, "ieee"), (torch.float32, "tf32"), (torch.bfloat16, "ieee"), (torch.float16, "ieee")):
-        kind, kind_s, name = TRITON_TYPES[dtype], "*bf16" if dtype == torch.bfloat16 else "*fp32", f"{str(dtype)[6:]}{' tf32' if precision == 'tf32' else ''} 65536x65536x512"
-        common = {"D": 512, "WIDEN": False}
-        tensors = {"queries": kind, "keys": kind, "residuals": kind_s} | dict.fromkeys(("query_scale", "key_scale", "row_factor", "row_top", "row_total"), "*fp32")
-        constants = common | {"PRECISION": precision, "ROUND": kind_s == "*fp32" and tensor_cores(dtype, precision), "SPAN": SPAN} | dict.fromkeys(("row_slope", "labels", "candidates", "temperature"))
-        found.append(variant(f"info_nce_residual {name}", residual, tensors, constants, residual_block_sizes(512, dtype, precision), tensor_cores(dtype, precision)))
-        for transposed in (False, True):
+    for dtype, precision, name, cores in kinds():
+        kind, kind_s, where = TRITON_TYPES[dtype], "*bf16" if dtype == torch.bfloat16 else "*fp32", f"{name} 65536x65536x512"
+        common, fp32 = {"D": 512, "PRECISION": precision, "WIDEN": False}, ("query_scale", "key_scale", "row_factor", "row_top", "row_total")
+        tensors = {"queries": kind, "keys": kind, "residuals": kind_s} | dict.fromkeys(fp32, "*fp32")
+        options = {"row_slope": "*fp32", "labels": "*i64", "candidates": "*fp32", "temperature": "*fp32"}
+        for form, given in (("", {}), ("_with_everything", options)):  # the temperature learns, labels, absent keys
+            constants = common | {"ROUND": kind_s == "*fp32" and cores, "SPAN": SPAN} | dict.fromkeys(options.keys() - given.keys())
+            blocks = residual_block_sizes(512, dtype, precision, bool(given))
+            found.append(variant(f"info_nce_residual{form} {where}", residual, tensors | given, constants, blocks, tensor_cores=cores))
+        for side, transposed in (("dq", False), ("dk", True)):
             tensors = {"residuals": kind_s, "other": kind, "total": "*fp32"}
             constants = common | {"PRECISION": "tf32" if dtype == torch.float16 else precision, "TRANSPOSED": transposed, "other_live": None, "groups": 1}
-            side = "dk" if transposed else "dq"
-            found.append(variant(f"info_nce_{side} {name}", accumulate, tensors, constants, block_sizes(512, dtype, precision), tensor_cores(dtype, precision)))
-        tensors, constants = {"total": "*fp32", "own": kind, "own_scale": "*fp32", "out": kind}, {"D": 512, "ZERO": ZERO_SCALE, "own_live": None, "temperature": None}
-        found.append(variant(f"info_nce_project {name}", project, tensors, constants, {"BLOCK_ROW": 16, "BLOCK_D": 256, "num_warps": 4, "num_stages": 3}, False))
+            found.append(variant(f"info_nce_{side} {where}", accumulate, tensors, constants, block_sizes(512, dtype, precision), tensor_cores=cores))
+        tensors = {"total": "*fp32", "own": kind, "own_scale": "*fp32", "out": kind}
+        constants = {"D": 512, "ZERO": ZERO_SCALE, "own_live": None, "temperature": None, "BLOCK_ROW": 16, "BLOCK_D": 256}
+        found.append(variant(f"info_nce_project {where}", project, tensors, constants, {"num_warps": 4}))
     return found
-
-
-def variant(name: str, kernel, tensors: dict, constants: dict, blocks: dict, tensor_cores: bool) -> Variant:
-    """A variant whose other arguments are integers, known to be multiples of 16, but for the temperature."""
-    constants = constants | {key: value for key, value in blocks.items() if key.isupper()}
-    types = {argument: tensors.get(argument, "constexpr" if argument in constants else "fp32" if argument == "tau" else "i32") for argument in kernel.arg_names}
-    divisible = tuple(argument for argument, kind in types.items() if kind not in ("constexpr", "fp32"))
-    return Variant(name=name, kernel=kernel, signature=types, constants=constants, divisible_by_16=divisible, num_warps=blocks["num_warps"], num_stages=blocks["num_stages"], tensor_cores=tensor_cores)

@@ -4,10 +4,10 @@
     info_nce_streaming  loss and what backward needs, for any number of keys; info_nce_streaming_backward: d(query), d(key), d(temperature)
 """
 
-from contextlib import nullcontext
-
 import torch
 from torch import Tensor
+
+from semanticfl_ref.kernels.dispatch import on_device
 
 MOST_KEYS = 256  # of the frozen form
 
@@ -37,7 +37,7 @@ def info_nce_frozen(
     """Loss, and for an upstream gradient of 1 its d(query) in fp32 (empty unless `gradient`)."""
     from semanticfl_ref.kernels import info_nce_small
 
-    with _on(queries):
+    with on_device(queries):
         loss, dq = info_nce_small.launch(queries, keys, labels, weights, temperature, tau, normalize, reduction, precision, gradient)
     return loss.view(_loss_shape(queries, reduction)), dq
 
@@ -75,7 +75,7 @@ def info_nce_streaming(
     """Loss; statistics [2, G, B]; inverse norms of queries [G, B] and of keys [G or 1, N], empty without normalisation; what a mean multiplies a sum by [G]."""
     from semanticfl_ref.kernels import info_nce_streaming as kernels
 
-    with _on(queries):
+    with on_device(queries):
         loss, *rest = kernels.launch(queries, keys, labels, weights, candidates, temperature, tau, normalize, reduction, precision)
     return loss.view(_loss_shape(queries, reduction)), *rest
 
@@ -103,7 +103,7 @@ def info_nce_streaming_backward(
         coefficient = torch.where((labels < 0) | (labels >= keys.shape[-2]), float("nan"), coefficient)
     if weights is not None:
         coefficient = torch.where(weights == 0, 0.0, coefficient * weights)
-    with _on(queries):
+    with on_device(queries):
         return info_nce_gradient.launch(
             queries, keys, labels, weights is not None, candidates, temperature, coefficient.contiguous(), statistics,
             query_scale if normalize else None, key_scale if normalize else None, tau, precision, (want_queries, want_keys, want_temperature),
@@ -119,12 +119,11 @@ def _(upstream, queries, keys, labels, weights, candidates, temperature, statist
 def _save_streaming(ctx, inputs, output) -> None:
     *tensors, ctx.tau, ctx.normalize, _, ctx.precision = inputs
     ctx.save_for_backward(*tensors, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
-def _walk_back(ctx, upstream, *through_statistics):
-    if any(gradient is not None for gradient in through_statistics):
-        raise RuntimeError("info_nce: a derivative of the saved statistics was asked for; only the loss has one")
+def _walk_back(ctx, upstream, *_):
     if upstream is None:
         return (None,) * 10
     temperature, wants = ctx.saved_tensors[5], (ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[5])
@@ -143,8 +142,3 @@ def _loss_shape(queries: Tensor, reduction: str) -> tuple[int, ...]:
 def _rows(vectors: Tensor) -> Tensor:
     """A tensor whose rows are contiguous, and near enough for 32-bit offsets within a tile."""
     return vectors if vectors.stride(-1) == 1 and vectors.stride(-2) < 2**23 else vectors.contiguous()
-
-
-def _on(tensor: Tensor):
-    """Triton launches on the current device."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from semanticfl_ref.kernels.dispatch import Variant, interpreted
+from semanticfl_ref.kernels.dispatch import Variant, interpreted, variant
 
 MOST_KEYS = 256
 ZERO_SCALE = 0.999e12  # an inverse norm above this belongs to a vector shorter than F.normalize's eps = 1e-12, through which no projection passes
@@ -40,6 +40,12 @@ def chunk(rows, d, live, D: tl.constexpr, SIZE: tl.constexpr):
         return tl.load(rows + d[None, :], mask=live[:, None], other=0.0)
     else:
         return tl.load(rows + d[None, :], mask=live[:, None] & (d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def inverse_norm(squares):
+    """1 / max(|v|, 1e-12) from the sums of squares. A GPU's plain division and root may be two units off, which at tau = 0.005 a loss would show."""
+    return tl.div_rn(1.0, tl.maximum(tl.sqrt_rn(squares), 1e-12))
 
 
 @triton.jit
@@ -106,8 +112,8 @@ def rows(
             key_squares += tl.sum(k.to(tl.float32) * k.to(tl.float32), 1)
     query_scale, key_scale = tl.full((BLOCK_B,), 1.0, tl.float32), tl.full((BLOCK_N,), 1.0, tl.float32)
     if NORMALIZE:
-        query_scale, key_scale = 1 / tl.maximum(tl.sqrt(query_squares), 1e-12), 1 / tl.maximum(tl.sqrt(key_squares), 1e-12)
-    logit = tl.where((n < N)[None, :], cosine * query_scale[:, None] * key_scale[None, :] / tau, float("-inf"))
+        query_scale, key_scale = inverse_norm(query_squares), inverse_norm(key_squares)
+    logit = tl.where((n < N)[None, :], cosine * tl.div_rn(query_scale, tau)[:, None] * key_scale[None, :], float("-inf"))
 
     top = tl.max(logit, 1)
     share = tl.exp(logit - top[:, None])
@@ -207,24 +213,19 @@ def launch(queries, keys, labels, weights, temperature, tau: float, normalize: b
     return total, dq
 
 
+def kinds() -> list[tuple[torch.dtype, str, str, bool]]:
+    """Dtype, precision, both in one word, and whether products of them take tensor cores: what every kernel of InfoNCE is compiled for."""
+    wide = torch.float32
+    return [(wide, "ieee", "float32", False), (wide, "tf32", "float32 tf32", True), (torch.bfloat16, "ieee", "bfloat16", True), (torch.float16, "ieee", "float16", True)]
+
+
 def variants() -> list[Variant]:
     """The kernel at the shapes it is trained with: batch 64, D 512, 10, 100 and 200 class anchors."""
     found = []
     for N in (10, 100, 200):
-        for dtype, precision in ((torch.float32, "ieee"), (torch.float32, "tf32"), (torch.bfloat16, "ieee"), (torch.float16, "ieee")):
-            blocks = block_sizes(64, N, 512, dtype, precision)
-            launch_options = {name: blocks.pop(name) for name in ("num_warps", "num_stages")}
-            tensors = {"queries": TRITON_TYPES[dtype], "keys": TRITON_TYPES[dtype], "labels": "*i64", "loss": "*fp32", "gradient": "*fp32"}
-            sizes = ("programs", "B", "N", "query_stride_g", "query_stride_b", "key_stride_g", "key_stride_n")
+        for dtype, precision, name, tensor_cores in kinds():
+            tensors = dict.fromkeys(("queries", "keys"), TRITON_TYPES[dtype]) | {"labels": "*i64", "loss": "*fp32", "gradient": "*fp32"}
             constants = {"D": 512, "NORMALIZE": True, "REDUCTION": "mean", "PRECISION": precision, "WIDEN": False, "ZERO": ZERO_SCALE, "weights": None, "temperature": None}
-            constants |= blocks
-            types = tensors | {"tau": "fp32"} | dict.fromkeys(sizes, "i32") | dict.fromkeys(constants, "constexpr")
-            name = f"info_nce_small {str(dtype)[6:]}{' tf32' if precision == 'tf32' else ''} 64x{N}x512"
-            divisible = (*tensors, "B", *(size for size in sizes if "stride" in size))
-            found.append(
-                Variant(
-                    name=name, kernel=small, signature={argument: types[argument] for argument in small.arg_names}, constants=constants,
-                    divisible_by_16=divisible, tensor_cores=dtype != torch.float32 or precision == "tf32", **launch_options,
-                )  # fmt: skip
-            )
+            blocks = block_sizes(64, N, 512, dtype, precision)
+            found.append(variant(f"info_nce_small {name} 64x{N}x512", small, tensors, constants, blocks, tensor_cores=tensor_cores, ragged=("programs", "N")))
     return found

@@ -19,8 +19,8 @@ import torch
 import triton
 import triton.language as tl
 
-from semanticfl_ref.kernels.dispatch import Variant, interpreted
-from semanticfl_ref.kernels.info_nce_small import TRITON_TYPES, add_up, chunk, multiply
+from semanticfl_ref.kernels.dispatch import Variant, interpreted, variant
+from semanticfl_ref.kernels.info_nce_small import TRITON_TYPES, add_up, chunk, inverse_norm, kinds, multiply
 
 PIECE = 1024  # values that `add_up` takes at a time
 
@@ -40,7 +40,7 @@ def forward(
     if labels is not None:
         given = tl.load(labels + g * B + b, mask=b < B, other=0)
         label = tl.where((given >= 0) & (given < N), given, -1).to(tl.int32)
-    row_scale = tl.full((BLOCK_B,), 1.4426950408889634, tl.float32) / tau
+    row_scale = tl.div_rn(tl.full((BLOCK_B,), 1.4426950408889634, tl.float32), tau)
     if query_scale is not None:
         row_scale *= tl.load(query_scale + g * B + b, mask=b < B, other=0.0)
     # Within a tile 32 bits suffice for offsets, and take half the registers.
@@ -94,7 +94,7 @@ def inverse_norms(vectors, scale, rows, stride_g, stride_row, programs, D: tl.co
         d = start + tl.arange(0, BLOCK_D)
         v = chunk(vectors + g * stride_g + row.to(tl.int64)[:, None] * stride_row, d, row < rows, D, BLOCK_D).to(tl.float32)
         squares += v * v
-    tl.store(scale + g * rows + row, 1 / tl.maximum(tl.sqrt(tl.sum(squares, 1)), 1e-12), mask=row < rows)
+    tl.store(scale + g * rows + row, inverse_norm(tl.sum(squares, 1)), mask=row < rows)
 
 
 def block_sizes(D: int, dtype: torch.dtype, precision: str = "ieee") -> dict:
@@ -157,26 +157,11 @@ def scales(vectors: torch.Tensor, normalize: bool) -> torch.Tensor:
 def variants() -> list[Variant]:
     """64k x 64k pairs at D 512, positives on the diagonal, and the kernels beside it."""
     found = []
-    for dtype, precision in ((torch.float32, "ieee"), (torch.float32, "tf32"), (torch.bfloat16, "ieee"), (torch.float16, "ieee")):
-        blocks, kind = block_sizes(512, dtype, precision), TRITON_TYPES[dtype]
-        launch_options = {name: blocks.pop(name) for name in ("num_warps", "num_stages")}
-        tensors = {"queries": kind, "keys": kind} | dict.fromkeys(("query_scale", "key_scale", "row_loss", "row_top", "row_total"), "*fp32")
-        sizes = ("programs", "B", "N", "query_stride_g", "query_stride_b", "key_stride_g", "key_stride_n", "key_scale_stride")
-        constants = {"D": 512, "PRECISION": precision, "WIDEN": False, "labels": None, "weights": None, "candidates": None, "temperature": None} | blocks
-        types = tensors | {"tau": "fp32"} | dict.fromkeys(sizes, "i32") | dict.fromkeys(constants, "constexpr")
-        found.append(
-            Variant(
-                name=f"info_nce_forward {str(dtype)[6:]}{' tf32' if precision == 'tf32' else ''} 65536x65536x512", kernel=forward,
-                signature={argument: types[argument] for argument in forward.arg_names}, constants=constants, divisible_by_16=(*tensors, *sizes),
-                tensor_cores=dtype != torch.float32 or precision == "tf32", **launch_options,
-            )  # fmt: skip
-        )
-    signature = {"vectors": "*bf16", "scale": "*fp32"} | dict.fromkeys(("rows", "stride_g", "stride_row", "programs"), "i32")
-    constants = {"D": 512, "BLOCK_ROW": 16, "BLOCK_D": 256}
-    found.append(Variant(name="info_nce_norms bfloat16 65536x512", kernel=inverse_norms, signature=signature | dict.fromkeys(constants, "constexpr"), constants=constants,
-                         divisible_by_16=tuple(signature), num_warps=4))  # fmt: skip
-    signature = dict.fromkeys(("values", "total", "scale"), "*fp32") | {"length": "i32"}
-    constants = {"weights": None, "MEAN": True, "BLOCK": PIECE}
-    found.append(Variant(name="info_nce_add_up 65536", kernel=add_up, signature={name: (signature | dict.fromkeys(constants, "constexpr"))[name] for name in add_up.arg_names},
-                         constants=constants, divisible_by_16=tuple(signature), num_warps=4))  # fmt: skip
-    return found
+    for dtype, precision, name, tensor_cores in kinds():
+        tensors = dict.fromkeys(("queries", "keys"), TRITON_TYPES[dtype]) | dict.fromkeys(("query_scale", "key_scale", "row_loss", "row_top", "row_total"), "*fp32")
+        constants = {"D": 512, "PRECISION": precision, "WIDEN": False} | dict.fromkeys(("labels", "weights", "candidates", "temperature"))
+        found.append(variant(f"info_nce_forward {name} 65536x65536x512", forward, tensors, constants, block_sizes(512, dtype, precision), tensor_cores=tensor_cores))
+    tensors, constants = {"vectors": "*bf16", "scale": "*fp32"}, {"D": 512, "BLOCK_ROW": 16, "BLOCK_D": 256}
+    found.append(variant("info_nce_norms bfloat16 65536x512", inverse_norms, tensors, constants, {"num_warps": 4}))
+    tensors, constants = dict.fromkeys(("values", "total", "scale"), "*fp32"), {"weights": None, "MEAN": True, "BLOCK": PIECE}
+    return [*found, variant("info_nce_add_up 65536", add_up, tensors, constants, {"num_warps": 4})]

@@ -10,14 +10,13 @@ program, and a second launch adds those in a fixed order.
 Letters: K clients, P entries of a row, G groups of weights.
 """
 
-import contextlib
 from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 
-from semanticfl_ref.kernels.dispatch import Variant
+from semanticfl_ref.kernels.dispatch import Variant, on_device, variant
 
 SPECIALIZE_NOT = ["P", "K", "G", "row_stride", "programs"]
 
@@ -202,7 +201,7 @@ def launch_average(rows: Sequence[torch.Tensor], weights_GK: torch.Tensor, refer
     programs = triton.cdiv(entries, options["BLOCK"])
     partials = statistics.new_empty((3, clients, programs)) if diagnostics else statistics
     addresses = [row.data_ptr() for row in rows] + ([] if table else [rows[0].stride(0) * rows[0].element_size()])
-    with _on(average_GP.device):
+    with on_device(average_GP):
         average_kernel[(programs, triton.cdiv(groups, options["GROUPS"]))](
             rows=_pointer_table(rows) if table else rows[0], weights=weights_GK.contiguous(), average=average_GP, partials=partials,
             reference=average_GP if reference_P is None else reference_P.contiguous(),
@@ -222,7 +221,7 @@ def launch_add(sums_P: torch.Tensor, total: torch.Tensor, row_P: torch.Tensor, w
     row_P = row_P.contiguous()
     entries, programs = row_P.numel(), triton.cdiv(row_P.numel(), STREAM["BLOCK"])
     partials = statistics.new_empty((2, programs)) if reference_P is not None else statistics.new_empty((1, programs))
-    with _on(row_P.device):
+    with on_device(row_P):
         examine_kernel[(programs,)](
             row=row_P, reference=row_P if reference_P is None else reference_P.contiguous(), partials=partials, P=entries, programs=programs,
             REFERENCE=reference_P is not None, **STREAM,
@@ -233,35 +232,15 @@ def launch_add(sums_P: torch.Tensor, total: torch.Tensor, row_P: torch.Tensor, w
 
 def variants() -> list[Variant]:
     """What launches of the loop's shapes compile: 10 clients, aligned rows."""
-    found = []
+    found, ragged = [], tuple(SPECIALIZE_NOT)
     for dtype, itemsize in (("fp32", 4), ("bf16", 2), ("fp16", 2)):
+        of_rows, sums = dict.fromkeys(("rows", "row", "reference", "average"), f"*{dtype}"), dict.fromkeys(("weights", "partials", "sums", "total", "weight", "non_finite"), "*fp64")
         for form, table, groups, diagnostics in (("matrix", False, 1, False), ("table", True, 1, False), ("groups", False, 4, False), ("diagnostics", False, 1, True)):
-            options = block_sizes(10, groups, itemsize, diagnostics)
-            warps = options.pop("num_warps")
-            signature = {"rows": "*i64" if table else f"*{dtype}", "weights": "*fp64", "reference": f"*{dtype}", "average": f"*{dtype}", "partials": "*fp64"}
-            signature |= {name: "i32" for name in SPECIALIZE_NOT}
-            constants = {"TABLE": table, "ALIGNMENT": 16, "DIAGNOSTICS": diagnostics, "REFERENCE": diagnostics, **options}
-            pointers = ("rows", "weights", "reference", "average", "partials")
-            found.append(
-                Variant(name=f"weighted_average/{form}-{dtype}", kernel=average_kernel, signature=signature, constants=constants, divisible_by_16=pointers, num_warps=warps)
-            )
-        found += _stream_variants(dtype)
-    signature = {"partials": "*fp64", "totals": "*fp64", "programs": "i32"}
-    found.append(Variant(name="weighted_average/reduce", kernel=reduce_kernel, signature=signature, constants={"BLOCK": 1024}, divisible_by_16=("partials", "totals")))
-    return found
-
-
-def _stream_variants(dtype: str) -> list[Variant]:
-    examine = {"row": f"*{dtype}", "reference": f"*{dtype}", "partials": "*fp64", "P": "i32", "programs": "i32"}
-    add = {"sums": "*fp64", "total": "*fp64", "row": f"*{dtype}", "weight": "*fp64", "non_finite": "*fp64", "P": "i32"}
-    constants = {"BLOCK": STREAM["BLOCK"]}
-    return [
-        Variant(
-            name=f"weighted_average/examine-{dtype}", kernel=examine_kernel, signature=examine, constants=constants | {"REFERENCE": True},
-            divisible_by_16=("row", "reference", "partials"),
-        ),  # fmt: skip
-        Variant(name=f"weighted_average/add-{dtype}", kernel=add_kernel, signature=add, constants=constants, divisible_by_16=("sums", "total", "row", "weight", "non_finite")),
-    ]
+            tensors, constants = of_rows | sums | ({"rows": "*i64"} if table else {}), {"TABLE": table, "ALIGNMENT": 16, "DIAGNOSTICS": diagnostics, "REFERENCE": diagnostics}
+            found.append(variant(f"weighted_average/{form}-{dtype}", average_kernel, tensors, constants, block_sizes(10, groups, itemsize, diagnostics), ragged=ragged))
+        found.append(variant(f"weighted_average/examine-{dtype}", examine_kernel, of_rows | sums, {"REFERENCE": True}, STREAM, ragged=ragged))
+        found.append(variant(f"weighted_average/add-{dtype}", add_kernel, of_rows | sums, {}, STREAM, ragged=ragged))
+    return [*found, variant("weighted_average/reduce", reduce_kernel, {"partials": "*fp64", "totals": "*fp64"}, {}, REDUCE, ragged=ragged)]
 
 
 def _pointer_table(rows: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -275,8 +254,3 @@ def _pointer_table(rows: Sequence[torch.Tensor]) -> torch.Tensor:
 def _alignment(addresses: Sequence[int]) -> int:
     """The largest power of two, at most 16, that divides every address (in bytes)."""
     return next(size for size in (16, 8, 4, 2, 1) if all(address % size == 0 for address in addresses))
-
-
-def _on(device: torch.device):
-    """Triton launches on the current device, which need not be the tensors' own."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

@@ -39,8 +39,12 @@ def derive(loss_of, *tensors):
     """The loss of these tensors, and the gradients of a sum of its entries times factors other than 1 ... for every tensor that is given."""
     leaves = [tensor.detach().clone().requires_grad_() for tensor in tensors]
     loss = loss_of(*leaves)
-    factors = torch.linspace(0.5, 2.5, max(loss.numel(), 1), dtype=loss.dtype, device=loss.device)[: loss.numel()].view(loss.shape)
-    return loss.detach(), *torch.autograd.grad((loss * factors).sum(), leaves)
+    return loss.detach(), *torch.autograd.grad((loss * factors_of(loss)).sum(), leaves)
+
+
+def factors_of(loss):
+    """The upstream gradient of each entry of a loss."""
+    return torch.linspace(0.5, 2.5, max(loss.numel(), 1), dtype=loss.dtype, device=loss.device)[: loss.numel()].view(loss.shape)
 
 
 def assert_as_exact_as_eager(ours, eagers, exacts, names=NAMES, scales=None):
