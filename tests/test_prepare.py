@@ -8,6 +8,7 @@ import torch
 from processes import ROOT
 
 from semanticfl_ref import cli, config, prepare
+from semanticfl_ref.commands.flags import settle
 from semanticfl_ref.errors import UserError
 
 TINY = ROOT / "semanticfl_ref" / "diffusion" / "tiny" / "unet"
