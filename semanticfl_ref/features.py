@@ -17,7 +17,7 @@ from semanticfl_ref.diffusion.extract import build as build_bank
 from semanticfl_ref.diffusion.extract import done_already
 from semanticfl_ref.diffusion.probe import describe_layer
 from semanticfl_ref.errors import DataError, UserError
-from semanticfl_ref.prepare import anchor_images, bank_plan, bank_plans, build_command, load_images
+from semanticfl_ref.prepare import anchor_images, bank_plan, bank_plans, build_command, load_data, load_images
 from semanticfl_ref.randomness import generator
 from semanticfl_ref.storage import PART, writing
 
@@ -76,7 +76,8 @@ def probe(config: Config, *, offline: bool, layers: str, timesteps: list[int], i
     """
     if figure is not None and importlib.util.find_spec("matplotlib") is None:
         raise UserError("--figure needs matplotlib: pip install matplotlib, or leave the flag out: the table needs nothing")
-    dataset = _images(config, offline)[0]
+    _set_threads(config)
+    dataset = load_images(config, offline)[0]
     fitted, judged, part = _two_sets(dataset, images, config.run.seed)
     rows = [_row(None, "pixels", (fitted.train_images.flatten(1), judged.train_images.flatten(1)), fitted, judged, None)]
     for timestep in timesteps or [config.diffusion.timestep]:
@@ -150,14 +151,13 @@ def draw(document: dict, file: Path) -> None:
 
 
 def _plans(config: Config, offline: bool) -> dict[str, Plan]:
-    dataset, held = _images(config, offline)
-    return bank_plans(config, anchor_images(config, dataset, held), offline)
+    _set_threads(config)
+    return bank_plans(config, anchor_images(config, *load_data(config, offline)), offline)
 
 
-def _images(config: Config, offline: bool) -> tuple[Dataset, Dataset | None]:
+def _set_threads(config: Config) -> None:
     if config.run.threads:
         torch.set_num_threads(config.run.threads)  # features repeat bit for bit at equal threads, as training does
-    return load_images(config, offline)
 
 
 def _described(use: str, wanted: Plan) -> dict:

@@ -9,7 +9,7 @@ def closing_words(summary: dict, config: Config) -> str:
     command = "python -m semanticfl_ref train"
     dataset = "" if config.data.name == "digit-scenes" else f" --dataset {config.data.name}"
     other = "fedavg" if config.federation.method != "fedavg" else "semanticfl"
-    lines += ["", f"try next: {command}{dataset} --method {other}    (the difference that the anchors make)"]
+    lines += ["", f"try next: {command}{dataset} --method {other}    ({'to compare' if config.federation.method not in ('fedavg', 'semanticfl') else 'the difference that the anchors make'})"]
     if is_embedded(config):
         lines.append(f"          {command} --dataset cifar10    (the paper's setting)")
     return "\n".join(lines)
