@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+from data.synthetic_archives import cifar_members, sha256, tar_gz
 from processes import ROOT, command, environment, run_cli
 
 from semanticfl_ref import cli, config
@@ -120,6 +121,41 @@ def test_a_folder_with_an_empty_class(capsys, elsewhere):
     assert "cat" in refused(capsys, 3, "train", "--dataset", "folder", "--data-dir", str(elsewhere / "images"), "--method", "fedavg")
 
 
+def test_a_folder_with_a_broken_image(capsys, elsewhere):
+    for name in ("cat", "dog"):
+        (elsewhere / "images" / name).mkdir(parents=True)
+        (elsewhere / "images" / name / "1.png").write_bytes(b"\x89PNG broken")
+    assert "cat/1.png is not a readable image" in refused(capsys, 3, "train", "--dataset", "folder", "--data-dir", str(elsewhere / "images"), "--method", "fedavg")
+
+
+@pytest.mark.parametrize("damage", ["differs", "flipped", "truncated", "hostile"])
+def test_a_local_archive_that_cannot_be_trusted(capsys, elsewhere, damage):
+    """Another content needs its hash; a damaged or hostile one is refused with it, too."""
+    members = cifar_members(5)
+    if damage == "hostile":
+        members["cifar-10-batches-py/test_batch"] = b"cos\nsystem\n(S'touch hostile'\ntR."
+    content = bytearray(tar_gz(members))
+    if damage == "flipped":
+        content[len(content) // 2] ^= 1
+    path = elsewhere / "cifar-10-python.tar.gz"
+    path.write_bytes(content[:-100] if damage == "truncated" else content)
+    told = ["--data-sha256", sha256(path.read_bytes())] if damage != "differs" else []
+    line = refused(capsys, 3, "train", "--dataset", "cifar10", "--data-dir", str(elsewhere), "--method", "fedavg", *told)
+    assert {"differs": "--data-sha256", "flipped": "get it again", "truncated": "get it again", "hostile": "os.system"}[damage] in line
+
+
+def test_offline_trains_without_a_socket(job, elsewhere, monkeypatch):
+    """The embedded default with its anchors made anew: no connection, no look-up of a name."""
+    for name in ("socket", "create_connection", "getaddrinfo"):
+        monkeypatch.setattr(f"socket.{name}", lambda *_, **__: pytest.fail("a socket was opened"))
+    few = ["--method", "semanticfl", "--rounds", "1", "--set", "diffusion.taps=vae", "--set", "anchors.width=2"]
+    assert cli.main(["train", *job, *few, "--offline", "--out", str(elsewhere / "run")]) == 0
+
+
+def test_a_dry_run_without_the_data_says_so(capsys, elsewhere):
+    assert "--dry-run download nothing" in refused(capsys, 5, "train", "--dataset", "cifar10", "--dry-run")
+
+
 def test_a_held_out_class_must_leave_images(capsys, elsewhere):
     assert "leaves no image" in refused(capsys, 2, "train", "--dataset", "digits", "--method", "fedavg", "--anchor-images", "heldout:100000")
 
@@ -180,10 +216,10 @@ def test_first_line_within_two_seconds(elsewhere):
 
 def test_the_summary_and_its_table():
     row = {"test_accuracy": 0.5, "validation_accuracy": None, "client_accuracy": [0.6, 0.2], "loss": 1.0, "steps": 3, "bytes_down": 1024, "bytes_up": 512}
-    rows = [{**row, "round": r, "test_accuracy": r / 10, "gradient_share": {"cross_entropy": 0.995, "contrast": 0.005}} for r in range(1, 8)]
+    rows = [{**row, "round": r, "test_accuracy": (8 - r) / 10, "gradient_share": {"cross_entropy": 0.995, "contrast": 0.005}} for r in range(1, 8)]
     summary = metrics.summarise(rows, 12.0, {"folder": "runs/x", "warnings": ["first"]})
-    assert (summary["test_accuracy"], summary["worst_client"], summary["bytes_down"]) == (0.7, 1, 7 * 1024)
-    assert summary["test_accuracy_last_five"] == pytest.approx(0.5)
+    assert (summary["test_accuracy"], summary["worst_client"], summary["bytes_down"]) == (0.1, 1, 7 * 1024)
+    assert summary["test_accuracy_last_five"] == pytest.approx(0.3) and 0.7 not in summary.values(), "the best round would be chosen on the test part"
     assert len(summary["warnings"]) == 2 and "'contrast'" in summary["warnings"][1] and "0.50%" in summary["warnings"][1]
     assert "20.00% (client 1)" in tables.table(summary) and "10.5 KiB" in tables.table(summary)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from data import synthetic_archives
+from data.synthetic_archives import cifar_members, sha256, tar_gz
 from processes import ROOT
 
 from semanticfl_ref import cli, config, prepare
@@ -81,13 +81,13 @@ def test_semanticfl_from_end_to_end(job, tmp_path, monkeypatch, capsys):
 @needs_tiny
 def test_cifar_with_the_stand_in_as_the_user_types_it(job, tmp_path, monkeypatch, capsys):
     """The command that exit 5 recommends: the stand-in's own layers and widths, no other flag; the content's hash is in the run folder."""
-    content = synthetic_archives.tar_gz(synthetic_archives.cifar_members(40))
+    content = tar_gz(cifar_members(40))
     (tmp_path / "cifar-10-python.tar.gz").write_bytes(content)
     monkeypatch.setenv("SEMANTICFL_CACHE", str(tmp_path / "cache"))
     given = ["--dataset", "cifar10", "--data-dir", str(tmp_path), "--sd", "tiny", "--method", "semanticfl", "--rounds", "1", "--out", str(tmp_path / "run"), "--json"]
     assert cli.main(["train", *job, *given]) == 3
-    assert synthetic_archives.sha256(content) in capsys.readouterr().err and not (tmp_path / "run").exists()
-    assert cli.main(["train", *job, *given, "--data-sha256", synthetic_archives.sha256(content)]) == 0
+    assert sha256(content) in capsys.readouterr().err and not (tmp_path / "run").exists()
+    assert cli.main(["train", *job, *given, "--data-sha256", sha256(content)]) == 0
     assert any("stand-in" in text for text in json.loads(capsys.readouterr().out)["warnings"])
     assert len(json.loads((tmp_path / "run" / "partition.json").read_text())["dataset_sha256"]) == 64
 
