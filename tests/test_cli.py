@@ -144,10 +144,10 @@ def test_a_local_archive_that_cannot_be_trusted(capsys, elsewhere, damage):
     assert {"differs": "--data-sha256", "flipped": "get it again", "truncated": "get it again", "hostile": "os.system"}[damage] in line
 
 
-def test_offline_trains_without_a_socket(job, elsewhere, monkeypatch):
-    """The embedded default with its anchors made anew: no connection, no look-up of a name."""
-    for name in ("socket", "create_connection", "getaddrinfo"):
-        monkeypatch.setattr(f"socket.{name}", lambda *_, **__: pytest.fail("a socket was opened"))
+def test_offline_trains_without_a_connection(job, elsewhere, monkeypatch):
+    """The embedded default with its anchors made anew: no connection, no look-up of a name. (Making a socket is no crime: a library tries IPv6 out so.)"""
+    for name in ("socket.connect", "socket.connect_ex", "getaddrinfo"):
+        monkeypatch.setattr(f"socket.{name}", lambda *_, **__: pytest.fail("a connection was opened"))
     few = ["--method", "semanticfl", "--rounds", "1", "--set", "diffusion.taps=vae", "--set", "anchors.width=2"]
     assert cli.main(["train", *job, *few, "--offline", "--out", str(elsewhere / "run")]) == 0
 
@@ -222,6 +222,13 @@ def test_the_summary_and_its_table():
     assert summary["test_accuracy_last_five"] == pytest.approx(0.3) and 0.7 not in summary.values(), "the best round would be chosen on the test part"
     assert len(summary["warnings"]) == 2 and "'contrast'" in summary["warnings"][1] and "0.50%" in summary["warnings"][1]
     assert "20.00% (client 1)" in tables.table(summary) and "10.5 KiB" in tables.table(summary)
+
+
+def test_what_to_try_next_can_be_typed():
+    settings = config.build({"data.name": "folder", "data.dir": "my images", "federation.method": "fedavg"})
+    summary = {"test_accuracy": 0.5, "test_accuracy_last_five": 0.5, "worst_client": 0, "worst_client_accuracy": 0.1, "seconds": 1.0, "rounds": 1}
+    words = tables.closing_words({**summary, "bytes_down": 0, "bytes_up": 0, "folder": "runs/x", "warnings": []}, settings)
+    assert "train --dataset folder --data-dir 'my images' --method semanticfl " in words
 
 
 @pytest.mark.parametrize("count, text", [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (2**40 * 3, "3.0 TiB")])

@@ -17,7 +17,7 @@ class RoundLedger:
     def __init__(self, world, state):
         self._world, self._served = world, state.served
         self.bytes_down = self.bytes_up = self.steps = 0
-        self.reports: list[ClientReport] = []
+        self.reports: dict[int, ClientReport] = {}
         self.dropped: list[int] = []
 
     def count(self, client: int, report: ClientReport) -> None:
@@ -26,18 +26,19 @@ class RoundLedger:
         self.bytes_down += sent + (0 if self._served[client] else self._anchor_bytes(client))
         self.bytes_up += sent
         self.steps += report.steps
-        self.reports.append(report)
+        self.reports[client] = report
 
     def line(self) -> dict:
-        """The round's books; values of lost clients are left out of the means."""
+        """The round's books; dropped clients count in steps and bytes, not in the means."""
+        reports = [report for client, report in self.reports.items() if client not in self.dropped]
         terms: dict[str, list[float]] = {}
         shares: dict[str, list[float]] = {}
-        for report in self.reports:
+        for report in reports:
             for name, total in report.terms.items():
                 terms.setdefault(name, []).append(float(total) / report.steps)
             for name, share in report.gradient_share.items():
                 shares.setdefault(name, []).append(share)
-        losses = [float(r.loss) / r.steps for r in self.reports]
+        losses = [float(r.loss) / r.steps for r in reports]
         return {
             "loss": _mean(losses),
             "terms": {name: _mean(values) for name, values in terms.items()},

@@ -1,5 +1,7 @@
 """What a reader sees: the table that ends a run, a partition's, a dry run's. No torch in here."""
 
+import shlex
+
 from semanticfl_ref.config import PRESETS, TINY, Config
 
 
@@ -7,7 +9,8 @@ def closing_words(summary: dict, config: Config) -> str:
     """The table, the warnings, and what to try next."""
     lines = [table(summary), *(f"warning: {text}" for text in summary["warnings"])]
     command = "python -m semanticfl_ref train"
-    dataset = "" if config.data.name == "digit-scenes" else f" --dataset {config.data.name}"
+    named = {"--dataset": config.data.name, "--data-dir": config.data.dir, "--data-sha256": config.data.sha256}
+    dataset = "".join(f" {flag} {shlex.quote(value)}" for flag, value in named.items() if value not in ("", "digit-scenes"))
     other = "fedavg" if config.federation.method != "fedavg" else "semanticfl"
     lines += ["", f"try next: {command}{dataset} --method {other}    ({'to compare' if config.federation.method not in ('fedavg', 'semanticfl') else 'the difference that the anchors make'})"]
     if is_embedded(config):

@@ -133,11 +133,13 @@ def test_a_broken_client_is_dropped_and_leaves_the_others_intact(small_world, mo
     world = small_world(federation__clients_per_round=3, federation__non_finite="drop", federation__method="fedavg")
     state, lines = play(world, rounds=1)
     assert lines[0]["dropped"] == [2] and torch.isfinite(state.row).all()
-    start, rows = new_state(small_world(federation__method="fedavg")).row, []
+    start, rows, losses = new_state(small_world(federation__method="fedavg")).row, [], []
     for client in (0, 1):
         load_row(world.model, start)
-        story.train_client(Visit(world=world, client=client, round=1, start_P=start, memory={}))
+        report = story.train_client(Visit(world=world, client=client, round=1, start_P=start, memory={}))
         rows.append(to_row(world.model).double())
+        losses.append(float(report.loss) / report.steps)
+    assert lines[0]["loss"] == pytest.approx(sum(losses) / 2, rel=1e-6), "a dropped client's loss is no part of the round's, even when it is finite"
     counts = [len(world.partition.indices[k]) for k in (0, 1)]
     torch.testing.assert_close(state.row.double(), (counts[0] * rows[0] + counts[1] * rows[1]) / sum(counts), rtol=1e-6, atol=1e-7)
 
