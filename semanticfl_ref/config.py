@@ -3,7 +3,8 @@
 Sources: [A] the paper's abstract, [S] a second-hand summary of the paper, [N] the nearest published system (FedDifRC, arXiv
 2507.06482), [O] our own reading where nothing is published: `Choice:` in the README's table of deviations.
 
-Values are settled in this order, later ones winning: the field's default, the data set's preset, the method's, a TOML file, flags, `--set a.b=c`.
+Values are settled in this order, later ones winning: the field's default, the data set's preset, the embedded diffusion model's where it is the source,
+the method's, a TOML file, flags, `--set a.b=c`.
 """
 
 import dataclasses
@@ -22,6 +23,7 @@ METHODS = ["fedavg", "fedprox", "scaffold", "moon", "fedrcl", "feddisco", "fedcd
 SCENARIOS = ("iid", "nid1", "nid2", "pathological", "quantity")
 CONTROLS = ("sd", "shuffled", "permuted", "random", "onehot")
 STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+SMALLEST_IMAGE = 9  # pixels a side: below, BatchNorm would meet one pixel of one image in the last stage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +77,7 @@ class Anchors(Section):
 @dataclass(frozen=True, kw_only=True)
 class Model(Section):
     width: int = option(64, "channels of ResNet-10's first stage; features have 8x as many", low=1, high=256, source="N")
-    batch_norm: str = option("average", "BatchNorm across clients: average = like any weight, local = each client keeps its own", choices=("average", "local"), source="O")
+    batch_norm: str = option("average", "BatchNorm across clients: average = like any weight, local = each client keeps its own, and accuracies are those of the average all the same", choices=("average", "local"), source="O")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,13 +134,12 @@ class Config:
                 f"server.trim = {self.server.trim} of federation.clients_per_round = {self.federation.clients_per_round} cuts nobody: "
                 f"raise --clients-per-round or server.trim to at least {1 / self.federation.clients_per_round:.3g}, or take --set federation.aggregation=median"
             )
+        if 0 < self.data.image_size < SMALLEST_IMAGE:
+            raise UserError(f"data.image_size = {self.data.image_size}: must be 0 or at least {SMALLEST_IMAGE}: ResNet-10 halves the side three times, and one pixel has no variance")
 
 
-# What differs from the fields' defaults, by data set. Choices for the embedded sets were made on their validation part.
-TINY = {
-    "data.augment": False,
-    "partition.alpha": 0.3,
-    "diffusion.source": "tiny",
+# What differs from the fields' defaults, by diffusion model and by data set. Choices for the embedded sets were made on their validation part.
+TINY_MODEL = {  # its layers are fewer and narrower than Stable Diffusion's
     "diffusion.taps": "mid",
     "diffusion.timestep": 20,
     "diffusion.input_size": 0,
@@ -146,6 +147,12 @@ TINY = {
     "anchors.width": 96,
     "anchors.whiten": False,
     "anchors.aggregation": "equal",
+}
+TINY = {
+    **TINY_MODEL,
+    "data.augment": False,
+    "partition.alpha": 0.3,
+    "diffusion.source": "tiny",
     "model.width": 16,
     "federation.rounds": 40,
     "federation.local_epochs": 10,
@@ -169,7 +176,7 @@ METHOD_PRESETS: dict[str, dict[str, object]] = {"feddifrc": {"anchors.text": "un
 
 
 def build(settings: dict[str, object] | None = None, file: Path | None = None, assignments: list[str] = ()) -> Config:
-    """Settle the configuration: presets of the data set and of the method < TOML file < `settings` (flags) < `assignments` (`a.b=c`).
+    """Settle the configuration: presets of the data set, the embedded model and the method < TOML file < `settings` (flags) < `assignments` (`a.b=c`).
 
     Args:
         settings: dotted name -> value, typed.
@@ -189,10 +196,11 @@ def build(settings: dict[str, object] | None = None, file: Path | None = None, a
         if not sign:
             raise UserError(f"--set {text!r}: expected section.field=value, for example --set semantic.tau=0.07")
         given[name.strip()] = value.strip()
-    name = given.get("data.name", Data.__dataclass_fields__["name"].default)
+    name = str(given.get("data.name", Data.__dataclass_fields__["name"].default))  # str: a TOML file may hold a list, which from_flat refuses by name
     if name not in PRESETS:
-        raise unknown("dataset", str(name), DATASETS)
-    return from_flat({**PRESETS[name], **METHOD_PRESETS.get(given.get("federation.method"), {}), **given})
+        raise unknown("dataset", name, DATASETS)
+    model = TINY_MODEL if given.get("diffusion.source") == "tiny" else {}
+    return from_flat({**PRESETS[name], **model, **METHOD_PRESETS.get(str(given.get("federation.method")), {}), **given})
 
 
 def add_method(name: str, section: type[Section] | None = None) -> None:

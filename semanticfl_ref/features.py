@@ -145,8 +145,7 @@ def draw(document: dict, file: Path) -> None:
 
 def _plans(config: Config, offline: bool) -> dict[str, Plan]:
     _set_threads(config)
-    dataset, _, held = load_data(config, offline)
-    return bank_plans(config, anchor_images(config, dataset, held), offline)
+    return bank_plans(config, anchor_images(config, *load_data(config, offline)), offline)
 
 
 def _set_threads(config: Config) -> None:

@@ -19,7 +19,7 @@ from semanticfl_ref.data.partition import Partition, make_partition
 from semanticfl_ref.data.sources import Dataset, load_dataset
 from semanticfl_ref.diffusion.anchors import Anchors, make_anchors
 from semanticfl_ref.diffusion.bank import Plan, Recipe, finished, open_or_build, plan
-from semanticfl_ref.errors import UserError
+from semanticfl_ref.errors import DataError, UserError
 from semanticfl_ref.federated.ledger import row_bytes
 from semanticfl_ref.federated.methods import METHODS
 from semanticfl_ref.federated.world import make_world
@@ -82,18 +82,18 @@ def take_out(dataset: Dataset, n: int, seed: int) -> tuple[Dataset, Dataset | No
     return part(keep_N, "without"), part(taken, "heldout")
 
 
-def build_anchors(config: Config, dataset: Dataset, held: Dataset | None, offline: bool, say: Callable[[str], None]) -> Anchors | None:
+def build_anchors(config: Config, dataset: Dataset, partition: Partition, held: Dataset | None, offline: bool, say: Callable[[str], None]) -> Anchors | None:
     """The anchors of the run, from the feature banks in the cache, which are made when they are not there; None for a method without."""
     if not METHODS[config.federation.method].needs_anchors:
         return None
     d, a = config.diffusion, config.anchors
-    images = anchor_images(config, dataset, held)
+    images = anchor_images(config, dataset, partition, held)
     plans = bank_plans(config, images, offline)
     state = "from the feature bank in the cache" if finished(plans["visual"]) else "made now, once"
     say(f"anchors from {len(images.train_labels)} images by {d.source} at t = {d.timestep}, {state}")
     banks = {name: open_or_build(wanted, say, progress=True) for name, wanted in plans.items()}
     per = a.per if a.images == "train" else "class"  # a client's image has no anchor of its own when other images made them
-    return make_anchors(
+    anchors = make_anchors(
         banks["visual"],
         images.train_labels,
         width=a.width,
@@ -107,11 +107,22 @@ def build_anchors(config: Config, dataset: Dataset, held: Dataset | None, offlin
         text_bank=banks.get("text"),
         text_labels=plans["text"].labels if "text" in plans else None,
     )
+    if per == "image" and len(images.train_labels) < len(dataset.train_labels):  # back to the training set's places; NaN, as nobody trains on the others
+        everywhere = torch.full((len(dataset.train_labels), anchors.visual.shape[1]), torch.nan)
+        anchors = replace(anchors, visual=everywhere.index_copy_(0, _trained_on(partition), anchors.visual))
+    return anchors
 
 
-def anchor_images(config: Config, dataset: Dataset, held: Dataset | None) -> Dataset:
-    """Whose images make the anchors, as `anchors.images` says."""
-    return dataset if config.anchors.images == "train" else held or _folder_of_images(config, dataset)
+def anchor_images(config: Config, dataset: Dataset, partition: Partition, held: Dataset | None) -> Dataset:
+    """Whose images make the anchors, as `anchors.images` says; what clients keep for a test of their own is not among them."""
+    if config.anchors.images != "train":
+        return held or _folder_of_images(config, dataset)
+    kept = _trained_on(partition)
+    return dataset if len(kept) == len(dataset.train_labels) else replace(dataset, train_images=dataset.train_images[kept], train_labels=dataset.train_labels[kept])
+
+
+def _trained_on(partition: Partition) -> torch.Tensor:
+    return torch.cat(partition.indices).sort().values
 
 
 def bank_plans(config: Config, images: Dataset, offline: bool) -> dict[str, Plan]:
@@ -146,12 +157,16 @@ def bank_plan(config: Config, images: Dataset, offline: bool, **changes) -> Plan
 
 def build_command(config: Config) -> str:
     """The command that makes the configuration's banks anew."""
-    preset, given = to_flat(build({"data.name": config.data.name})), to_flat(config)
+    chosen = {"data.name": config.data.name}
+    if config.diffusion.source != build(chosen).diffusion.source:
+        chosen["diffusion.source"] = config.diffusion.source
+    preset, given = to_flat(build(chosen)), to_flat(config)
     p, parts = config.partition, ("data.", "diffusion.")
-    if p.file or p.imbalance > 1 or p.features != "none":  # the images are those that the clients hold, as they hold them
+    if p.file or p.imbalance > 1 or p.features != "none" or p.held_out_share > 0:  # the images are those that the clients train on, as they hold them
         parts += ("partition.", "federation.clients_per_round")
     bearing = [name for name in given if name.startswith(parts) or name in ("anchors.images", "anchors.text", "anchors.text_images", "run.seed", "run.device")]
     words = ["python", "-m", "semanticfl_ref", "features", "build", "--anew", "--dataset", config.data.name]
+    words += ["--sd", config.diffusion.source] if len(chosen) > 1 else []
     for name in bearing:
         if given[name] != preset[name]:
             words += ["--set", f"{name}={given[name]}"]
@@ -198,12 +213,15 @@ def dry_run(config: Config) -> dict:
 
 
 def _folder_of_images(config: Config, dataset: Dataset) -> Dataset:
-    """Class folders of images, read to the data set's size; their names must be the data set's classes."""
+    """The training part of class folders, read to the data set's size and with its numbers of classes; their names must be the data set's classes."""
+    if not Path(config.anchors.images).is_dir():
+        raise DataError(f"anchors.images = {config.anchors.images}: there is no such folder; write train, heldout:n, or a folder of class folders")
     folder = load_dataset("folder", data_dir=Path(config.anchors.images), image_size=dataset.image_size, seed=config.run.seed)
-    if tuple(folder.class_names) != tuple(dataset.class_names):
+    if sorted(folder.class_names) != sorted(dataset.class_names):
         differing = sorted(set(folder.class_names) ^ set(dataset.class_names))
         raise UserError(f"anchors.images = {config.anchors.images}: its class folders are not the classes of {dataset.name}: {', '.join(differing[:5])}")
-    return folder
+    number_C = torch.tensor([dataset.class_names.index(name) for name in folder.class_names])  # folders come by name, a data set's classes in its own order
+    return replace(folder, train_labels=number_C[folder.train_labels], class_names=dataset.class_names)
 
 
 def _blank_anchors(config: Config, classes: int) -> Anchors:

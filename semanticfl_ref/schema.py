@@ -1,6 +1,7 @@
 """What a setting is: a dataclass field with its help, range, unit and source beside it, checked when its section is made."""
 
 import dataclasses
+import json
 import math
 
 from semanticfl_ref.errors import UserError, unknown
@@ -57,4 +58,4 @@ def toml_value(value) -> str:
     """A bool, int, float or str as TOML writes it."""
     if isinstance(value, bool):
         return str(value).lower()
-    return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"' if isinstance(value, str) else repr(value)
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f") if isinstance(value, str) else repr(value)  # TOML's escapes are JSON's, and DEL

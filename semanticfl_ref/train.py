@@ -48,7 +48,7 @@ def train(config: Config, *, out: Path, resume: bool, offline: bool, say: Callab
         torch.set_num_threads(config.run.threads)
     dataset, partition, held = load_data(config, offline)
     say(f"{len(dataset.train_labels)} images over {len(partition.sizes)} clients, {min(partition.sizes)} to {max(partition.sizes)} each, skew {partition.skew:.2f}")
-    anchors = build_anchors(config, dataset, held, offline, say)
+    anchors = build_anchors(config, dataset, partition, held, offline, say)
     world = make_world(config, dataset, partition, anchors)
     identity = identity_of(config, dataset, partition, anchors)
     environment = environment_of(world)
@@ -59,7 +59,7 @@ def train(config: Config, *, out: Path, resume: bool, offline: bool, say: Callab
         folder.cut_back(state.round)
         say(f"going on after round {state.round} in {out}")
     else:
-        about = {"environment.json": environment, "partition.json": partition.manifest(), "anchors.json": provenance_of(config, anchors)}
+        about = {"environment.json": environment, "partition.json": {**partition.manifest(), "dataset_sha256": dataset.sha256}, "anchors.json": provenance_of(config, anchors)}
         folder, state = RunFolder.create(out, config, about), new_state(world)
     state = play(world, state, folder, identity)
     load_row(world.model, state.row)  # a resume may have had no round left to play

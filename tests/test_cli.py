@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+from data.synthetic_archives import cifar_members, sha256, tar_gz
 from processes import ROOT, command, environment, run_cli
 
 from semanticfl_ref import cli, config
@@ -121,6 +122,41 @@ def test_a_folder_with_an_empty_class(capsys, elsewhere):
     assert "cat" in refused(capsys, 3, "train", "--dataset", "folder", "--data-dir", str(elsewhere / "images"), "--method", "fedavg")
 
 
+def test_a_folder_with_a_broken_image(capsys, elsewhere):
+    for name in ("cat", "dog"):
+        (elsewhere / "images" / name).mkdir(parents=True)
+        (elsewhere / "images" / name / "1.png").write_bytes(b"\x89PNG broken")
+    assert "cat/1.png is not a readable image" in refused(capsys, 3, "train", "--dataset", "folder", "--data-dir", str(elsewhere / "images"), "--method", "fedavg")
+
+
+@pytest.mark.parametrize("damage", ["differs", "flipped", "truncated", "hostile"])
+def test_a_local_archive_that_cannot_be_trusted(capsys, elsewhere, damage):
+    """Another content needs its hash; a damaged or hostile one is refused with it, too."""
+    members = cifar_members(5)
+    if damage == "hostile":
+        members["cifar-10-batches-py/test_batch"] = b"cos\nsystem\n(S'touch hostile'\ntR."
+    content = bytearray(tar_gz(members))
+    if damage == "flipped":
+        content[len(content) // 2] ^= 1
+    path = elsewhere / "cifar-10-python.tar.gz"
+    path.write_bytes(content[:-100] if damage == "truncated" else content)
+    told = ["--data-sha256", sha256(path.read_bytes())] if damage != "differs" else []
+    line = refused(capsys, 3, "train", "--dataset", "cifar10", "--data-dir", str(elsewhere), "--method", "fedavg", *told)
+    assert {"differs": "--data-sha256", "flipped": "get it again", "truncated": "get it again", "hostile": "os.system"}[damage] in line
+
+
+def test_offline_trains_without_a_connection(job, elsewhere, monkeypatch):
+    """The embedded default with its anchors made anew: no connection, no look-up of a name. (Making a socket is no crime: a library tries IPv6 out so.)"""
+    for name in ("socket.connect", "socket.connect_ex", "getaddrinfo"):
+        monkeypatch.setattr(f"socket.{name}", lambda *_, **__: pytest.fail("a connection was opened"))
+    few = ["--method", "semanticfl", "--rounds", "1", "--set", "diffusion.taps=vae", "--set", "anchors.width=2"]
+    assert cli.main(["train", *job, *few, "--offline", "--out", str(elsewhere / "run")]) == 0
+
+
+def test_a_dry_run_without_the_data_says_so(capsys, elsewhere):
+    assert "--dry-run download nothing" in refused(capsys, 5, "train", "--dataset", "cifar10", "--dry-run")
+
+
 def test_a_held_out_class_must_leave_images(capsys, elsewhere):
     assert "leaves no image" in refused(capsys, 2, "train", "--dataset", "digits", "--method", "fedavg", "--anchor-images", "heldout:100000")
 
@@ -177,6 +213,11 @@ def test_first_line_within_two_seconds(elsewhere):
     process.kill()
     process.communicate()
     assert b"loading torch" in line and waited <= 2.0
+
+
+def test_what_to_try_next_can_be_typed():
+    settings = config.build({"data.name": "folder", "data.dir": "my images", "federation.method": "fedavg"})
+    assert "train --dataset folder --data-dir 'my images' --method semanticfl " in tables.try_next(settings)
 
 
 @pytest.mark.parametrize("count, text", [(0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (2**40 * 3, "3.0 TiB")])

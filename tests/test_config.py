@@ -28,7 +28,7 @@ def test_every_field_refuses_what_is_outside_its_range(name, field):
 
 
 def test_round_trip_through_toml(tmp_path):
-    first = config.build({"semantic.tau": 0.07, "data.dir": 'a "b" \\ c', "data.name": "cifar100"})
+    first = config.build({"semantic.tau": 0.07, "data.dir": 'a "b" \\ c\t\n\x00\x7f é 🙂', "data.name": "cifar100"})
     (tmp_path / "c.toml").write_text(config.to_toml(first))
     assert config.build(file=tmp_path / "c.toml") == first
     assert config.from_flat(config.to_flat(first)) == first
@@ -45,6 +45,13 @@ def test_the_later_source_wins(tmp_path):
     settled = config.build({"semantic.tau": "0.2", "federation.rounds": 8}, file, ["federation.rounds=9"])
     assert (settled.semantic.lambda_kd, settled.semantic.tau, settled.federation.rounds) == (2.0, 0.2, 9)
     assert settled.model.width == config.PRESETS["digit-scenes"]["model.width"]
+
+
+def test_the_embedded_model_brings_its_own_layers_to_any_data_set():
+    stand_in = config.build({"data.name": "cifar10", "diffusion.source": "tiny", "diffusion.timestep": 30})
+    assert (stand_in.diffusion.taps, stand_in.diffusion.timestep, stand_in.anchors.width) == ("mid", 30, 96)
+    paper = config.build({"data.name": "cifar10"})
+    assert (stand_in.semantic, stand_in.federation, stand_in.model) == (paper.semantic, paper.federation, paper.model)
 
 
 def test_the_paper_setting():
@@ -64,6 +71,9 @@ def test_the_paper_setting():
         ({"run.seed": True}, "a whole number"),
         ({"semantic.tau": float("nan")}, "finite"),
         ({"federation.clients_per_round": 11}, "partition.clients"),
+        ({"data.name": ["digits"]}, "unknown dataset"),
+        ({"federation.method": ["fedavg"]}, "federation.method = .*expected a text"),
+        ({"data.image_size": 8}, "data.image_size = 8"),
     ],
 )
 def test_a_mistake_is_named(settings, words):

@@ -90,7 +90,7 @@ class Killed(BaseException):
 def test_killed_at_every_write(tmp_path, job, unbroken_run, monkeypatch):
     """In this process, at each flush and each rename of the run in turn: the write before it is on the disk, those after it are not."""
     run = tmp_path / "run"
-    real = {name: getattr(os, name) for name in ("fsync", "replace")}
+    real = {name: getattr(os, name) for name in ("fsync", "replace", "rename")}
     calls = {"left": 0}
 
     def dying(name):

@@ -99,7 +99,7 @@ def locate(name: str, *, data_dir: Path | None, offline: bool, data_sha256: str 
     if offline:
         state = "is damaged" if path.is_file() else "is not here"
         raise DownloadError(
-            f"{path} {state} and --offline forbids the download: run once without --offline, "
+            f"{path} {state}, and --offline and --dry-run download nothing: run once without them, "
             f"or put {archive.filename} into a folder and name it with --data-dir"
         )
     return download(name, archive, path)

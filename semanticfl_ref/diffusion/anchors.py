@@ -40,7 +40,7 @@ def make_anchors(
 ) -> Anchors:  # fmt: skip
     """Distil a bank into anchors (the paper's "adaptive multimodal diffusion aggregation", as far as it is known).
 
-    Centring and unit length are left to the loss, which needs both for its own features too.
+    Levels are centred by their PCA; unit length is left to the loss, which needs it for its own features too.
 
     Args:
         bank: of N images.

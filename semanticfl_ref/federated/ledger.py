@@ -27,7 +27,7 @@ class RoundLedger:
         self._world, self._served = world, state.served
         self._down, self._up = Counter(), Counter()
         self._steps = 0
-        self._reports: list[ClientReport] = []
+        self._reports: dict[int, ClientReport] = {}
         self.dropped: list[int] = []
 
     def count(self, client: int, report: ClientReport) -> None:
@@ -36,14 +36,15 @@ class RoundLedger:
         self._down.update(sent["down"], anchors=0 if self._served[client] else self._anchor_bytes(client))
         self._up.update(sent["up"], anchors=0)
         self._steps += report.steps
-        self._reports.append(report)
+        self._reports[client] = report
 
     def line(self) -> dict:
-        """The round's books; values of lost clients are left out of the means."""
-        gradients = [r.gradients for r in self._reports]
+        """The round's books; dropped clients count in steps and bytes, not in the means."""
+        reports = [report for client, report in self._reports.items() if client not in self.dropped]
+        gradients = [r.gradients for r in reports]
         return {
-            "loss": _mean([float(r.loss) / r.steps for r in self._reports]),
-            "terms": _means([{name: float(total) / r.steps for name, total in r.terms.items()} for r in self._reports]),
+            "loss": _mean([float(r.loss) / r.steps for r in reports]),
+            "terms": _means([{name: float(total) / r.steps for name, total in r.terms.items()} for r in reports]),
             "gradient_share": _means([{name: g.share for name, g in found.items()} for found in gradients]),
             "gradient_norm": _means([{name: g.norm for name, g in found.items()} for found in gradients]),
             "gradient_cosine": _means([{name: g.cosine for name, g in found.items() if name != "cross_entropy"} for found in gradients]),

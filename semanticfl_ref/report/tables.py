@@ -1,15 +1,22 @@
 """What a reader sees: the table that ends a run, a partition's, a dry run's. No torch in here."""
 
+import shlex
+
 from semanticfl_ref.config import PRESETS, TINY, Config
 
 
 def closing_words(summary: dict, config: Config) -> str:
     """The table, the warnings, and what to try next."""
-    lines = [table(summary), *(f"warning: {text}" for text in summary["warnings"])]
-    command = "python -m semanticfl_ref train"
-    dataset = "" if config.data.name == "digit-scenes" else f" --dataset {config.data.name}"
-    other = "fedavg" if config.federation.method != "fedavg" else "semanticfl"
-    lines += ["", f"try next: {command}{dataset} --method {other}    (the difference that the anchors make)"]
+    return "\n".join([table(summary), *(f"warning: {text}" for text in summary["warnings"]), "", try_next(config)])
+
+
+def try_next(config: Config) -> str:
+    """Commands that can be typed as they stand."""
+    command, method = "python -m semanticfl_ref train", config.federation.method
+    named = {"--dataset": config.data.name, "--data-dir": config.data.dir, "--data-sha256": config.data.sha256}
+    dataset = "".join(f" {flag} {shlex.quote(value)}" for flag, value in named.items() if value not in ("", "digit-scenes"))
+    why = "the difference that the anchors make" if method in ("fedavg", "semanticfl") else "to compare"
+    lines = [f"try next: {command}{dataset} --method {'fedavg' if method != 'fedavg' else 'semanticfl'}    ({why})"]
     if is_embedded(config):
         lines.append(f"          {command} --dataset cifar10    (the paper's setting)")
     return "\n".join(lines)

@@ -91,7 +91,7 @@ def test_a_damaged_cache_is_fetched_again(mirror, publish, cifar, cache):
     publish(cifar, mirror("good"))
     cache.mkdir(parents=True)
     (cache / "cifar-10-python.tar.gz").write_bytes(cifar[:-1])
-    with pytest.raises(DownloadError, match="damaged and --offline"):
+    with pytest.raises(DownloadError, match="damaged, and --offline"):
         located(offline=True)
     assert located().read_bytes() == cifar
 

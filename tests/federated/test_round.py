@@ -74,6 +74,41 @@ def test_anchors_are_sent_once(small_world):
     assert [line["bytes_down"] for line in lines] == [row + anchors, row]
 
 
+def test_a_client_does_not_depend_on_who_trained_before_it(small_world):
+    """Neither momentum nor BatchNorm's running averages nor a gradient crosses from client to client, nor from round to round."""
+    world = small_world(federation__momentum=0.9, federation__local_epochs=2)
+    start, rows = new_state(world).row, []
+    for clients in ((1,), (0, 1), (2, 0, 1)):
+        for client in clients:
+            load_row(world.model, start)
+            story.train_client(Visit(world=world, client=client, round=1, start_P=start, memory={}))
+        rows.append(to_row(world.model))
+    assert torch.equal(rows[0], rows[1]) and torch.equal(rows[0], rows[2]) and not torch.equal(rows[0], start)
+
+
+def test_nothing_of_the_test_parts_reaches_the_weights(small_world):
+    """Other pixels and labels in the test and validation parts, the same model."""
+    first, worlds = play(small_world())[0], [small_world(), small_world()]
+    blank = replace(worlds[0].dataset, test_images=worlds[0].dataset.test_images * 0, test_labels=worlds[0].dataset.test_labels * 0)
+    validated = replace(blank, validation_images=blank.test_images, validation_labels=blank.test_labels)
+    assert all(torch.equal(play(replace(world, dataset=other))[0].row, first.row) for world, other in zip(worlds, (blank, validated), strict=True))
+
+
+def test_running_averages_are_averaged_like_any_weight(small_world):
+    """By image counts over those who took part: neither the first client's, nor left out."""
+    world = small_world(federation__method="fedavg", federation__clients_per_round=2)
+    start = new_state(world)
+    after, line = play_round(start, world)
+    rows, counts = [], [world.partition.sizes[k] for k in line["clients"]]
+    for client in line["clients"]:
+        load_row(world.model, start.row)
+        story.train_client(Visit(world=world, client=client, round=1, start_P=start.row, memory={}))
+        rows.append(to_row(world.model).double()[world.layout.buffers])
+    assert any("running_mean" in name for name in world.layout.names) and any("running_var" in name for name in world.layout.names)
+    torch.testing.assert_close(after.row[world.layout.buffers].double(), (counts[0] * rows[0] + counts[1] * rows[1]) / sum(counts), rtol=1e-6, atol=1e-7)
+    assert not torch.equal(after.row[world.layout.buffers].double(), rows[0])
+
+
 def broken(monkeypatch, client_to_break):
     honest = story.train_client
 
@@ -98,11 +133,13 @@ def test_a_broken_client_is_dropped_and_leaves_the_others_intact(small_world, mo
     world = small_world(federation__clients_per_round=3, federation__non_finite="drop", federation__method="fedavg")
     state, lines = play(world, rounds=1)
     assert lines[0]["dropped"] == [2] and torch.isfinite(state.row).all()
-    start, rows = new_state(small_world(federation__method="fedavg")).row, []
+    start, rows, losses = new_state(small_world(federation__method="fedavg")).row, [], []
     for client in (0, 1):
         load_row(world.model, start)
-        story.train_client(Visit(world=world, client=client, round=1, start_P=start, memory={}))
+        report = story.train_client(Visit(world=world, client=client, round=1, start_P=start, memory={}))
         rows.append(to_row(world.model).double())
+        losses.append(float(report.loss) / report.steps)
+    assert lines[0]["loss"] == pytest.approx(sum(losses) / 2, rel=1e-6), "a dropped client's loss is no part of the round's, even when it is finite"
     counts = [len(world.partition.indices[k]) for k in (0, 1)]
     torch.testing.assert_close(state.row.double(), (counts[0] * rows[0] + counts[1] * rows[1]) / sum(counts), rtol=1e-6, atol=1e-7)
 
