@@ -3,7 +3,7 @@
 Sources: [A] the paper's abstract, [S] a second-hand summary of the paper, [N] the nearest published system (FedDifRC, arXiv
 2507.06482), [O] our own reading where nothing is published: `Choice:` in the README's table of deviations.
 
-Values are settled in this order, later ones winning: the field's default, the data set's preset, the method's, a TOML file, flags, `--set a.b=c`.
+Values are settled in this order, later ones winning: the field's default, the data set's preset, the embedded model's, the method's, a TOML file, flags, `--set a.b=c`.
 """
 
 import dataclasses
@@ -160,11 +160,13 @@ PRESETS: dict[str, dict[str, object]] = {
     "folder": {"data.image_size": 32},
 }
 
+# What the embedded model needs wherever it stands in for Stable Diffusion: it has neither its layers nor its sizes.
+SOURCE_PRESETS: dict[str, dict[str, object]] = {"tiny": {name: value for name, value in TINY.items() if name.startswith(("diffusion.", "anchors."))}}
 METHOD_PRESETS: dict[str, dict[str, object]] = {"feddifrc": {"anchors.text": "unet"}}  # as its publication has it
 
 
 def build(settings: dict[str, object] | None = None, file: Path | None = None, assignments: list[str] = ()) -> Config:
-    """Settle the configuration: presets of the data set and of the method < TOML file < `settings` (flags) < `assignments` (`a.b=c`).
+    """Settle the configuration: presets of the data set, of the embedded model and of the method < TOML file < `settings` (flags) < `assignments` (`a.b=c`).
 
     Args:
         settings: dotted name -> value, typed.
@@ -187,7 +189,7 @@ def build(settings: dict[str, object] | None = None, file: Path | None = None, a
     name = given.get("data.name", Data.__dataclass_fields__["name"].default)
     if name not in PRESETS:
         raise unknown("dataset", str(name), DATASETS)
-    return from_flat({**PRESETS[name], **METHOD_PRESETS.get(given.get("federation.method"), {}), **given})
+    return from_flat({**PRESETS[name], **SOURCE_PRESETS.get(given.get("diffusion.source"), {}), **METHOD_PRESETS.get(given.get("federation.method"), {}), **given})
 
 
 def add_method(name: str, section: type[Section] | None = None) -> None:

@@ -43,14 +43,9 @@ def load_images(config: Config, offline: bool) -> tuple[Dataset, Dataset | None]
     """The data set, and the images held out for anchors as a data set of their own (None without)."""
     d = config.data
     dataset = load_dataset(
-        d.name,
-        data_dir=Path(d.dir) if d.dir else None,
-        image_size=d.image_size or None,
-        validation_share=d.validation_share,
-        seed=config.run.seed,
-        offline=offline,
-        data_sha256=d.sha256 or None,
-    )
+        d.name, data_dir=Path(d.dir) if d.dir else None, image_size=d.image_size or None, validation_share=d.validation_share, seed=config.run.seed,
+        offline=offline, data_sha256=d.sha256 or None,
+    )  # fmt: skip
     return take_out(dataset, held_out_images(config), config.run.seed)
 
 
@@ -88,19 +83,9 @@ def build_anchors(config: Config, dataset: Dataset, held: Dataset | None, offlin
     banks = {name: open_or_build(wanted, say, progress=True) for name, wanted in plans.items()}
     per = a.per if a.images == "train" else "class"  # a client's image has no anchor of its own when other images made them
     return make_anchors(
-        banks["visual"],
-        images.train_labels,
-        width=a.width,
-        control=a.control,
-        per=per,
-        seed=config.run.seed,
-        classes=len(images.class_names),
-        whiten=a.whiten,
-        aggregation=a.aggregation,
-        images=a.images,
-        text_bank=banks.get("text"),
-        text_labels=plans["text"].labels if "text" in plans else None,
-    )
+        banks["visual"], images.train_labels, width=a.width, control=a.control, per=per, seed=config.run.seed, classes=len(images.class_names), whiten=a.whiten,
+        aggregation=a.aggregation, images=a.images, text_bank=banks.get("text"), text_labels=plans["text"].labels if "text" in plans else None,
+    )  # fmt: skip
 
 
 def anchor_images(config: Config, dataset: Dataset, held: Dataset | None) -> Dataset:
@@ -118,35 +103,25 @@ def bank_plans(config: Config, images: Dataset, offline: bool) -> dict[str, Plan
     return plans
 
 
-def bank_plan(config: Config, images: Dataset, offline: bool, **changes) -> Plan:
-    """The bank of a data set's training images, with the settings' recipe but for `changes`."""
+def bank_plan(config: Config, images: Dataset, offline: bool, condition: str | None = None) -> Plan:
+    """The bank of a data set's training images by the settings' recipe; `condition` in place of theirs."""
     d = config.diffusion
     recipe = Recipe(
-        source=d.source, taps=tuple(tap.strip() for tap in d.taps.split(",")), timestep=d.timestep, pool=d.pool, prompt=d.prompt, condition=d.condition,
+        source=d.source, taps=tuple(tap.strip() for tap in d.taps.split(",")), timestep=d.timestep, pool=d.pool, prompt=d.prompt, condition=condition or d.condition,
         input_size=d.input_size or None, latent=d.latent, seed=config.run.seed, precision=d.precision,
     )  # fmt: skip
     return plan(
-        images.train_images,
-        images.train_labels,
-        images.class_names,
-        images.sha256,
-        replace(recipe, **changes),
-        cache_dir=cache_folder() / "banks",
-        offline=offline,
-        device=None if config.run.device == "auto" else config.run.device,
-        command=build_command(config),
-    )
+        images.train_images, images.train_labels, images.class_names, images.sha256, recipe, cache_dir=cache_folder() / "banks", offline=offline,
+        device=None if config.run.device == "auto" else config.run.device, remedy=f"make it anew with: {build_command(config)}",
+    )  # fmt: skip
 
 
 def build_command(config: Config) -> str:
     """The command that makes the configuration's banks anew."""
-    preset, given = to_flat(build({"data.name": config.data.name})), to_flat(config)
+    preset, given = to_flat(build({"data.name": config.data.name, "diffusion.source": config.diffusion.source})), to_flat(config)
     bearing = [name for name in given if name.startswith(("data.", "diffusion.")) or name in ("anchors.images", "anchors.text", "anchors.text_images", "run.seed", "run.device")]
-    words = ["python", "-m", "semanticfl_ref", "features", "build", "--anew", "--dataset", config.data.name]
-    for name in bearing:
-        if given[name] != preset[name]:
-            words += ["--set", f"{name}={given[name]}"]
-    return shlex.join(words)
+    changed = [word for name in bearing if given[name] != preset[name] for word in ("--set", f"{name}={given[name]}")]
+    return shlex.join(["python", "-m", "semanticfl_ref", "features", "build", "--anew", "--dataset", config.data.name, "--sd", config.diffusion.source, *changed])
 
 
 def identity_of(config: Config, dataset: Dataset, partition: Partition, anchors: Anchors | None) -> dict:
