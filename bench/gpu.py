@@ -1,7 +1,7 @@
 """Everything that needs a GPU, in one call of under nine minutes.  `bench/gpu.sh`, or `python -m bench.gpu`
 
 Stages, each in a process of its own, so that one that fails, hangs or loses the device costs the others nothing: the device's copy and matrix rates; the average;
-InfoNCE at the training shape and at 64k x 64k; the kernels' tests; compute-sanitizer; the compiler's report. Each result is on the disk as soon as it is
+InfoNCE at the training shape and at 64k x 64k; the kernels' tests; compute-sanitizer; the compiler's report; diffusion features. Each result is on the disk as soon as it is
 there: bench/results/<device>.json. Ends with 1 if a stage failed or a kernel of ours gave a wrong result.
 `--rehearse` goes the same ways on a CPU with tiny shapes. Its numbers mean nothing, and its file says so.
 """
@@ -28,6 +28,7 @@ STAGES = {  # name: the function, and the seconds that it may take
     "tests": ("bench.gpu_checks:tests_stage", 150),
     "sanitizer": ("bench.gpu_checks:sanitizer_stage", 90),
     "compiled": ("bench.gpu_checks:compiled_stage", 120),
+    "diffusion": ("bench.gpu_checks:diffusion_stage", 150),
 }
 LEAST_SECONDS = 15  # with less left, a stage is not begun
 START_SECONDS = 8  # of a stage's time, for Python and torch to start and for the last results to be written

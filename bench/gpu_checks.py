@@ -1,4 +1,4 @@
-"""For `python -m bench.gpu`: the rates to compare with, the kernels' tests run natively, compute-sanitizer, the compiler's report."""
+"""For `python -m bench.gpu`: the rates to compare with, the kernels' tests run natively, compute-sanitizer, the compiler's report, diffusion features."""
 
 import importlib.util
 import json
@@ -55,6 +55,19 @@ def tests_stage(record: Record, bench: Bench) -> None:
     record.set("tests", {"command": " ".join(command[1:]), "exit": code, "last": lines[-1] if lines else "", "failures": failures[:50]})
     if code != 0:
         raise RuntimeError(f"pytest: {lines[-1] if lines else code}")
+
+
+def diffusion_stage(record: Record, bench: Bench) -> None:
+    """bench/bench_diffusion.py on Stable Diffusion 1.5's architecture. Written as "diffusion": its table, or why there is none."""
+    if importlib.util.find_spec("diffusers") is None:
+        record.set("diffusion", {"skipped": "diffusers is not installed here"})
+        return
+    command = [sys.executable, "-m", "pytest", "--benchmark-only", "-s", "-q", "-p", "no:cacheprovider", "bench/bench_diffusion.py", "-k", "cache_hit" if bench.rehearse else "step_by_step"]
+    code, output = run(command, bench.seconds, SEMANTICFL_BENCH_MODEL="sd15")
+    lines = [line for line in output.splitlines() if re.match(r"D\d: |\| ", line)]
+    record.set("diffusion", {"command": " ".join(command[1:]), "exit": code, "lines": lines})
+    if code != 0 or not lines:
+        raise RuntimeError(f"bench_diffusion: {(output.strip().splitlines() or [code])[-1]}")
 
 
 def sanitizer_stage(record: Record, bench: Bench) -> None:

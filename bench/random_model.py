@@ -24,7 +24,7 @@ OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_
 
 
 def write_model(folder: Path, size: str = "sd15") -> Path:
-    """Write a model folder as the hub serves Stable Diffusion 1.5: fp16 safetensors by their names, the VAE's attention under its old ones."""
+    """Write a model folder as the hub serves Stable Diffusion 1.5: fp16 safetensors by their names, the VAE's attention and the text encoder under their old ones."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -54,6 +54,9 @@ def write_model(folder: Path, size: str = "sd15") -> Path:
         weights = _random_weights(module)
         if part == "vae":
             weights = {_old(name): value for name, value in weights.items()}
+        if part == "text_encoder":  # names and a buffer of its file that today's library no longer has
+            weights = {f"text_model.{name.removeprefix('text_model.')}": value for name, value in weights.items()}
+            weights["text_model.embeddings.position_ids"] = torch.arange(77)[None]
         save_file(weights, folder / part / f"{file}.fp16.safetensors", metadata={"format": "pt"})
     (folder / "scheduler").mkdir(exist_ok=True)
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER))

@@ -103,6 +103,8 @@ def one_gpu(path: Path, result: dict, root: Path) -> str:
     lines += [f"Rates of the device in the same run: {rates}."] if rates else []
     lines += [f"Tests on it: {result['tests']['last'].strip('= ')}."] if "tests" in result else []
     lines += ["", "| | claim | target | measured |", "| --- | --- | --- | --- |", *claims(result)]
+    diffusion = result.get("diffusion", {})
+    lines += ["", diffusion["lines"][0], "", *diffusion["lines"][1:]] if diffusion.get("lines") else []
     figure = path.with_suffix(".png")
     if figure.is_file() and figure.resolve().is_relative_to(root.resolve()):
         lines += ["", f"![Roofline of {result['device']}]({figure.resolve().relative_to(root.resolve())})"]

@@ -12,9 +12,8 @@ import torch
 
 from semanticfl_ref.config import Config
 from semanticfl_ref.data.sources import Dataset, stratified
-from semanticfl_ref.diffusion.bank import Plan, finished, open_bank, open_or_build
-from semanticfl_ref.diffusion.extract import build as build_bank
-from semanticfl_ref.diffusion.extract import done_already
+from semanticfl_ref.diffusion.bank import TEXT, Plan, finished, open_bank, open_or_build
+from semanticfl_ref.diffusion.extract import done_already, length
 from semanticfl_ref.diffusion.probe import describe_layer
 from semanticfl_ref.errors import DataError
 from semanticfl_ref.prepare import anchor_images, bank_plan, bank_plans, build_command, load_data, load_images
@@ -39,9 +38,7 @@ def build(config: Config, *, offline: bool, anew: bool, say: Callable[[str], Non
     """
     plans = _plans(config, offline)
     for wanted in plans.values():
-        if anew or not finished(wanted):
-            build_bank(wanted, say, progress=True, anew=anew)
-        open_bank(wanted)
+        open_or_build(wanted, say, progress=True, anew=anew)
     return {"banks": [_described(name, wanted) for name, wanted in plans.items()]}
 
 
@@ -78,12 +75,13 @@ def probe(config: Config, *, offline: bool, layers: str, timesteps: list[int], i
         need_matplotlib("--figure", figure)
     _set_threads(config)
     dataset = load_images(config, offline)[0]
+    settings = [replace(config, diffusion=replace(config.diffusion, taps=layers, timestep=t)) for t in timesteps or [config.diffusion.timestep]]
     fitted, judged, part = _two_sets(dataset, images, config.run.seed)
     rows = [_row(None, "pixels", (fitted.train_images.flatten(1), judged.train_images.flatten(1)), fitted, judged, None)]
-    for timestep in timesteps or [config.diffusion.timestep]:
-        options = {"taps": tuple(layers.split(",")), "timestep": timestep}
-        banks = [open_or_build(bank_plan(config, chosen, offline, **options), say, progress=True) for chosen in (fitted, judged)]
-        rows += [_row(timestep, tap, [bank.read(tap) for bank in banks], fitted, judged, banks[0].text) for tap in banks[0].widths]
+    for chosen in settings:
+        plans = [replace(bank_plan(chosen, subset, offline), remedy="delete its folder and probe again") for subset in (fitted, judged)]
+        banks = [open_or_build(wanted, say, progress=True) for wanted in plans]
+        rows += [_row(chosen.diffusion.timestep, tap, [bank.read(tap) for bank in banks], fitted, judged, banks[0].text) for tap in banks[0].widths]
     result = {
         "dataset": dataset.name, "source": config.diffusion.source, "fitted_on": len(fitted.train_labels), "judged_on": len(judged.train_labels), "judged_part": part,
         "condition": config.diffusion.condition, "label_conditioned": config.diffusion.condition == "own-class", "rows": rows,
@@ -156,10 +154,7 @@ def _set_threads(config: Config) -> None:
 def _described(use: str, wanted: Plan) -> dict:
     """A bank for a reader and for JSON; of an unfinished one, the shards that are whole are counted."""
     files = [file for file in wanted.path.iterdir() if file.is_file()] if wanted.path.is_dir() else []
-    if finished(wanted):
-        done = len(wanted.images)
-    else:
-        done = sum(min(wanted.meta["shard"], len(wanted.images) - wanted.meta["shard"] * int(file.stem[6:])) for file in done_already(wanted) if file.stem.startswith("shard-"))
+    done = len(wanted.images) if finished(wanted) else sum(length(wanted, file) for file in done_already(wanted) if file.name != TEXT)
     kept = ("source", "taps", "timestep", "pool", "prompt", "condition", "latent", "input_size", "seed", "precision", "vae_precision", "weights_sha256", "dataset_sha256")
     return {
         "use": use, "id": wanted.id, "path": str(wanted.path), "finished": finished(wanted), "images": len(wanted.images), "images_done": done,

@@ -49,14 +49,9 @@ def load_images(config: Config, offline: bool) -> tuple[Dataset, Dataset | None]
     """The data set, and the images held out for anchors as a data set of their own (None without)."""
     d = config.data
     dataset = load_dataset(
-        d.name,
-        data_dir=Path(d.dir) if d.dir else None,
-        image_size=d.image_size or None,
-        validation_share=d.validation_share,
-        seed=config.run.seed,
-        offline=offline,
-        data_sha256=d.sha256 or None,
-    )
+        d.name, data_dir=Path(d.dir) if d.dir else None, image_size=d.image_size or None, validation_share=d.validation_share, seed=config.run.seed,
+        offline=offline, data_sha256=d.sha256 or None,
+    )  # fmt: skip
     return take_out(dataset, held_out_images(config), config.run.seed)
 
 
@@ -94,19 +89,9 @@ def build_anchors(config: Config, dataset: Dataset, partition: Partition, held: 
     banks = {name: open_or_build(wanted, say, progress=True) for name, wanted in plans.items()}
     per = a.per if a.images == "train" else "class"  # a client's image has no anchor of its own when other images made them
     anchors = make_anchors(
-        banks["visual"],
-        images.train_labels,
-        width=a.width,
-        control=a.control,
-        per=per,
-        seed=config.run.seed,
-        classes=len(images.class_names),
-        whiten=a.whiten,
-        aggregation=a.aggregation,
-        images=a.images,
-        text_bank=banks.get("text"),
-        text_labels=plans["text"].labels if "text" in plans else None,
-    )
+        banks["visual"], images.train_labels, width=a.width, control=a.control, per=per, seed=config.run.seed, classes=len(images.class_names), whiten=a.whiten,
+        aggregation=a.aggregation, images=a.images, text_bank=banks.get("text"), text_labels=plans["text"].labels if "text" in plans else None,
+    )  # fmt: skip
     if per == "image" and len(images.train_labels) < len(dataset.train_labels):  # back to the training set's places; NaN, as nobody trains on the others
         everywhere = torch.full((len(dataset.train_labels), anchors.visual.shape[1]), torch.nan)
         anchors = replace(anchors, visual=everywhere.index_copy_(0, _trained_on(partition), anchors.visual))
@@ -135,42 +120,28 @@ def bank_plans(config: Config, images: Dataset, offline: bool) -> dict[str, Plan
     return plans
 
 
-def bank_plan(config: Config, images: Dataset, offline: bool, **changes) -> Plan:
-    """The bank of a data set's training images, with the settings' recipe but for `changes`."""
+def bank_plan(config: Config, images: Dataset, offline: bool, condition: str | None = None) -> Plan:
+    """The bank of a data set's training images by the settings' recipe; `condition` in place of theirs."""
     d = config.diffusion
     recipe = Recipe(
-        source=d.source, taps=tuple(tap.strip() for tap in d.taps.split(",")), timestep=d.timestep, pool=d.pool, prompt=d.prompt, condition=d.condition,
+        source=d.source, taps=tuple(tap.strip() for tap in d.taps.split(",")), timestep=d.timestep, pool=d.pool, prompt=d.prompt, condition=condition or d.condition,
         input_size=d.input_size or None, latent=d.latent, seed=config.run.seed, precision=d.precision,
     )  # fmt: skip
     return plan(
-        images.train_images,
-        images.train_labels,
-        images.class_names,
-        images.sha256,
-        replace(recipe, **changes),
-        cache_dir=cache_folder() / "banks",
-        offline=offline,
-        device=None if config.run.device == "auto" else config.run.device,
-        command=build_command(config),
-    )
+        images.train_images, images.train_labels, images.class_names, images.sha256, recipe, cache_dir=cache_folder() / "banks", offline=offline,
+        device=None if config.run.device == "auto" else config.run.device, remedy=f"make it anew with: {build_command(config)}",
+    )  # fmt: skip
 
 
 def build_command(config: Config) -> str:
     """The command that makes the configuration's banks anew."""
-    chosen = {"data.name": config.data.name}
-    if config.diffusion.source != build(chosen).diffusion.source:
-        chosen["diffusion.source"] = config.diffusion.source
-    preset, given = to_flat(build(chosen)), to_flat(config)
+    preset, given = to_flat(build({"data.name": config.data.name, "diffusion.source": config.diffusion.source})), to_flat(config)
     p, parts = config.partition, ("data.", "diffusion.")
     if p.file or p.imbalance > 1 or p.features != "none" or p.held_out_share > 0:  # the images are those that the clients train on, as they hold them
         parts += ("partition.", "federation.clients_per_round")
     bearing = [name for name in given if name.startswith(parts) or name in ("anchors.images", "anchors.text", "anchors.text_images", "run.seed", "run.device")]
-    words = ["python", "-m", "semanticfl_ref", "features", "build", "--anew", "--dataset", config.data.name]
-    words += ["--sd", config.diffusion.source] if len(chosen) > 1 else []
-    for name in bearing:
-        if given[name] != preset[name]:
-            words += ["--set", f"{name}={given[name]}"]
-    return shlex.join(words)
+    changed = [word for name in bearing if given[name] != preset[name] for word in ("--set", f"{name}={given[name]}")]
+    return shlex.join(["python", "-m", "semanticfl_ref", "features", "build", "--anew", "--dataset", config.data.name, "--sd", config.diffusion.source, *changed])
 
 
 def identity_of(config: Config, dataset: Dataset, partition: Partition, anchors: Anchors | None) -> dict:

@@ -32,6 +32,7 @@ def test_a_rehearsal_goes_through_every_stage(tmp_path):
     assert all(row["repeatable"] for row in result["rows"] if row["contender"] == OURS)
     assert result["tests"]["exit"] == 0 and "passed" in result["tests"]["last"]
     assert result["compiled"]["rows"][0]["problems"] == []
+    assert [line[:3] for line in result["diffusion"]["lines"]] == ["D4:"]
 
 
 def test_a_stage_in_its_own_process_and_one_that_is_ended(tmp_path):

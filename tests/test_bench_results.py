@@ -136,6 +136,12 @@ def test_results_of_older_kernels_say_so():
     assert "The kernels have changed since" not in render.gpu_section({record.RESULTS / "x.json": made_up()}, record.ROOT)
 
 
+def test_the_diffusion_table_is_taken_over():
+    table = {"lines": ["D1: up.1", "| | images/s |", "| --- | --- |", "| ours | 3 |"]}
+    assert "\n\nD1: up.1\n\n| | images/s |\n| --- | --- |\n| ours | 3 |\n" in render.gpu_section({record.RESULTS / "x.json": made_up() | {"diffusion": table}}, record.ROOT)
+    assert "D1" not in render.gpu_section({record.RESULTS / "x.json": made_up() | {"diffusion": {"skipped": "no diffusers"}}}, record.ROOT)
+
+
 def test_markers_that_are_missing_are_named(place, monkeypatch):
     folder, run = place
     (folder / "README.md").write_text("No markers.\n")

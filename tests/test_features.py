@@ -104,6 +104,16 @@ def test_the_command_that_remakes_a_bank_makes_that_bank():
     assert "anchors.width" not in words, "it does not bear on the bank"
 
 
+def test_the_embedded_model_stands_in_with_its_own_layers():
+    """For any data set; what the user asks for wins, and the command that remakes the bank says so."""
+    stand_in = config.build({"data.name": "cifar10", "diffusion.source": "tiny"})
+    assert (stand_in.diffusion.taps, stand_in.diffusion.input_size, stand_in.anchors.aggregation, stand_in.model.width) == ("mid", 0, "equal", 64)
+    assert config.build({"data.name": "cifar10"}).diffusion.taps == "up.1,up.2,up.3"
+    asked = config.build({"data.name": "cifar10", "diffusion.source": "tiny", "diffusion.timestep": 150})
+    words = shlex.split(prepare.build_command(asked))[3:]
+    assert cli.settle(cli.parse([word for word in words if word != "--anew"])).diffusion == asked.diffusion and asked.diffusion.timestep == 150
+
+
 def test_text_anchors_from_the_unet(cache, tmp_path, monkeypatch):
     flags = [*DIGITS, "--set", "anchors.text=unet", "--set", "anchors.text_images=5"]
     banks = printed_by("features", "build", *flags)[0]["banks"]
@@ -137,6 +147,20 @@ def test_probe(probed):
     assert rows[20, "mid"]["linear_probe"] > rows[20, "vae"]["linear_probe"] + 0.1 and rows[20, "mid"]["width"] == 112
     assert rows[20, "mid"]["linear_probe"] > rows[600, "mid"]["linear_probe"], "more noise, less to read"
     assert all(1 <= row["effective_rank"] <= row["width"] and row["fisher_ratio"] > 0 for row in rows.values())
+
+
+def test_a_damaged_bank_of_a_probe_is_named_with_what_helps(cache, capsys):
+    asked = ["features", "probe", *DIGITS, "--probe-images", "100", "--layers", "down.0, vae"]
+    before = set((cache / "banks").iterdir())
+    assert cli.main(asked) == 0
+    folder = (set((cache / "banks").iterdir()) - before).pop()
+    (folder / "shard-00000.safetensors").write_bytes(b"")
+    capsys.readouterr()
+    assert cli.main(asked) == 4
+    err = capsys.readouterr().err
+    assert str(folder) in err and "delete its folder and probe again" in err and "--anew" not in err
+    shutil.rmtree(folder)
+    assert cli.main(asked) == 0
 
 
 def test_probe_draws_a_figure(probed):
@@ -178,14 +202,14 @@ def test_probe_without_a_validation_part_judges_on_other_training_images():
     [
         (["features"], "what"), (["features", "make"], "'make'"), (["features", "info", "--anew"], "--anew belongs to `features build`"),
         (["features", "build", "--figure", "x"], "--figure belongs to `features probe`"), (["features", "probe", "--timesteps", "a"], "--timesteps"),
-        (["features", "probe", "--timestep", "20"], "--timesteps"),
+        (["features", "probe", "--timestep", "20"], "--timesteps"), (["features", "probe", *DIGITS, "--timesteps", "20,1000"], "diffusion.timestep = 1000: must be at most 999"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )  # fmt: skip
 def test_a_mistake_is_one_line_that_names_it(capsys, cache, arguments, words):
     assert cli.main(arguments) == 2
     err = capsys.readouterr().err
-    assert words in err.splitlines()[-1] and "Traceback" not in err
+    assert words in err.splitlines()[-1] and "Traceback" not in err and "feature bank of" not in err
 
 
 def test_killed_by_the_system_it_goes_on_with_the_same_bytes(built, tmp_path):

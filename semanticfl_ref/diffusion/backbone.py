@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from semanticfl_ref.diffusion.parts import empty_unet, fill, layers, load_scheduler, load_vae_encoder, parameters, prune
+from semanticfl_ref.diffusion.parts import block_of, empty_unet, fill, layers, load_scheduler, load_vae_encoder, parameters, prune
 from semanticfl_ref.diffusion.text import TextEncoder
 from semanticfl_ref.diffusion.weights import locate
 from semanticfl_ref.errors import NonFiniteError, UserError, unknown
@@ -88,12 +88,9 @@ class Backbone:
     def widths(self, pool: int = 1) -> dict[str, int]:
         """tap -> entries of its pooled vector."""
         channels = self.unet.config.block_out_channels
-        found = {}
-        for tap in self.taps:
-            kind, _, place = tap.partition(".")
-            level = -1 if kind == "mid" else int(place.split(".")[0]) if kind == "down" else -1 - int(place.split(".")[0]) if kind == "up" else None
-            found[tap] = (self.vae.config.latent_channels if level is None else channels[level]) * pool**2
-        return found
+        blocks = {"vae": self.vae.config.latent_channels, "mid": channels[-1]}
+        blocks |= {f"down.{i}": width for i, width in enumerate(channels)} | {f"up.{i}": width for i, width in enumerate(reversed(channels))}
+        return {tap: blocks[block_of(tap)] * pool**2 for tap in self.taps}
 
     def memory(self) -> str:
         """What the U-Net takes, and would have taken, for a reader."""
@@ -158,9 +155,10 @@ class Backbone:
         shrink = 2 ** (len(self.vae.config.block_out_channels) - 1)
         if size[0] % shrink or size[1] % shrink:
             raise UserError(f"images of {size[0]}x{size[1]}: the VAE needs multiples of {shrink}; give an input size that is one")
-        smallest = min(size) // shrink // (2 ** (len(self.unet.config.block_out_channels) - 1) if self.taps != ("vae",) else 1)
-        if not 1 <= pool <= max(smallest, 1):
-            raise UserError(f"pool {pool}: at input size {min(size)} the smallest layer has {max(smallest, 1)} cells a side; choose 1 ... {max(smallest, 1)}")
+        halvings = len(self.unet.config.block_out_channels) - 1 if self.taps != ("vae",) else 0
+        smallest = -(-min(size) // (shrink * 2**halvings))  # the U-Net rounds odd sizes up
+        if not 1 <= pool <= smallest:
+            raise UserError(f"pool {pool}: at input size {min(size)} the smallest layer has {smallest} cells a side; choose 1 ... {smallest}")
 
     def _pass(self, images, prompts, timestep: int, seed: int, pool: int, input_size: int | None, latent: str) -> dict[str, torch.Tensor]:
         """One pass of exactly `self.batch` images: layer -> float32 [B, channels * pool * pool] on the device; "vae" always among them."""

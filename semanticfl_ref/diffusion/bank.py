@@ -8,8 +8,9 @@ Letters: N images, C classes, D width of a vector.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,21 +34,21 @@ class FeatureBank:
         text: float32 [C, D], one vector a class from the model's text encoder.
         id: names the bank; sha256 of `meta`.
         meta: everything that made it, plain JSON values.
-        shards: mappings from tap to float16 [n, D], in the images' order.
+        shards: functions from a tap's name to float16 [n, D], in the images' order; each reads when it is called.
         widths: tap -> D, in the order of the taps.
     """
 
     text: torch.Tensor
     id: str
     meta: dict
-    shards: Sequence[Mapping[str, torch.Tensor]]
+    shards: Sequence[Callable[[str], torch.Tensor]]
     widths: dict[str, int]
 
     def chunks(self, tap: str, rows: int = 4096) -> Iterator[torch.Tensor]:
         """The tap's vectors, float16 [rows, D] at a time: never more than that in memory."""
         held: list[torch.Tensor] = []
         for shard in self.shards:
-            held.append(shard[tap])
+            held.append(shard(tap))
             while (have := sum(map(len, held))) >= rows:
                 joined = torch.cat(held)
                 yield joined[:rows]
@@ -88,7 +89,7 @@ class Recipe:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Plan:
-    """A bank that is wanted: where it is or will be, what makes it, of which images, and the command that makes it."""
+    """A bank that is wanted: where it is or will be, what makes it, of which images, and what to do when it is damaged."""
 
     path: Path
     id: str
@@ -97,12 +98,12 @@ class Plan:
     images: torch.Tensor
     labels: torch.Tensor
     device: torch.device
-    command: str
+    remedy: str
 
 
 def plan(
     images: torch.Tensor, labels: torch.Tensor, class_names, dataset_sha256: str, recipe: Recipe, *, cache_dir: Path, offline: bool = False,
-    device: str | None = None, command: str = "python -m semanticfl_ref features build --anew, with the same flags",
+    device: str | None = None, remedy: str = "delete its folder and make it again",
 ) -> Plan:  # fmt: skip
     """Settle which bank is wanted; reads the model's files only where their digests are not remembered.
 
@@ -112,7 +113,7 @@ def plan(
         cache_dir: where banks live.
         offline: open no connection.
         device: None = CUDA when there is one.
-        command: makes this bank anew; told when it is damaged.
+        remedy: told when it is damaged.
 
     Raises:
         UserError: an unknown name. DataError, DownloadError: see `weights.locate`.
@@ -141,7 +142,7 @@ def plan(
         "code_version": CODE_VERSION,
     }
     bank_id = digest({key: value for key, value in meta.items() if key != "source"})  # a folder may move
-    return Plan(path=Path(cache_dir) / f"bank-{bank_id}", id=bank_id, meta=meta, model=folder, images=images, labels=labels, device=settled, command=command)
+    return Plan(path=Path(cache_dir) / f"bank-{bank_id}", id=bank_id, meta=meta, model=folder, images=images, labels=labels, device=settled, remedy=remedy)
 
 
 def finished(wanted: Plan) -> bool:
@@ -154,19 +155,20 @@ def shard_files(wanted: Plan) -> list[Path]:
     return [wanted.path / f"shard-{number:05d}.safetensors" for number in range(-(-wanted.meta["images"] // SHARD))]
 
 
-def open_or_build(wanted: Plan, say: Callable[[str], None] = lambda _text: None, progress: bool = False) -> FeatureBank:
+def open_or_build(wanted: Plan, say: Callable[[str], None] = lambda _text: None, progress: bool = False, anew: bool = False) -> FeatureBank:
     """Read the bank, or make it first.
 
     Args:
-        say: takes one line about sizes and speed. progress: a bar on stderr.
+        say: takes one line about sizes. progress: a bar with speed and time to go on stderr.
+        anew: throw away what is there.
 
     Raises:
         MismatchError: the bank on disk is damaged or is another one. DataError: it cannot be written. NonFiniteError: names image and layer.
     """
-    if not finished(wanted):
+    if anew or not finished(wanted):
         from semanticfl_ref.diffusion.extract import build
 
-        build(wanted, say, progress)
+        build(wanted, say, progress, anew)
     return open_bank(wanted)
 
 
@@ -176,47 +178,23 @@ def open_bank(wanted: Plan) -> FeatureBank:
     Raises:
         MismatchError: damaged, or made by something else than its name says. DataError: it is not there.
     """
-    remedy = f"make it anew with: {wanted.command}"
+    remedy = wanted.remedy
     manifest = _manifest(wanted.path, remedy)
     if manifest["id"] != wanted.id or canonical(_without_source(manifest["meta"])) != canonical(_without_source(wanted.meta)):
         raise MismatchError(f"the feature bank {wanted.path} was made from other images, weights or options than its name says; {remedy}")
     files = {path.name: _checked(path, manifest["files"].get(path.name), remedy) for path in (*shard_files(wanted), wanted.path / TEXT)}
-    shards = _Shards([wanted.path / name for name in sorted(files) if name != TEXT])
+    shards = [partial(_read, path) for path in shard_files(wanted)]
     return FeatureBank(files[TEXT]["text"], wanted.id, manifest["meta"], shards, dict(manifest["widths"]))
 
 
 def in_memory(features: dict[str, torch.Tensor], text: torch.Tensor, id: str, meta: dict) -> FeatureBank:
     """A bank of tensors: tap -> [N, D]."""
-    return FeatureBank(text, id, meta, [features], {tap: values.shape[1] for tap, values in features.items()})
+    return FeatureBank(text, id, meta, [features.__getitem__], {tap: values.shape[1] for tap, values in features.items()})
 
 
-@dataclass(frozen=True)
-class _Shards(Sequence):
-    """Files as mappings; a tap's tensor is read when it is asked for."""
-
-    files: list[Path] = field(default_factory=list)
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, place: int) -> "_Shard":
-        return _Shard(self.files[place])
-
-
-@dataclass(frozen=True)
-class _Shard(Mapping):
-    file: Path
-
-    def __getitem__(self, tap: str) -> torch.Tensor:
-        with safe_open(self.file, framework="pt") as opened:
-            return opened.get_tensor(tap).clone()  # a copy: else a page of the file, which somebody may delete
-
-    def __iter__(self) -> Iterator[str]:
-        with safe_open(self.file, framework="pt") as opened:
-            yield from opened.keys()
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
+def _read(path: Path, tap: str) -> torch.Tensor:
+    with safe_open(path, framework="pt") as opened:
+        return opened.get_tensor(tap).clone()  # a copy: else a page of the file, which somebody may delete
 
 
 def _manifest(path: Path, remedy: str) -> dict:

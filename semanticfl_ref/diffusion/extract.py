@@ -6,9 +6,7 @@ A killed extraction goes on behind its last whole shard, and ends with the same 
 import fcntl
 import shutil
 import sys
-import time
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -28,7 +26,7 @@ def build(wanted: Plan, say: Callable[[str], None], progress: bool = False, anew
     """Make the bank, or what is missing of it.
 
     Args:
-        say: takes one line about sizes and speed. progress: a bar on stderr.
+        say: takes one line about sizes. progress: a bar with speed and time to go on stderr.
         anew: throw away what is there.
 
     Raises:
@@ -67,14 +65,15 @@ def done_already(wanted: Plan) -> dict[Path, str]:
 def _make(wanted: Plan, say, progress: bool) -> None:
     files, text_file = shard_files(wanted), wanted.path / TEXT
     digests = done_already(wanted)
-    widths = _widths(files, digests)
     if set(digests) != {*files, text_file}:
         hidden, text = _captions(wanted)
         if text_file not in digests:
             digests[text_file] = save_tensors(text_file, {"text": text}, {"bank": wanted.id, "first": 0}, REMEDY)
         missing = [file for file in files if file not in digests]
         if missing:
-            widths = _extract(wanted, hidden, missing, digests, say, progress)
+            _extract(wanted, hidden, missing, digests, say, progress)
+    tensors, about, _ = load_tensors(files[0])
+    widths = {tap: tensors[tap].shape[1] for tap in about["taps"]}
     manifest = {"id": wanted.id, "meta": wanted.meta, "widths": list(widths.items()), "files": {file.name: digests[file] for file in sorted(digests)}}
     replace(wanted.path / MANIFEST, canonical({**manifest, "sha256": digest(manifest)}) + "\n", REMEDY)
 
@@ -91,53 +90,29 @@ def _captions(wanted: Plan) -> tuple[torch.Tensor, torch.Tensor]:
     return (hidden if wanted.meta["condition"] == "own-class" else encoder.encode([""])[0]), text
 
 
-def _extract(wanted: Plan, hidden: torch.Tensor, missing: list[Path], digests: dict[Path, str], say, progress: bool) -> dict[str, int]:
-    """Write the missing shards; adds their digests and returns every tap's width."""
+def _extract(wanted: Plan, hidden: torch.Tensor, missing: list[Path], digests: dict[Path, str], say, progress: bool) -> None:
+    """Write the missing shards and add their digests."""
     from semanticfl_ref.diffusion.backbone import Backbone
 
     meta, images = wanted.meta, wanted.images
     backbone = Backbone.load(wanted.model, taps=meta["taps"], device=wanted.device, precision=meta["precision"], offline=True)
     assert SHARD % backbone.batch == 0, "a shard must end where a pass ends"
     widths = backbone.widths(meta["pool"])
-    left = sum(_length(wanted, file) for file in missing)
+    left = sum(length(wanted, file) for file in missing)
     _announce(wanted, left, 2 * sum(widths.values()), say)
     say(backbone.memory())
-    clock = _Clock(left, say)
-    with tqdm(total=len(images), initial=len(images) - left, desc="diffusion features", unit="image", file=sys.stderr, disable=not progress) as bar:
+    with tqdm(total=len(images), initial=len(images) - left, desc="diffusion features", unit=" images", file=sys.stderr, disable=not progress) as bar:
         for file in missing:
             start, rows = SHARD * _number(file), []
-            for first in range(start, start + _length(wanted, file), backbone.batch):
-                part = images[first : min(first + backbone.batch, start + _length(wanted, file))]
+            end = start + length(wanted, file)
+            for first in range(start, end, backbone.batch):
+                part = images[first : min(first + backbone.batch, end)]
                 embedding = hidden[wanted.labels[first : first + len(part)].to(hidden.device)] if meta["condition"] == "own-class" else hidden[0]
                 options = {key: meta[key] for key in ("timestep", "seed", "pool", "input_size", "latent")}
                 rows.append(_stored(backbone.features(part, prompt_embedding=embedding, first=first, **options), first))
                 bar.update(len(part))
-                clock.count(len(part))
             tensors = {tap: torch.cat([row[tap] for row in rows]) for tap in widths}
             digests[file] = save_tensors(file, tensors, {"bank": wanted.id, "first": start, "taps": list(widths)}, REMEDY)
-    clock.finish()
-    return widths
-
-
-class _Clock:
-    """Says how long it will take as soon as one pass was measured (the first one warms up), and how fast it was."""
-
-    def __init__(self, left: int, say):
-        self.left, self.say, self.total = left, say, left
-        self.began, self.warm, self.told = time.perf_counter(), None, False
-
-    def count(self, images: int) -> None:
-        self.left -= images
-        now = time.perf_counter()
-        if self.warm is None:
-            self.warm = now
-        elif not self.told and self.left:
-            self.told, rate = True, images / (now - self.warm)
-            self.say(f"about {rate:.1f} images/s: {timedelta(seconds=round(self.left / rate))} to go")
-
-    def finish(self) -> None:
-        seconds = time.perf_counter() - self.began
-        self.say(f"features of {self.total} images in {seconds:.1f} s, {self.total / seconds:.1f} images/s")
 
 
 def _announce(wanted: Plan, left: int, bytes_per_image: int, say) -> None:
@@ -160,19 +135,10 @@ def _stored(features: dict[str, torch.Tensor], first: int) -> dict[str, torch.Te
     return {tap: values.half() for tap, values in features.items()}
 
 
-def _widths(files: list[Path], digests: dict[Path, str]) -> dict[str, int]:
-    """Every tap's width, in the taps' order, from a shard that is there; none when none is."""
-    for file in files:
-        if file in digests:
-            tensors, about, _ = load_tensors(file)
-            return {tap: tensors[tap].shape[1] for tap in about["taps"]}
-    return {}
-
-
 def _number(file: Path) -> int:
     return int(file.stem.removeprefix("shard-"))
 
 
-def _length(wanted: Plan, file: Path) -> int:
+def length(wanted: Plan, file: Path) -> int:
     """How many images a shard holds."""
     return min(SHARD, len(wanted.images) - SHARD * _number(file))

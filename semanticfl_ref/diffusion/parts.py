@@ -50,23 +50,23 @@ def layers(unet: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
+def block_of(layer: str) -> str:
+    """The block that a layer is, or is in; "vae" for the latent."""
+    return re.match(r"vae|mid|(?:down|up)\.\d+", layer)[0]
+
+
 def prune(unet: nn.Module, deepest: str) -> None:
     """Cut off every block behind the one that holds the layer `deepest`, and the way out.
 
     The lists of blocks keep their lengths: diffusers' forward treats the last one of `up_blocks` differently at odd sizes.
     """
-    kept, passed = re.match(r"mid|(?:down|up)\.\d+", deepest)[0], False
-    for i, name in enumerate(f"down.{i}" for i in range(len(unet.down_blocks))):
-        if passed:
-            unet.down_blocks[i] = nn.Identity()
-        passed |= name == kept
-    if passed:
-        unet.mid_block = nn.Identity()
-    passed |= kept == "mid"
-    for i, name in enumerate(f"up.{i}" for i in range(len(unet.up_blocks))):
-        if passed:
-            unet.up_blocks[i] = nn.Identity()
-        passed |= name == kept
+    blocks = [name for name in layers(unet) if "s." not in name]
+    for name in blocks[blocks.index(block_of(deepest)) + 1 :]:
+        kind, _, place = name.partition(".")
+        if kind == "mid":
+            unet.mid_block = nn.Identity()
+        else:
+            getattr(unet, f"{kind}_blocks")[int(place)] = nn.Identity()
     unet.conv_norm_out = unet.conv_act = None
     unet.conv_out = nn.Identity()
 

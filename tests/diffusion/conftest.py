@@ -104,7 +104,7 @@ def want(model_folder, images, small_shards):
     def want(cache_dir, **options):
         given = {"source": str(model_folder), **RECIPE} | options
         chosen = given.pop("images", images)
-        return plan(chosen, given.pop("labels", LABELS), given.pop("names", NAMES), "data", Recipe(**given), cache_dir=cache_dir, offline=True, device="cpu", command="remake it")
+        return plan(chosen, given.pop("labels", LABELS), given.pop("names", NAMES), "data", Recipe(**given), cache_dir=cache_dir, offline=True, device="cpu", remedy="remake it")
 
     return want
 

@@ -243,7 +243,8 @@ def test_loading_leaves_the_global_generator_alone(model_folder, images):
     [
         ({"timestep": 1000, "seed": 0}, "timestep 1000 is outside"),
         ({"timestep": -1, "seed": 0}, "timestep -1 is outside"),
-        ({"timestep": 1, "seed": 0, "pool": 9}, "pool 9"),
+        ({"timestep": 1, "seed": 0, "pool": 9}, "has 4 cells a side; choose 1 ... 4"),
+        ({"timestep": 1, "seed": 0, "pool": 6, "input_size": 36}, "has 5 cells a side"),
         ({"timestep": 1, "seed": 0, "input_size": 30}, "multiples of 4"),
     ],
 )
@@ -282,3 +283,12 @@ def test_modules_import_neither_library():
 def test_pooling_is_the_mean_of_cells(backbone, images):
     fine = backbone.features(images, pool=4, **OPTIONS)["mid"].view(12, 112, 4, 4)
     torch.testing.assert_close(F.avg_pool2d(fine, 2).flatten(1), backbone.features(images, pool=2, **OPTIONS)["mid"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("precision, layout", [("bf16", torch.channels_last), ("fp32", torch.contiguous_format)])
+def test_half_precision_is_channels_last(model_folder, precision, layout):
+    """fp32 on a CPU gains nothing by it."""
+    backbone = Backbone.load(model_folder, taps=["mid"], precision=precision, offline=True)
+    for part in (backbone.unet, backbone.vae):
+        kernels = [weight for weight in part.parameters() if weight.ndim == 4 and min(weight.shape[1], weight.shape[2]) > 1]
+        assert kernels and all(weight.is_contiguous(memory_format=layout) for weight in kernels)

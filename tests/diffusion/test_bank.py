@@ -94,11 +94,11 @@ def test_unknown_names(want, tmp_path):
         open_or_build(want(tmp_path, prompt="a photo"))
 
 
-def test_size_speed_and_progress_are_told(want, tmp_path, capsys):
+def test_size_progress_and_speed_are_told(want, tmp_path, capsys):
     said = []
     open_or_build(want(tmp_path / "a"), said.append)
     assert capsys.readouterr() == ("", "")
-    assert "feature bank of 12 images: 0.0 MiB at" in said[0] and "U-Net up to mid" in said[1] and "images/s" in said[2] and "to go" in said[2] and "12 images in" in said[3]
+    assert "feature bank of 12 images: 0.0 MiB at" in said[0] and "U-Net up to mid" in said[1] and len(said) == 2
     open_or_build(want(tmp_path / "b"), progress=True)
     out, err = capsys.readouterr()
-    assert out == "" and "12/12" in err
+    assert out == "" and "12/12" in err and " images/s]" in err

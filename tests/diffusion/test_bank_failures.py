@@ -85,7 +85,7 @@ def test_every_damaged_byte_is_detected_or_harmless(made, cached, monkeypatch):
                 again = open_or_build(cached)
             except MismatchError as error:
                 detected += 1
-                assert str(cached.path) in str(error) and "make it anew with: remake it" in str(error) and error.exit_code == 4
+                assert str(cached.path) in str(error) and "; remake it" in str(error) and error.exit_code == 4
             else:
                 assert same(again, whole)
         file.write_bytes(good)

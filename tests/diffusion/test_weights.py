@@ -61,7 +61,7 @@ def test_no_network_is_a_download_error(monkeypatch, tmp_path):
         raise FileNotFoundError("not cached") if local_files_only else ConnectionError("Name or service not known")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
-    with pytest.raises(DownloadError, match="could not be fetched .Name or service not known.*\n.*hf download somebody/model"):
+    with pytest.raises(DownloadError, match="could not be fetched .Name or service not known.*: hf download somebody/model"):
         Backbone.load("somebody/model", taps=["mid"])
 
 
@@ -225,6 +225,35 @@ def test_a_hub_model_is_fetched_in_fp16_where_it_has_that(folder, tmp_path, monk
         ending = ".fp16.safetensors" if with_half else ".safetensors"
         assert got == sorted(f"{part}/{stem}{ending}" for part, stem in weights.WEIGHTS.items())
         assert weights.locate("somebody/model", offline=True) == found, "the second time nothing is fetched"
+
+
+def hub_cache(tmp_path, monkeypatch, folder, listed: list[str]):
+    """huggingface_hub's own cache as it lies on the disk: the folder's files, and the list of what the hub has."""
+    from huggingface_hub import constants
+
+    cache, commit = tmp_path / "hub", "a" * 40
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    kept = cache / "models--somebody--model"
+    shutil.copytree(folder, kept / "snapshots" / commit)
+    (kept / "refs").mkdir()
+    (kept / "refs" / "main").write_text(commit)
+    (kept / "trees").mkdir()
+    here = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
+    entries = {name: {"size": 1, "blob_id": "b", "lfs_sha256": None, "lfs_size": None, "xet_hash": None} for name in [*here, *listed]}
+    return kept, commit, entries
+
+
+def test_full_files_that_another_program_fetched_are_found_offline(folder, tmp_path, monkeypatch):
+    """The hub lists fp16 files too, and its library knows that they are not here."""
+    tree_cache = pytest.importorskip("huggingface_hub._tree_cache")
+    half = [f"{part}/{stem}.fp16.safetensors" for part, stem in weights.WEIGHTS.items()]
+    kept, commit, entries = hub_cache(tmp_path, monkeypatch, folder, half)
+    tree_cache.write_tree_cache(str(kept), commit, {name: tree_cache.TreeCacheEntry(**entry) for name, entry in entries.items()})
+    forbid_sockets(monkeypatch)
+    assert weights.locate("somebody/model", offline=True) == kept / "snapshots" / commit
+    (kept / "snapshots" / commit / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(DownloadError, match="--offline forbids"):
+        weights.locate("somebody/model", offline=True)
 
 
 def test_a_folder_that_is_not_there(tmp_path):
