@@ -1,13 +1,12 @@
 """What holds for every method: no strength is FedAvg bit for bit, rounds are pure, state survives a checkpoint, the command line knows it."""
 
 import json
-import subprocess
-import sys
 from dataclasses import fields
 
 import pytest
 import torch
-from processes import ROOT, environment
+from documents import blocks
+from processes import ROOT, run_cli
 from quadratic import play
 
 from semanticfl_ref import cli, config, method_settings
@@ -177,50 +176,24 @@ def test_resumed_bit_for_bit(job, tmp_path, monkeypatch, capsys, name, server):
         assert (tmp_path / "broken" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
 
 
-TENTH = '''
-"""FedHalf: the distance to the model received, weighted by how many classes a client has. One file, outside the package."""
-
-import sys
-from dataclasses import dataclass
-
-from semanticfl_ref import cli
-from semanticfl_ref.federated.losses import proximal
-from semanticfl_ref.federated.methods import add_method
-from semanticfl_ref.federated.methods.method import Method
-from semanticfl_ref.schema import Section, option
-
-
-@dataclass(frozen=True, kw_only=True)
-class FedHalf(Section):
-    nu: float = option(0.5, "weight of the distance", low=0.0)
-
-
-def distance(batch):
-    return {"distance": (batch.config.fedhalf.nu, proximal(batch.visit.parameters))}
-
-
-def classes_held(participants):
-    return (participants.histograms_KC > 0).sum(1).double()
-
-
-add_method("fedhalf", Method(local_terms=distance, weights=classes_held), FedHalf)
-
-if __name__ == "__main__":
-    sys.exit(cli.main())
-'''
-
-
 def test_a_tenth_method_is_one_file(tmp_path):
-    """The package stays as it is; the method has its settings, its flag, its term in the metrics, and a run that resumes."""
-    (tmp_path / "fedhalf.py").write_text(TENTH)
-    run = str(tmp_path / "run")
-    command = [sys.executable, str(tmp_path / "fedhalf.py"), *cli_job("fedhalf", "--dataset", "digits", "--rounds", "1", "--set", "fedhalf.nu=2", "--out", run)]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
+    """CONTRIBUTING's example: the package stays as it is; the method has its settings, its flag, its term in the metrics, and a run that resumes."""
+    (tmp_path / "fedhalf.py").write_text(dict(block for block in blocks(ROOT / "CONTRIBUTING.md") if isinstance(block, tuple))["fedhalf.py"])
+    ours, run = ["--import", str(tmp_path / "fedhalf.py")], str(tmp_path / "run")
+    done = run_cli(*cli_job("fedhalf", *ours, "--dataset", "digits", "--rounds", "1", "--set", "fedhalf.nu=2", "--out", run))
     assert done.returncode == 0, done.stderr
     line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
     assert line["terms"]["distance"] > 0 and "[fedhalf]\nnu = 2.0" in (tmp_path / "run" / "config.toml").read_text()
-    again = subprocess.run([*command[:2], "train", "--resume", run], cwd=ROOT, env=environment(), capture_output=True, text=True)
+    again = run_cli("train", *ours, "--resume", run)
     assert again.returncode == 0 and "finished" in again.stderr
+
+
+@pytest.mark.parametrize("text, code, words", [(None, 3, "no such file"), ("1 / 0", 2, "ZeroDivisionError"), ("from semanticfl_ref.federated.methods import *\nadd_method('fedavg', METHODS['moon'])", 2, "take another")])
+def test_a_file_that_cannot_be_imported(tmp_path, capsys, text, code, words):
+    if text is not None:
+        (tmp_path / "method.py").write_text(text)
+    assert cli.main(["train", "--import", str(tmp_path / "method.py"), "--method", "fedhalf"]) == code
+    assert words in capsys.readouterr().err
 
 
 def test_a_taken_name_is_refused():
