@@ -7,11 +7,11 @@ import re
 import sys
 
 from semanticfl_ref import __version__
-from semanticfl_ref.commands import config, features, partition, train
+from semanticfl_ref.commands import config, doctor, features, partition, report, train
 from semanticfl_ref.commands.output import say
 from semanticfl_ref.errors import UserError, unknown
 
-COMMANDS = {"train": train, "features": features, "partition": partition, "config": config}
+COMMANDS = {"train": train, "features": features, "partition": partition, "report": report, "config": config, "doctor": doctor}
 
 
 def main(argv: list[str] | None = None) -> int:

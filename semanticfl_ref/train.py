@@ -57,7 +57,8 @@ def train(config: Config, *, out: Path, resume: bool, offline: bool, say: Callab
         folder.cut_back(state.round)
         say(f"going on after round {state.round} in {out}")
     else:
-        about = {"environment.json": environment, "partition.json": partition.manifest(), "anchors.json": provenance_of(config, anchors)}
+        split = {**partition.manifest(), "class_names": list(dataset.class_names)}
+        about = {"environment.json": environment, "partition.json": split, "anchors.json": provenance_of(config, anchors)}
         folder, state = RunFolder.create(out, config, about), new_state(world)
     play(world, state, folder, identity)
     summary = summarise(folder.rows(), folder.seconds(), _about(config, folder, anchors))
