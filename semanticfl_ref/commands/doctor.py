@@ -5,13 +5,11 @@ Each check stands alone, so that a broken part of the installation is a line of 
 
 import ast
 import importlib
-import importlib.metadata
 import json
 import os
 import platform
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -70,12 +68,14 @@ def examine(config: Config, offline: bool) -> Iterator[Finding]:
     yield torch
     if torch.state != "ok":
         return  # everything below needs it
+    from semanticfl_ref.data.sources import load_dataset
     from semanticfl_ref.federated.methods import METHODS
 
     anchored, sizes = METHODS[config.federation.method].needs_anchors, {}
     yield _look("device", lambda: _device(config))
     yield _look("kernels", _kernels)
-    yield _look("embedded", _embedded, is_embedded(config) or anchored and config.diffusion.source == "tiny")
+    yield _look("embedded data", lambda: f"intact, {len(load_dataset('digits').train_labels)} digits to train on", is_embedded(config))
+    yield _look("embedded model", _tiny, anchored and config.diffusion.source == "tiny")
     fetched = [_look("data set", lambda: _data(config, sizes), True, offline)] + [_look("weights", lambda: _weights(config), True, offline)] * anchored
     yield from fetched
     yield _look("disk", lambda: _disk(config, sizes, anchored))
@@ -85,8 +85,10 @@ def examine(config: Config, offline: bool) -> Iterator[Finding]:
 
 def requirements() -> list[str]:
     """What the package needs: by setup.py in a checkout, by the installation's metadata elsewhere."""
+    from importlib import metadata
+
     if not (ROOT / "setup.py").is_file():
-        return [line for line in importlib.metadata.requires("semanticfl_ref") or [] if "extra ==" not in line]
+        return [line for line in metadata.requires("semanticfl_ref") or [] if "extra ==" not in line]
     tree = ast.parse((ROOT / "setup.py").read_text(encoding="utf-8"))
     return next(ast.literal_eval(node.value) for node in ast.walk(tree) if isinstance(node, ast.keyword) and node.arg == "install_requires")
 
@@ -129,14 +131,16 @@ def _look(item: str, look: Callable[[], str], needed: bool = True, offline: bool
 
 
 def _package(line: str) -> str:
+    from importlib import metadata
+
     from packaging.requirements import Requirement
 
     wanted = Requirement(line)
     if wanted.marker and not wanted.marker.evaluate():
         return "not needed on this platform"
     try:
-        version = importlib.metadata.version(wanted.name)
-    except importlib.metadata.PackageNotFoundError:
+        version = metadata.version(wanted.name)
+    except metadata.PackageNotFoundError:
         raise UserError(f'not installed: pip install "{wanted.name}{wanted.specifier}"') from None
     if not wanted.specifier.contains(version, prereleases=True):
         raise RuntimeWarning(f"{version}: tested is {wanted.specifier}")
@@ -155,6 +159,8 @@ def _device(config: Config) -> str:
 
 def _kernels() -> str:
     """The self-test in a process of its own: Triton's interpreter is settled when it is imported, and a bad driver may take the process along."""
+    import subprocess
+
     import torch
 
     native = torch.cuda.is_available()
@@ -170,15 +176,12 @@ def _kernels() -> str:
     return told
 
 
-def _embedded() -> str:
-    """What the package brings: the digits, whose reader knows their hash, and the small diffusion model."""
-    from semanticfl_ref.data.sources import load_dataset
+def _tiny() -> str:
     from semanticfl_ref.diffusion import weights
 
-    load_dataset("digits")
     if weights.fingerprint(weights.locate("tiny")) != weights.TINY_SHA256:
         raise DataError(f"the small model at {weights.TINY} is damaged, or was made anew: install the package again")
-    return "digits and small model intact, every byte"
+    return "intact, every byte"
 
 
 def _data(config: Config, sizes: dict) -> str:

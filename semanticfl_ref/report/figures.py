@@ -95,7 +95,8 @@ def _curves(across: str, up: str, curves: dict, *, band: tuple[str, list] | None
     for (name, curve), (line, colour) in zip(curves.items(), styles):
         if curve is not None:
             axes.plot(*curve, label=plain(name), color=colour, linestyle=line, marker="o" if len(curve[0]) == 1 else None)
-    axes.set_ylim(*limits or (None, None))
+    if limits:
+        axes.set_ylim(*limits)
     if log and all(value is not None and value > 0 for _, values in curves.values() for value in values):
         axes.set_yscale("log", subs=())
         axes.yaxis.get_major_locator().set_params(subs=(1, 2, 5))

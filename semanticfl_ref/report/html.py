@@ -134,7 +134,7 @@ def _drawn(figure, *files: Path) -> str:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph", category=UserWarning)  # a letter that the font lacks is drawn as a box
         save_figure(figure, *files)
-        text = encoded(figure, "svg").decode()
+        text = (files[-1].read_bytes() if files else encoded(figure, "svg")).decode()  # the SVG, which is not drawn again
     text = re.sub(UNWANTED, "", text[text.index("<svg") :], flags=re.DOTALL)
     text = re.sub(r'fill="(#[0-9a-f]{6})"', r'style="fill: \1"', text)  # an attribute takes no variable of the page
     return re.sub(r"(?<=: )#[0-9a-f]{6}\b", lambda colour: INKS.get(colour[0], colour[0]), text)
