@@ -185,13 +185,14 @@ def test_everything_that_a_round_may_record(folder):
     rows = [{**row, **more} for row in rows_of(folder)]
     rows[0] = {**rows[0], "drift": {"update_norm": [None, None], "mean_update_norm": 0.0, "agreement": None}}
     write_rows(folder, rows)
+    change(folder / "partition.json", cameras=["grey", "blur", "noise"], modalities=["text", "visual", "neither"], dropped=[70, 7], kl=1.25)
     change(
         folder / "summary.json", gradient_norm=more["gradient_norm"], gradient_cosine=more["gradient_cosine"], bytes=more["bytes"], confusion=[[3, 1] + [0] * 8] * 10,
         best_validation_round=3, test_accuracy_at_best_validation=0.4321, client_accuracy={"mean": 0.5, "worst_tenth": 0.1234, "std": 0.1}, own_accuracy={"mean": 0.25, "worst_tenth": 0.25, "std": 0.0},
         to_accuracy=[{"accuracy": 0.1, "round": 2, "bytes": 2048}, {"accuracy": 0.9, "round": None, "bytes": None}], drift={"update_norm": 2.0, "mean_update_norm": 1.5, "agreement": None},
     )  # fmt: skip
     page = reported(folder)
-    assert all(text in page.text for text in ("43.2%", "12.3%", "2.0 KiB", "(dropped: 1)", "no test image", "taken for zero (", "Drift", "anchors 5 B")), page.text
+    assert all(text in page.text for text in ("43.2%", "12.3%", "2.0 KiB", "(dropped: 1)", "no test image", "taken for zero (", "Drift", "anchors 5 B", "noise neither", "77 images belong", "KL 1.25")), page.text
 
 
 def test_without_matplotlib_the_tables_come(folder, capsys, undrawn):
