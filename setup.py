@@ -23,6 +23,7 @@ setup(
     package_data={
         "semanticfl_ref.configs": ["*.toml", "*/*.toml"],
         "semanticfl_ref.data": ["assets/*"],
+        "semanticfl_ref.report": ["*.jinja"],
         "semanticfl_ref.diffusion": ["tiny/*", "tiny/*/*", "tiny/*/*/*"],
     },
     install_requires=[
@@ -36,6 +37,9 @@ setup(
         "safetensors",
         "pillow",
         "huggingface_hub",
+        # Both come with the above, torch and transformers: the report's templates, and `doctor`'s reading of this list.
+        "jinja2",
+        "packaging",
     ],
     extras_require={"test": ["pytest", "pytest-benchmark"], "plots": ["matplotlib"]},
     entry_points={"console_scripts": ["semanticfl_ref = semanticfl_ref.cli:main"]},

@@ -22,7 +22,7 @@ from semanticfl_ref.diffusion.bank import Plan, Recipe, finished, open_or_build,
 from semanticfl_ref.errors import DataError, UserError
 from semanticfl_ref.federated.ledger import row_bytes
 from semanticfl_ref.federated.methods import METHODS
-from semanticfl_ref.federated.world import make_world
+from semanticfl_ref.federated.world import make_world, new_state
 from semanticfl_ref.randomness import generator
 
 # Where things lie and how often to save: a checkpoint may be resumed with these changed. What they point to is in the identity by its content.
@@ -164,7 +164,7 @@ def dry_run(config: Config) -> dict:
     dataset, partition, _ = load_data(config, offline=True)
     anchors = _blank_anchors(config, len(dataset.class_names)) if METHODS[config.federation.method].needs_anchors else None
     world = make_world(config, dataset, partition, anchors)
-    f = config.federation
+    f, state = config.federation, new_state(world)
     per_client = [f.local_epochs * max(1, n // f.batch_size + (n % f.batch_size > 1)) for n in partition.sizes]
     sent = {way: f.clients_per_round * sum(kinds.values()) for way, kinds in row_bytes(world).items()}
     return {
@@ -178,6 +178,7 @@ def dry_run(config: Config) -> dict:
         "rounds": f.rounds,
         "steps_per_round": round(f.clients_per_round * sum(per_client) / len(per_client), 1),
         "row_entries": world.layout.entries,
+        "checkpoint_bytes": sum(tensor.nbytes for tensor in (state.row, state.served, state.batch_norm, *state.memory.values())),
         "bytes_down_per_round": sent["down"],
         "bytes_up_per_round": sent["up"],
     }

@@ -59,7 +59,8 @@ def train(config: Config, *, out: Path, resume: bool, offline: bool, say: Callab
         folder.cut_back(state.round)
         say(f"going on after round {state.round} in {out}")
     else:
-        about = {"environment.json": environment, "partition.json": {**partition.manifest(), "dataset_sha256": dataset.sha256}, "anchors.json": provenance_of(config, anchors)}
+        split = {**partition.manifest(), "dataset_sha256": dataset.sha256, "class_names": list(dataset.class_names)}
+        about = {"environment.json": environment, "partition.json": split, "anchors.json": provenance_of(config, anchors)}
         folder, state = RunFolder.create(out, config, about), new_state(world)
     state = play(world, state, folder, identity)
     load_row(world.model, state.row)  # a resume may have had no round left to play

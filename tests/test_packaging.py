@@ -124,6 +124,5 @@ def test_the_set_up_names_every_package_and_its_data(tmp_path):
     assert {str(p.relative_to(ROOT)) for p in modules()} == {
         str(p.relative_to(built.parent)).replace("semanticfl_ref/kernels", "kernels") for p in built.rglob("*.py")
     }
-    for folder in (PACKAGE / "data" / "assets", PACKAGE / "diffusion" / "tiny"):
-        for file in (p for p in folder.rglob("*") if p.is_file() and "__pycache__" not in p.parts):
-            assert (built / file.relative_to(PACKAGE)).is_file(), f"{file} is not packaged"
+    for file in (p for p in PACKAGE.rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc") and "kernels" not in p.parts):
+        assert (built / file.relative_to(PACKAGE)).is_file(), f"{file} is not packaged"

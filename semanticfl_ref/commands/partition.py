@@ -24,7 +24,8 @@ def run(arguments) -> int:
     from semanticfl_ref import prepare
     from semanticfl_ref.data import partition_file
     from semanticfl_ref.data.partition import describe
-    from semanticfl_ref.report import partition_figure
+    from semanticfl_ref.report.drawing import save_figure
+    from semanticfl_ref.report.figures import partition_figure
 
     dataset, _ = prepare.load_images(settings, arguments.offline)
     partition = prepare.split(settings, dataset)
@@ -32,6 +33,6 @@ def run(arguments) -> int:
         partition_file.save(partition, dataset, arguments.save)
         say(f"saved: {arguments.save}")
     if arguments.figure is not None:
-        partition_figure.draw(partition.manifest(), dataset.class_names, arguments.figure)
+        save_figure(partition_figure(partition.manifest(), list(dataset.class_names)), arguments.figure)
         say(f"figure: {arguments.figure}")
     return show(partition.manifest(), arguments.json, lambda manifest: describe(partition, dataset.class_names))

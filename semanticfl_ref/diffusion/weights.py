@@ -17,6 +17,7 @@ from semanticfl_ref.errors import DataError, DownloadError, UserError
 from semanticfl_ref.storage import canonical, replace
 
 TINY = Path(__file__).with_name("tiny")
+TINY_SHA256 = "62441059f6707891f6abad66557971af63ae7279a96bfa18429c82240716ca08"  # its fingerprint; `make_tiny` makes another
 WEIGHTS = {"vae": "diffusion_pytorch_model", "unet": "diffusion_pytorch_model", "text_encoder": "model"}
 DESCRIPTIONS = ["model_index.json", "scheduler/*.json", "tokenizer/*", *(f"{part}/config.json" for part in WEIGHTS)]
 HALF_FILES = [*DESCRIPTIONS, *(f"{part}/{stem}.fp16*.safetensors" for part, stem in WEIGHTS.items())]
@@ -66,8 +67,7 @@ def _from_hub(name: str, offline: bool) -> Path:
             here = f" (the cache holds a part: {error})"
         except (OSError, ValueError):  # nothing in the cache, or the library knows that files are missing
             pass
-    command = " ".join(["hf download", name, *(f"--include {shlex.quote(pattern)}" for pattern in HALF_FILES)])
-    remedy = f"For a dry run `--sd tiny` takes the small model in the package. To fetch them where there is a network (leave .fp16* out for a model without such files): {command}"
+    remedy = f"For a dry run `--sd tiny` takes the small model in the package. To fetch them where there is a network (leave .fp16* out for a model without such files): {fetch_command(name)}"
     if offline:
         raise DownloadError(f"the weights of {name} are not on this machine{here} and --offline forbids to fetch them. {remedy}")
     try:
@@ -79,6 +79,11 @@ def _from_hub(name: str, offline: bool) -> Path:
     except Exception as error:  # huggingface_hub raises some twenty classes, of three libraries; each means: no weights
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DownloadError(f"the weights of {name} are not on this machine{here} and could not be fetched ({reason}). {remedy}") from error
+
+
+def fetch_command(name: str) -> str:
+    """The command that puts a model of the hub, as far as it is used here, into the hub's cache."""
+    return " ".join(["hf download", name, *(f"--include {shlex.quote(pattern)}" for pattern in HALF_FILES)])
 
 
 def inventory(folder: Path) -> tuple[list[Path], dict[str, list[Path]]]:

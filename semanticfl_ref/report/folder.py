@@ -40,16 +40,16 @@ def refuse_existing(folder: Path) -> None:
         raise UserError(f"cannot make the run folder {folder}: no permission to write in {above}; choose another --out")
 
 
-def read_config(folder: Path) -> Config:
-    """The configuration that a run was started with.
+def read_config(folder: Path, said: str = "--resume") -> Config:
+    """The configuration that a run was started with. `said`: the word of the command line before the folder.
 
     Raises:
         DataError: no such folder, or it is not a run's.
     """
     if not folder.is_dir():
-        raise DataError(f"--resume {folder}: no such run folder")
+        raise DataError(f"{said} {folder}: no such run folder")
     if not (folder / "config.toml").is_file():
-        raise DataError(f"--resume {folder}: it holds no config.toml, so it is not a run folder")
+        raise DataError(f"{said} {folder}: it holds no config.toml, so it is not a run folder")
     return configuration.build(file=folder / "config.toml")
 
 
