@@ -7,11 +7,11 @@ import re
 import sys
 
 from semanticfl_ref import __version__
-from semanticfl_ref.commands import config, features, partition, train
+from semanticfl_ref.commands import config, features, partition, trace, train
 from semanticfl_ref.commands.output import say
 from semanticfl_ref.errors import UserError, unknown
 
-COMMANDS = {"train": train, "features": features, "partition": partition, "config": config}
+COMMANDS = {"train": train, "trace": trace, "features": features, "partition": partition, "config": config}
 
 
 def main(argv: list[str] | None = None) -> int:
