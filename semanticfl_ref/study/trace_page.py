@@ -18,8 +18,8 @@ STYLE = """<style>
 h3 small { font-weight: 400; } .place { color: var(--faint); font-size: .75rem; }
 .equation { border-left: 2px solid var(--accent); padding-left: .75rem; } .equation pre { color: var(--accent); }
 .values { display: grid; gap: .2rem; align-content: start; font-size: .85rem; } .values code { margin-right: .4rem; } .values span { color: var(--faint); overflow-wrap: anywhere; }
-.pictures img { image-rendering: pixelated; height: 4rem; width: auto; object-fit: contain; object-position: left; } .pictures { border-bottom: 1px solid var(--line); padding-bottom: .75rem; }
-.map { margin: 1rem 0; } .map img { image-rendering: pixelated; width: 100%; height: 12rem; } nav ol { list-style: none; padding: 0; }
+.pictures img { image-rendering: pixelated; height: 4rem; width: auto; object-fit: contain; object-position: left bottom; } .pictures { border-bottom: 1px solid var(--line); padding-bottom: .75rem; }
+.map figure { margin: 1.25rem 0; } .map img { image-rendering: pixelated; width: 100%; height: 12rem; } nav ol { list-style: none; padding: 0; }
 @media (max-width: 52rem) { .step { grid-template-columns: minmax(0, 1fr); gap: .5rem; } .step > .source:has(+ .values) { grid-column: auto; } }
 </style>"""
 INTRODUCTION = """The code that ran is the code of a training run: file, line and text are read from it, and the numbers are those that it held. Beside a statement that calls a
