@@ -45,6 +45,9 @@ def info_nce(
 
     Equals `F.cross_entropy(normalize(q) @ normalize(k).T / temperature, labels)`, computed in float32, without allocating the logits on a GPU.
 
+    Equation (info-nce) [van den Oord et al. 2018, Eq. 4]: l_b = log sum_n exp(x_bn) - x_{b, y_b},  x_bn = q_b . k_n / (|q_b| |k_n| tau)
+    Test: tests/kernels/test_info_nce.py::test_orthonormal_keys_and_aligned_queries, tests/kernels/test_info_nce.py::test_reference_by_finite_differences
+
     Args:
         queries: float32, bfloat16, float16 or float64, [B, D], or [G, B, D]: G independent losses, a client each.
         keys: [N, D], shared by all clients, or [G, N, D]. Queries and keys of two dtypes are both taken in the wider one.

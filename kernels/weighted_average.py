@@ -50,6 +50,9 @@ def weighted_average(
 
     Equals `(weights.double() @ rows.double() / weights.double().sum()).to(rows.dtype)`, summed in row order, without a row in fp64. Has no gradient.
 
+    Equation (weighted-average) [FedAvg, Alg. 1]: average_p = sum_k w_k rows_kp / sum_k w_k
+    Test: tests/kernels/test_weighted_average.py::test_on_paper
+
     Args:
         rows: float32, bfloat16 or float16 (float64: torch only) [K, P], or K tensors [P] of one dtype, which are not copied into a matrix; in ascending client number.
             A row whose entries do not lie side by side is copied. A list cannot be captured in a CUDA graph.

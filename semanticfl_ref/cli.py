@@ -9,12 +9,13 @@ import sys
 from pathlib import Path
 
 from semanticfl_ref import __version__
-from semanticfl_ref.commands import compare, config, doctor, features, partition, report, reproduce, train
+from semanticfl_ref.commands import compare, config, doctor, features, partition, report, reproduce, trace, train
 from semanticfl_ref.commands.output import say
 from semanticfl_ref.errors import DataError, UserError, unknown
 
 COMMANDS = {
-    "train": train, "features": features, "compare": compare, "reproduce": reproduce, "report": report, "partition": partition, "config": config, "doctor": doctor,
+    "train": train, "trace": trace, "features": features, "compare": compare, "reproduce": reproduce,
+    "report": report, "partition": partition, "config": config, "doctor": doctor,
 }  # fmt: skip
 
 

@@ -42,6 +42,9 @@ def make_anchors(
 
     Levels are centred by their PCA; unit length is left to the loss, which needs it for its own features too.
 
+    Equation (visual-anchor) [N; how the paper's aggregation adapts is not known]: a_i = [ (x_il - mean_l) U_l / s_l ] side by side over levels l
+    Test: tests/diffusion/test_anchors.py::test_anchors_are_whitened_levels_side_by_side, tests/diffusion/test_anchors.py::test_without_whitening_levels_keep_their_shape_but_not_their_scale
+
     Args:
         bank: of N images.
         labels: int64 [N] in 0 ... C-1.
@@ -88,6 +91,9 @@ def pca(chunks: Callable[[], Iterable[torch.Tensor]], width: int) -> tuple[torch
 
     Two passes, since the sum of squares minus the squared mean loses half the digits. A direction's sign is free; here its entry of largest
     magnitude is positive, so that two machines agree.
+
+    Equation (pca) [N]: 1/(N-1) sum_i (x_i - mean) (x_i - mean)^T = U diag(variances) U^T
+    Test: tests/diffusion/test_anchors.py::test_pca_closed_form
 
     Args:
         chunks: called twice; yields [n, D] of any float type.
@@ -136,7 +142,11 @@ def _strengths(levels: dict[str, torch.Tensor], labels: torch.Tensor, classes: i
 
 
 def fisher_ratio(values_ND: torch.Tensor, labels: torch.Tensor, classes: int) -> float:
-    """Trace of the scatter between the classes' means over the trace of the scatter within the classes, in fp64; classes without images do not count."""
+    """Trace of the scatter between the classes' means over the trace of the scatter within the classes, in fp64; classes without images do not count.
+
+    Equation (separability) [O]: sum_c n_c |mean_c - mean|^2 / sum_i |x_i - mean_class(i)|^2
+    Test: tests/diffusion/test_anchors.py::test_fisher_ratio_closed_form
+    """
     counts = torch.bincount(labels, minlength=classes).double()
     values = values_ND.double() - values_ND.double().mean(0)
     means = torch.zeros(classes, values.shape[1], dtype=torch.float64).index_add_(0, labels, values) / counts.clamp(min=1)[:, None]

@@ -161,7 +161,11 @@ class Backbone:
             raise UserError(f"pool {pool}: at input size {min(size)} the smallest layer has {smallest} cells a side; choose 1 ... {smallest}")
 
     def _pass(self, images, prompts, timestep: int, seed: int, pool: int, input_size: int | None, latent: str) -> dict[str, torch.Tensor]:
-        """One pass of exactly `self.batch` images: layer -> float32 [B, channels * pool * pool] on the device; "vae" always among them."""
+        """One pass of exactly `self.batch` images: layer -> float32 [B, channels * pool * pool] on the device; "vae" always among them.
+
+        Equation (noised-latent) [S, t; the scheduler is Stable Diffusion's]: z_t = sqrt(abar_t) z + sqrt(1 - abar_t) noise,  z = scaling_factor * VAE(image)
+        Test: tests/diffusion/test_backbone.py::test_the_noise_level_is_the_timestep
+        """
         found = self.vae.encode(self._scaled(images, input_size)).latent_dist
         latents = found.mean.float()
         keys = [_content(image) for image in images]

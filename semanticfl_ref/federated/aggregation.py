@@ -60,7 +60,11 @@ class Aggregator:
         return True
 
     def finish(self) -> torch.Tensor:
-        """The aggregate, float32 [P]."""
+        """The aggregate, float32 [P].
+
+        Equation (average) [S; FedAvg, Alg. 1]: w = sum_k n_k w_k / sum_k n_k
+        Test: tests/federated/test_method_equations.py::test_fedavg_weighs_by_images
+        """
         if self._rule == "mean":
             aggregate_P = self._average.finish()
         else:
@@ -94,6 +98,9 @@ def trimmed(share: float, clients: int) -> int:
 def trimmed_mean(rows: list[torch.Tensor], cut: int) -> torch.Tensor:
     """The mean of every entry without its `cut` smallest and largest values, float32 [P]; all but one or two cut is the median.
 
+    Equation (trimmed-mean) [Yin et al. 2018, Definitions 1 and 2]: w_p = mean of the sorted w_1p ... w_Kp without the `cut` first and last
+    Test: tests/federated/test_aggregation.py::test_median_and_trimmed_mean_on_numbers
+
     Args:
         rows: K tensors float32 [P]; K > 2 cut.
     """
@@ -114,11 +121,13 @@ def server_memory(config: Config, row_P: torch.Tensor) -> Memory:
 def server_step(config: Config, layout: RowLayout, memory: Memory, row_P: torch.Tensor, average_P: torch.Tensor) -> torch.Tensor:
     """The next global row from the last one and the clients' average; writes the optimiser's rows into the memory.
 
+    Equation (server-step) [Hsu et al. 2019; Reddi et al. 2021, Alg. 2]:
         Delta = average - w
         none      w + Delta, which is the average itself
         fedavgm   v <- beta v + Delta,                              w + eta v
         fedadam   m <- beta_1 m + (1 - beta_1) Delta,
                   v <- beta_2 v + (1 - beta_2) Delta^2,             w + eta m / (sqrt(v) + tau)
+    Test: tests/federated/test_aggregation.py::test_fedavgm_on_numbers, tests/federated/test_aggregation.py::test_fedadam_on_numbers
 
     Source: Hsu, Qi, Brown: Measuring the Effects of Non-Identical Data Distribution for Federated Visual Classification. arXiv 1909.06335; Reddi et al.:
     Adaptive Federated Optimization. ICLR 2021, Algorithm 2 (no bias correction). fedavgm with beta = 0, eta = 1 is the average within rounding.

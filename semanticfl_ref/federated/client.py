@@ -51,6 +51,12 @@ def train_client(visit: Visit) -> ClientReport:
 
     A fresh SGD optimizer each time: momentum never crosses rounds or clients. Images are drawn from the resident uint8
     tensor by seeded batches that depend on (seed, round, client, epoch) alone.
+
+    Equation (local-step) [FedAvg, Alg. 1, with momentum; correction: SCAFFOLD]:
+        g <- dL/dw + correction + decay w
+        v <- beta v + g
+        w <- w - eta v
+    Test: tests/federated/test_round.py::test_a_round_by_hand, tests/federated/test_method_equations.py::test_scaffold_over_two_rounds
     """
     world, model, options = visit.world, visit.world.model, visit.config.federation
     method, data = METHODS[options.method], world.dataset
@@ -84,7 +90,11 @@ def train_client(visit: Visit) -> ClientReport:
 
 
 def objective(visit: Visit, method: Method, frozen: dict[str, nn.Module], images: torch.Tensor, index_B: torch.Tensor) -> tuple[Terms, torch.Tensor]:
-    """Cross-entropy and the method's terms on one batch of images float [B, 3, H, W], and the features [B, D] that they were computed from."""
+    """Cross-entropy and the method's terms on one batch of images float [B, 3, H, W], and the features [B, D] that they were computed from.
+
+    Equation (objective) [S; each baseline's publication]: L = CE(logits, y) + sum over terms of weight * term
+    Test: tests/study/test_trace.py::test_the_weighted_terms_sum_to_the_loss
+    """
     world, model, anchors = visit.world, visit.world.model, visit.world.anchors
     labels_B, levels = world.dataset.train_labels[index_B], ()
     with world.autocast():

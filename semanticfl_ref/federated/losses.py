@@ -15,9 +15,11 @@ cross_entropy = F.cross_entropy
 def consistency(features_BD: torch.Tensor, anchors_BD: torch.Tensor, kind: str, temperature: float = 1.0, squared: bool = False) -> torch.Tensor:
     """How far features are from their images' visual anchors.
 
+    Equation (consistency) [S; T and the readings O]:
         kl-unit:  KL( softmax(a / |a| / T) || softmax(f / |f| / T) )
         kl-raw:   KL( softmax(a / T) || softmax(f / T) )
         cosine:   1 - cos(f, a)
+    Test: tests/federated/test_losses.py::test_kl_by_its_sum, tests/federated/test_losses.py::test_cosine_of_opposite_and_orthogonal_vectors
 
     Args:
         features_BD: float32 [B, D], after the visual head where there is one.
@@ -46,6 +48,9 @@ def consistency(features_BD: torch.Tensor, anchors_BD: torch.Tensor, kind: str, 
 def contrast(features_BD: torch.Tensor, text_CD: torch.Tensor, labels_B: torch.Tensor, tau: float) -> torch.Tensor:
     """InfoNCE of features against every class's text anchor, the own class positive: float32 scalar in nats.
 
+    Equation (contrast) [S]: - log( exp(cos(f, text_y) / tau) / sum_c exp(cos(f, text_c) / tau) )
+    Test: tests/federated/test_losses.py::test_contrast_prefers_the_own_class
+
     Args:
         features_BD: float32 [B, D], after the text head.
         text_CD: float32 [C, D], constants.
@@ -56,12 +61,19 @@ def contrast(features_BD: torch.Tensor, text_CD: torch.Tensor, labels_B: torch.T
 
 
 def proximal(parameters: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-    """|w - w_t|^2 / 2: scalar, over pairs of a parameter and its value in the model received. Its gradient is w - w_t. Source: FedProx, Eq. 2."""
+    """Half the squared distance: scalar, over pairs of a parameter and its value in the model received. Its gradient is w - w_t.
+
+    Equation (proximal) [FedProx, Eq. 2]: |w - w_t|^2 / 2
+    Test: tests/federated/test_method_equations.py::test_the_proximal_term_is_half_the_squared_distance
+    """
     return sum((w - received).square().sum() for w, received in parameters) / 2
 
 
 def model_contrast(z_BD: torch.Tensor, received_BD: torch.Tensor, last_BD: torch.Tensor, tau: float) -> torch.Tensor:
-    """-log( exp(cos(z, received) / tau) / (exp(cos(z, received) / tau) + exp(cos(z, last) / tau)) ), mean over the batch.
+    """The model-contrastive term, mean over the batch.
+
+    Equation (model-contrast) [MOON, Eq. 3]: - log( exp(cos(z, received) / tau) / (exp(cos(z, received) / tau) + exp(cos(z, last) / tau)) )
+    Test: tests/federated/test_method_equations.py::test_moon_on_vectors
 
     Args:
         z_BD: float32 [B, D], of the model in training.
@@ -75,7 +87,10 @@ def model_contrast(z_BD: torch.Tensor, received_BD: torch.Tensor, last_BD: torch
 
 
 def supervised_contrast(features_BD: torch.Tensor, labels_B: torch.Tensor, tau: float, positives: int = 1, negatives: int = 2) -> torch.Tensor:
-    """-log( exp(s_p / tau) / (exp(s_p / tau) + sum_n exp(s_n / tau)) ), mean over the hardest positives p and the batch; s are cosines.
+    """Contrast of images with images, mean over the hardest positives p and the batch; s are cosines.
+
+    Equation (supervised-contrast) [FedRCL]: - log( exp(s_p / tau) / (exp(s_p / tau) + sum_n exp(s_n / tau)) )
+    Test: tests/federated/test_method_equations.py::test_supervised_contrast_on_vectors
 
     The hardest positives are the images of the own class, itself included, that are least similar; the hardest negatives the most similar
     images of other classes. An image alone in its class has itself as its positive (s = 1); a batch of one class gives zero.
@@ -98,7 +113,10 @@ def supervised_contrast(features_BD: torch.Tensor, labels_B: torch.Tensor, tau: 
 
 
 def divergence_penalty(features_BD: torch.Tensor, labels_B: torch.Tensor, tau: float, threshold: float, positives: int = 1) -> torch.Tensor:
-    """-log( exp(1 / tau) / (exp(1 / tau) + sum_p exp(s_p / tau)) ) over the hardest positives p with s_p >= threshold, mean over the batch.
+    """What drives images of one class apart that are alike already: over the hardest positives p with s_p >= threshold, mean over the batch.
+
+    Equation (divergence-penalty) [FedRCL]: - log( exp(1 / tau) / (exp(1 / tau) + sum_p exp(s_p / tau)) )
+    Test: tests/federated/test_method_equations.py::test_divergence_penalty_on_vectors
 
     The hardest positives are the least similar other images of the class: where even these are alike, the class collapses, and they are driven apart.
 

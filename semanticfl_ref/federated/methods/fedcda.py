@@ -78,6 +78,9 @@ def batches(clients: list[int], count: int, kept: int, source: torch.Generator) 
 def least_divergent(rows: list[torch.Tensor], losses: list[torch.Tensor], images: list[float], smoothness: float, columns: torch.Tensor | None = None) -> list[int]:
     """The combination of one row per client that minimises mean loss + L/2 * variance; the newest rows win a tie.
 
+    Equation (least-divergent) [FedCDA, from its abstract]: min over choices of mean_n F_n(w_n) + L/2 mean_n |w_n - w_bar|^2
+    Test: tests/federated/test_method_equations.py::test_fedcda_chooses_on_numbers
+
     Args:
         rows: per client float32 [c, P], its candidates; a client that is settled has one.
         losses: per client [c].

@@ -24,7 +24,11 @@ def heads_where_widths_differ(config: Config, anchors: Anchors, features: int) -
 
 
 def diffusion_terms(batch: LocalBatch) -> Terms:
-    """lambda_noise * KL + lambda_text * InfoNCE. A term of weight zero, or whose anchors the client does not get, is not computed."""
+    """The two terms beside the cross-entropy. A term of weight zero, or whose anchors the client does not get, is not computed.
+
+    Equation (feddifrc) [FedDifRC]: lambda_noise * KL( softmax(noise-driven anchor) || softmax(f) ) + lambda_text * InfoNCE(f, text-driven anchors; own class, tau)
+    Test: tests/study/test_trace.py::test_the_weighted_terms_sum_to_the_loss
+    """
     o, model, terms = batch.config.feddifrc, batch.model, {}
     if o.lambda_noise > 0 and batch.visual_BD is not None:
         seen_BD = batch.features_BD if model.visual_head is None else model.visual_head(batch.features_BD)

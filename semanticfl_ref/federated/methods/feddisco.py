@@ -17,14 +17,22 @@ from semanticfl_ref.federated.methods.method import Method, Participants
 
 
 def discrepancy_weights(participants: Participants) -> torch.Tensor:
-    """The formula in units of images, n_k n instead of n_k: a = b = 0 then gives the sample counts themselves, bit for bit."""
+    """The formula in units of images, n_k n instead of n_k: a = b = 0 then gives the sample counts themselves, bit for bit.
+
+    Equation (feddisco-weights) [FedDisco]: p_k proportional to ReLU(n_k - a d_k + b)
+    Test: tests/federated/test_method_equations.py::test_feddisco_on_numbers
+    """
     o, counts_K = participants.config.feddisco, participants.counts_K.double()
     weights_K = (counts_K - counts_K.sum() * (o.a * discrepancy(participants.histograms_KC) - o.b)).clamp(min=0)
     return weights_K if weights_K.sum() > 0 else counts_K
 
 
 def discrepancy(histograms_KC: torch.Tensor) -> torch.Tensor:
-    """d_k: KL(labels of k || uniform) in nats over its sum, float64 [K]; zeros where all are uniform."""
+    """Each client's discrepancy in nats over their sum, float64 [K]; zeros where all are uniform.
+
+    Equation (discrepancy) [FedDisco]: d_k = KL(labels of k || uniform) / sum_j KL(labels of j || uniform)
+    Test: tests/federated/test_method_equations.py::test_feddisco_on_numbers
+    """
     shares_KC = histograms_KC.double() / histograms_KC.sum(1, keepdim=True)
     divergence_K = torch.special.xlogy(shares_KC, shares_KC * shares_KC.shape[1]).sum(1).clamp(min=0)
     return divergence_K / divergence_K.sum() if divergence_K.sum() > 0 else divergence_K

@@ -15,7 +15,11 @@ from semanticfl_ref.federated.methods.method import LocalBatch, Method, Terms
 
 
 def relaxed_contrast_terms(batch: LocalBatch) -> Terms:
-    """contrast * L_SCL + beta * L_penalty, each the mean over levels."""
+    """The two terms beside the cross-entropy, each the mean over the network's levels.
+
+    Equation (fedrcl) [FedRCL]: contrast * mean_levels supervised-contrast + beta * mean_levels divergence-penalty
+    Test: tests/study/test_trace.py::test_the_weighted_terms_sum_to_the_loss
+    """
     o, terms = batch.config.fedrcl, {}
     if o.contrast > 0:
         values = [supervised_contrast(level, batch.labels_B, o.tau, o.positives, o.negatives) for level in batch.levels]

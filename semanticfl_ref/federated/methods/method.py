@@ -83,7 +83,11 @@ class Participants:
 
 
 def by_sample_count(participants: Participants) -> torch.Tensor:
-    """w_k = n_k. Source: FedAvg (McMahan et al. 2017)."""
+    """Clients count by their images.
+
+    Equation (sample-count) [S; FedAvg, Alg. 1]: w_k = n_k
+    Test: tests/federated/test_method_equations.py::test_fedavg_weighs_by_images
+    """
     return participants.counts_K.double()
 
 

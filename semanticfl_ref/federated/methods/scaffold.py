@@ -31,13 +31,23 @@ def controls(config: Config, row_P: torch.Tensor) -> Memory:
 
 
 def control_gradient(visit: Visit) -> torch.Tensor | None:
-    """c - c_i, scaled."""
+    """What is added to every gradient of a visit, scaled; None at scale 0.
+
+    Equation (scaffold-correction) [SCAFFOLD, Eq. 3]: g <- g - c_i + c
+    Test: tests/federated/test_method_equations.py::test_scaffold_over_two_rounds
+    """
     scale = visit.config.scaffold.control_scale
     return scale * (visit.memory["scaffold.server"] - visit.memory["scaffold.clients"][visit.client]) if scale > 0 else None
 
 
 def update_controls(memory: Memory, visit: Visit, row_P: torch.Tensor, report) -> None:
-    """Option II, with the controls as they were before the round."""
+    """Option II, with the controls as they were before the round.
+
+    Equation (scaffold-controls) [SCAFFOLD, Eqs. 4 and 5]:
+        c_i+ = c_i - c + (x - y_i) / (K eta)
+        c   <- c + 1/M sum_i (c_i+ - c_i)
+    Test: tests/federated/test_method_equations.py::test_scaffold_over_two_rounds
+    """
     if visit.config.scaffold.control_scale == 0:
         return
     options, before = visit.config.federation, visit.memory
@@ -50,7 +60,11 @@ def update_controls(memory: Memory, visit: Visit, row_P: torch.Tensor, report) -
 
 
 def effective_steps(steps: int, momentum: float) -> float:
-    """sum over t = 1 ... steps of (1 - beta^t) / (1 - beta): plain steps that move as far as these do, at a constant gradient."""
+    """Plain steps that move as far as these do, at a constant gradient.
+
+    Equation (effective-steps) [O]: sum over t = 1 ... K of (1 - beta^t) / (1 - beta)
+    Test: tests/federated/test_method_equations.py::test_scaffold_under_momentum
+    """
     return sum((1 - momentum**t) / (1 - momentum) for t in range(1, steps + 1))
 
 

@@ -23,7 +23,11 @@ def anchor_heads(config: Config, anchors: Anchors, features: int) -> dict[str, i
 
 
 def semantic_terms(batch: LocalBatch) -> Terms:
-    """lambda_kd * consistency + lambda_con * InfoNCE. A term of weight zero, or whose anchors the client does not get, is not computed."""
+    """The two terms beside the cross-entropy. A term of weight zero, or whose anchors the client does not get, is not computed.
+
+    Equation (semanticfl) [S]: lambda_kd * consistency(visual head(f), visual anchors) + lambda_con * InfoNCE(text head(f), text anchors; own class, tau)
+    Test: tests/federated/test_round.py::test_each_term_alone_changes_the_result_and_is_reported
+    """
     o, terms = batch.config.semantic, {}
     if o.lambda_kd > 0 and batch.visual_BD is not None:
         seen_BD = batch.features_BD if batch.model.visual_head is None else batch.model.visual_head(batch.features_BD)
