@@ -23,6 +23,8 @@ METHODS = ["fedavg", "fedprox", "scaffold", "moon", "fedrcl", "feddisco", "fedcd
 SCENARIOS = ("iid", "nid1", "nid2", "pathological", "quantity")
 CONTROLS = ("sd", "shuffled", "permuted", "random", "onehot")
 STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+# Where things lie and how often to save: a checkpoint may be resumed with these changed. What they point to is in the identity by its content.
+NOT_IDENTITY = ("data.dir", "data.sha256", "partition.file", "diffusion.source", "anchors.images", "run.checkpoint_every")
 SMALLEST_IMAGE = 9  # pixels a side: below, BatchNorm would meet one pixel of one image in the last stage
 
 

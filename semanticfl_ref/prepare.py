@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from semanticfl_ref.config import Config, build, held_out_images, to_flat
+from semanticfl_ref.config import NOT_IDENTITY, Config, build, held_out_images, to_flat
 from semanticfl_ref.data.cameras import as_held
 from semanticfl_ref.data.fetch import cache_folder
 from semanticfl_ref.data.partition import Partition, make_partition
@@ -24,9 +24,6 @@ from semanticfl_ref.federated.ledger import row_bytes
 from semanticfl_ref.federated.methods import METHODS
 from semanticfl_ref.federated.world import make_world, new_state
 from semanticfl_ref.randomness import generator
-
-# Where things lie and how often to save: a checkpoint may be resumed with these changed. What they point to is in the identity by its content.
-NOT_IDENTITY = ("data.dir", "data.sha256", "partition.file", "diffusion.source", "anchors.images", "run.checkpoint_every")
 
 
 def load_data(config: Config, offline: bool) -> tuple[Dataset, Partition, Dataset | None]:

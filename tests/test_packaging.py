@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "semanticfl_ref"
 # A module may import its own part and those left of it.
-ARROWS = [("config", "method_settings", "schema", "errors", "storage", "randomness"), ("kernels",), ("data",), ("diffusion",), ("federated",), ("report",), ("prepare",), ("train", "features", "study"), ("commands",), ("cli",), ("__main__",)]
+ARROWS = [("config", "method_settings", "schema", "errors", "storage", "randomness"), ("kernels",), ("data",), ("diffusion",), ("federated",), ("report",), ("comparison",), ("prepare",), ("train", "features", "study"), ("commands",), ("cli",), ("__main__",)]
 LEVEL = {part: level for level, parts in enumerate(ARROWS) for part in parts}
 
 

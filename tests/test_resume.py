@@ -11,9 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from processes import ROOT, command, environment
 
-from semanticfl_ref import cli
+from semanticfl_ref import cli, train
 
 RESULTS = ("checkpoint.safetensors", "metrics.jsonl")
 
@@ -235,3 +236,22 @@ def test_metrics_that_lost_a_line(unfinished, capsys):
     path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-1]))
     assert cli.main(["train", "--resume", str(unfinished)]) == 4
     assert "metrics.jsonl" in capsys.readouterr().err
+
+
+def test_a_run_goes_on_when_its_images_have_moved(tmp_path, job, monkeypatch, capsys):
+    """Flags beside --resume may say where things lie now; the content is what must agree."""
+    monkeypatch.setenv("SEMANTICFL_CACHE", str(tmp_path / "cache"))
+    images = tmp_path / "images"
+    for c, name in enumerate(("cat", "dog", "eel")):
+        (images / name).mkdir(parents=True)
+        for i in range(12):
+            Image.new("RGB", (32, 32), (40 * c + i, 60, 90)).save(images / name / f"{i}.png")
+    run, given = str(tmp_path / "run"), [*job, "--dataset", "folder", "--alpha", "5"]
+    monkeypatch.setattr(train, "play", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt("stopped")))
+    assert cli.main(["train", *given, "--data-dir", str(images), "--out", run]) == 130
+    monkeypatch.undo()
+    images.rename(tmp_path / "elsewhere")
+    assert cli.main(["train", "--resume", run]) == 3, "they are no longer where the run found them"
+    assert cli.main(["train", "--resume", run, "--alpha", "6"]) == 4
+    assert cli.main(["train", "--resume", run, "--data-dir", str(tmp_path / "elsewhere")]) == 0
+    capsys.readouterr()

@@ -24,8 +24,7 @@ def run(arguments) -> int:
     if arguments.resume is not None:
         if arguments.out is not None or arguments.dry_run:
             raise UserError("--resume goes on in its own folder: it takes neither --out nor --dry-run")
-        settings, out = folders.read_config(arguments.resume), arguments.resume
-        _same_settings(settings, arguments)
+        settings, out = _resumed(arguments, folders.read_config(arguments.resume)), arguments.resume
         folder = folders.RunFolder(out)
         if folder.finished:
             say(f"the run {out} is finished; nothing is left to do")
@@ -45,12 +44,14 @@ def run(arguments) -> int:
     return show(summary, arguments.json, lambda s: tables.closing_words(s, settings))
 
 
-def _same_settings(saved: config.Config, arguments) -> None:
-    """Flags given beside --resume must say what the run's own configuration says."""
+def _resumed(arguments, saved: config.Config) -> config.Config:
+    """The run's own configuration; flags beside --resume may tell where things lie now, and must else say what it says."""
     written = given(arguments)
     if arguments.config is not None:
         written = {**config.read_toml(arguments.config), **written}
-    here, there = config.to_flat(config.build({**config.to_flat(saved), **written}, None, arguments.set)), config.to_flat(saved)
-    differing = [f"{name} = {there[name]!r} there, {here[name]!r} here" for name in there if there[name] != here[name]]
+    settings, there = config.build({**config.to_flat(saved), **written}, None, arguments.set), config.to_flat(saved)
+    here = config.to_flat(settings)
+    differing = [f"{name} = {there[name]!r} there, {here[name]!r} here" for name in there if there[name] != here[name] and name not in config.NOT_IDENTITY]
     if differing:
         raise MismatchError(f"{arguments.resume} was started with another configuration: {'; '.join(differing)}. Resume without these, or start anew with --out")
+    return settings
