@@ -39,7 +39,7 @@ def observe(config: Config, *, images: int, round: int, offline: bool, say: Call
     files, found, clients = [file for file in sources() if file in FILES or file.startswith("federated/methods/")], equations(), []
     dataset, partition, held = load_data(config, offline)
     with Tracer(files, found) as before:
-        anchors = build_anchors(config, dataset, held, offline, say)
+        anchors = build_anchors(config, dataset, partition, held, offline, say)
     world = make_world(config, dataset, few(partition, dataset.train_labels, images, config.run.seed), anchors)
     state = new_state(world)
     while state.round < round - 1:
@@ -58,7 +58,7 @@ def observe(config: Config, *, images: int, round: int, offline: bool, say: Call
         "loss": next(value["first"][0] for value in trained if value["name"] == "loss"),
         "clients": clients,
         "rows": [*describe("before", state.row), average | {"name": "average"}, *describe("after", after.row)],
-        "bytes": {"down": metrics["bytes_down"], "up": metrics["bytes_up"], "anchors": metrics["bytes_down"] - metrics["bytes_up"]},
+        "bytes": {"down": metrics["bytes_down"], "up": metrics["bytes_up"], "anchors": metrics["bytes"]["down"]["anchors"]},
         "metrics": metrics,
         "equations": {e.tag: asdict(e) for e in found if any(e.tag in step["equations"] for step in before.steps + during.steps)},
     }

@@ -109,8 +109,8 @@ def test_the_weighted_terms_sum_to_the_loss(method):
 
 def test_watching_changes_nothing_and_bytes_are_the_ledgers():
     settled, document, world = watched("semanticfl", round=2)
-    dataset, _, held = load_data(settled, True)
-    again = make_world(settled, dataset, world.partition, build_anchors(settled, dataset, held, True, lambda _: None))
+    dataset, partition, held = load_data(settled, True)
+    again = make_world(settled, dataset, world.partition, build_anchors(settled, dataset, partition, held, True, lambda _: None))
     first, line = play_round(new_state(again), again)
     second, line = play_round(first, again)
     assert document["metrics"] == line and sys.gettrace() is None
