@@ -113,7 +113,8 @@ def rows(
     query_scale, key_scale = tl.full((BLOCK_B,), 1.0, tl.float32), tl.full((BLOCK_N,), 1.0, tl.float32)
     if NORMALIZE:
         query_scale, key_scale = inverse_norm(query_squares), inverse_norm(key_squares)
-    logit = tl.where((n < N)[None, :], cosine * tl.div_rn(query_scale, tau)[:, None] * key_scale[None, :], float("-inf"))
+    # Divided last, and exactly: a rounded 1 / tau would cost each logit one more rounding, which the softmax multiplies by the logit.
+    logit = tl.where((n < N)[None, :], tl.div_rn(cosine * query_scale[:, None] * key_scale[None, :], tau), float("-inf"))
 
     top = tl.max(logit, 1)
     share = tl.exp(logit - top[:, None])

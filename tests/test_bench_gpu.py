@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 CPU = Bench(torch.device("cpu"), rehearse=True, seconds=60)
 
 
+@pytest.mark.heavy
 def test_a_rehearsal_goes_through_every_stage(tmp_path):
     """The kernels run in Triton's interpreter where there is one; peers, books and all else are what a GPU would see."""
     out = tmp_path / "results.json"

@@ -111,7 +111,7 @@ def test_the_embedded_model_stands_in_with_its_own_layers():
     assert config.build({"data.name": "cifar10"}).diffusion.taps == "up.1,up.2,up.3"
     asked = config.build({"data.name": "cifar10", "diffusion.source": "tiny", "diffusion.timestep": 150})
     words = shlex.split(prepare.build_command(asked))[3:]
-    assert cli.settle(cli.parse([word for word in words if word != "--anew"])).diffusion == asked.diffusion and asked.diffusion.timestep == 150
+    assert settle(cli.parse([word for word in words if word != "--anew"])).diffusion == asked.diffusion and asked.diffusion.timestep == 150
 
 
 def test_text_anchors_from_the_unet(cache, tmp_path, monkeypatch):
