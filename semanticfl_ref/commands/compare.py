@@ -32,6 +32,7 @@ def add_grid_flags(parser, out: Path) -> None:
 def run(arguments) -> int:
     from semanticfl_ref.comparison import grid, tables
 
+    refuse(arguments)
     arms = grid.split(arguments.methods)
     baseline = arguments.baseline or (arms or [None])[0]
     if baseline not in arms:
@@ -40,22 +41,36 @@ def run(arguments) -> int:
     return show(result, arguments.json, tables.markdown)
 
 
-def run_grid(arguments, arms: list[str], scenarios: list[str], baseline: str, part: str) -> dict:
-    """Run what is left of a grid; write its tables and figures beside the runs; return the comparison."""
-    from semanticfl_ref.comparison import grid, statistics
-
+def refuse(arguments) -> None:
+    """Raise UserError for what no grid of runs takes."""
     for name in ("seeds", "workers"):
         if getattr(arguments, name) < 1:
             raise UserError(f"--{name} {getattr(arguments, name)}: must be at least 1")
-    threads, own = {"run.threads": grid.threads_each(arguments.workers)} if arguments.workers > 1 else {}, given(arguments)
     for name in ("federation.method", "partition.scenario", "run.seed"):
-        if name in own:
-            raise UserError(f"a grid has many {name.split('.')[1]}s: leave --{name.split('.')[1]} out, it takes them from --{name.split('.')[1]}s")
+        flag = f"{name.split('.')[1]}s"
+        if name in written(arguments):
+            raise UserError(f"{name} differs from run to run of a grid: leave it out, " + (f"--{flag} says which" if hasattr(arguments, flag) else "the cell says which"))
 
-    def settle(cell: dict) -> config.Config:
-        return config.build({**threads, **own, **cell}, arguments.config, arguments.set)
+
+def written(arguments) -> set[str]:
+    """The settings that flags and --set name."""
+    return {*given(arguments), *(text.partition("=")[0].strip() for text in arguments.set)}
+
+
+def run_grid(arguments, arms: list[str], scenarios: list[str], baseline: str, part: str) -> dict:
+    """Run what is left of a grid; write its tables and figures beside the runs; return the comparison."""
+    from semanticfl_ref.comparison import grid, statistics
+    from semanticfl_ref.report.tables import is_embedded
+
+    threads = {"run.threads": grid.threads_each(arguments.workers)} if arguments.workers > 1 else {}
+    own = {**threads, **(config.read_toml(arguments.config) if arguments.config else {}), **given(arguments)}
+
+    def settle(cell: dict[str, object]) -> config.Config:
+        return config.build(own, None, [*arguments.set, *(f"{name}={value}" for name, value in cell.items())])  # what a cell is wins
 
     jobs = grid.plan(arms, scenarios or [settle({}).partition.scenario], arguments.seeds, settle, arguments.out)
+    if part == "validation" and any(job.config.data.validation_share == 0 and not is_embedded(job.config) for job in jobs):
+        raise UserError(f"--part validation: {jobs[0].config.data.name} has no validation part; set some of its training images aside: --set data.validation_share=0.1")
     say(f"{len(arms)} methods x {len(jobs) // len(arms) // arguments.seeds} scenarios x {arguments.seeds} seeds = {len(jobs)} runs in {arguments.out}")
     grid.run(jobs, workers=arguments.workers, offline=arguments.offline, methods=arguments.imports)
     result = statistics.compare(jobs, baseline, part)

@@ -13,10 +13,10 @@ from semanticfl_ref.report.tables import size
 def markdown(result: dict, command: str | None = None) -> str:
     """A table a scenario, then one over all; under them what was run, where."""
     seeds, machine = result["seeds"], result["machine"]
-    lines = []
+    lines, on_test = [], "" if result["part"] == "test" else ", test part"
     for scenario in dict.fromkeys(cell["scenario"] for cell in result["cells"]):
         lines += [f"**{'all scenarios' if scenario == 'all' else scenario}**", ""]
-        lines += [f"| method | last round | mean of last five | worst client | sent | minus {result['baseline']}, paired | wins |", "|" + " --- |" * 7]
+        lines += [f"| method | last round | mean of last five | worst client{on_test} | sent | minus {result['baseline']}, paired | wins |", "|" + " --- |" * 7]
         lines += [_row(cell) for cell in result["cells"] if cell["scenario"] == scenario] + [""]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
     lines += [
