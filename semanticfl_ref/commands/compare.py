@@ -1,6 +1,7 @@
 """`compare`: methods side by side on the same splits, seeds and batches, with paired statistics."""
 
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -34,11 +35,10 @@ def run(arguments) -> int:
 
     refuse(arguments)
     arms = grid.split(arguments.methods)
-    baseline = arguments.baseline or (arms or [None])[0]
+    baseline = arguments.baseline or next(iter(arms), "")
     if baseline not in arms:
         raise UserError(f"--baseline {baseline!r} is not among --methods {arguments.methods!r}")
-    result = run_grid(arguments, arms, grid.split(arguments.scenarios), baseline, arguments.part)
-    return show(result, arguments.json, tables.markdown)
+    return show(run_grid(arguments, arms, grid.split(arguments.scenarios), baseline, arguments.part), arguments.json, tables.markdown)
 
 
 def refuse(arguments) -> None:
@@ -62,7 +62,7 @@ def run_grid(arguments, arms: list[str], scenarios: list[str], baseline: str, pa
     from semanticfl_ref.comparison import grid, statistics
     from semanticfl_ref.report.tables import is_embedded
 
-    threads = {"run.threads": grid.threads_each(arguments.workers)} if arguments.workers > 1 else {}
+    threads = {"run.threads": max(1, (os.cpu_count() or 1) // arguments.workers)} if arguments.workers > 1 else {}
     own = {**threads, **(config.read_toml(arguments.config) if arguments.config else {}), **given(arguments)}
 
     def settle(cell: dict[str, object]) -> config.Config:

@@ -36,8 +36,7 @@ def run(arguments) -> int:
     arguments.config, arguments.out = preset, arguments.out / arguments.table
     need_all(config.build({**given(arguments), "federation.method": "semanticfl"}, preset, arguments.set), arguments.offline)
     result = compare.run_grid(arguments, list(cell["accuracy"]), cell["scenarios"], baseline=next(iter(cell["accuracy"])), part="test")
-    changed = sorted(compare.written(arguments))
-    document = {"table": arguments.table, **cell, "ours": ours(result), "seeds": len(result["seeds"]), "rounds": result["rounds"], "changed": changed}
+    document = {"table": arguments.table, **cell, "ours": ours(result), "seeds": len(result["seeds"]), "rounds": result["rounds"], "changed": sorted(compare.written(arguments))}
     return show(document, arguments.json, beside)
 
 

@@ -4,13 +4,12 @@ All runs of one seed share the split, the clients of every round, the initial we
 (seed, purpose, round, client, epoch): an arm's numbers do not depend on which others stand beside it.
 """
 
-import itertools
-import os
 import re
 import signal
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,7 +23,6 @@ from semanticfl_ref.errors import MismatchError, UserError
 from semanticfl_ref.report.folder import RunFolder, read_config
 
 SHORT = {"nid1": "partition.alpha", "quantity": "partition.alpha", "pathological": "partition.classes_per_client"}  # what x is in `nid1:x`
-NID2 = {"partition.clients": 6}  # it is defined for six
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +53,7 @@ def scenario_settings(text: str) -> dict[str, object]:
     name, colon, value = name.partition(":")
     if colon and name not in SHORT:
         raise UserError(f"scenario {text!r}: {name!r} takes no number; write one of {', '.join(f'{n}:x' for n in SHORT)}, or {name}[partition.field=value]")
-    return {"partition.scenario": name, **(NID2 if name == "nid2" else {}), **({SHORT[name]: value} if colon else {}), **assignments}
+    return {"partition.scenario": name, **({"partition.clients": 6} if name == "nid2" else {}), **({SHORT[name]: value} if colon else {}), **assignments}
 
 
 def plan(arms: list[str], scenarios: list[str], seeds: int, settle: Callable[[dict[str, object]], Config], out: Path) -> list[Job]:
@@ -66,12 +64,8 @@ def plan(arms: list[str], scenarios: list[str], seeds: int, settle: Callable[[di
         out: folder of the comparison; runs lie in its `runs/`.
 
     Raises:
-        UserError: an arm or scenario twice, two whose folders have one name, or whatever a configuration is refused for.
+        UserError: one run twice or two whose folders have one name, or whatever a configuration is refused for.
     """
-    for what, names in (("method", arms), ("scenario", scenarios)):
-        doubled = [name for name in names if names.count(name) > 1]
-        if doubled or not names:
-            raise UserError(f"the {what} {doubled[0]!r} stands twice" if doubled else f"no {what} is given")
     jobs = [
         Job(scenario=scenario, arm=arm, seed=seed, config=made, folder=out / "runs" / f"{_slug(arm)}-{_slug(scenario)}-{made.federation.rounds}-seed{seed}")
         for seed in range(seeds)
@@ -79,9 +73,9 @@ def plan(arms: list[str], scenarios: list[str], seeds: int, settle: Callable[[di
         for arm in arms
         for made in [settle({**scenario_settings(scenario), **arm_settings(arm), "run.seed": seed})]
     ]
-    for job, other in itertools.combinations(jobs[: len(jobs) // seeds], 2):
-        if job.folder == other.folder:
-            raise UserError(f"{job.arm}, {job.scenario} and {other.arm}, {other.scenario} would lie in one folder, {job.folder}: write them less alike")
+    for folder, count in Counter(job.folder for job in jobs).items():
+        if count > 1:
+            raise UserError(f"the run {folder} stands twice: {' and '.join(f'{job.arm}, {job.scenario}' for job in jobs if job.folder == folder)}")
     return jobs
 
 
@@ -97,8 +91,7 @@ def run(jobs: list[Job], *, workers: int, offline: bool, methods: list[Path]) ->
     """
     left = [job for job in jobs if not _finished(job)]
     bar = tqdm(total=len(jobs), initial=len(jobs) - len(left), desc="runs", unit="run", file=sys.stderr)
-    failed: list[UserError] = []
-    children: list[subprocess.Popen] = []
+    failed, children = [], []
 
     def one(job: Job) -> None:
         if not failed:
@@ -148,15 +141,10 @@ def _train(job: Job, offline: bool, methods: list[Path], started: Callable[[subp
         started(child)
         words = (child.communicate()[1].strip().splitlines() or ["no message"])[-1].removeprefix("semanticfl_ref: error: ")
     if child.returncode:
-        words = f"killed by signal {-child.returncode}" if child.returncode < 0 else words  # its last words are a progress bar's
+        words = f"killed by signal {-child.returncode}" if child.returncode < 0 else words  # whose last words are a progress bar
         error = UserError(f"the run {job.arm}, {job.scenario}, seed {job.seed} failed: {words}")
         error.exit_code = max(child.returncode, 1)
         raise error
-
-
-def threads_each(workers: int) -> int:
-    """Processor threads of a run where `workers` of them share the machine."""
-    return max(1, (os.cpu_count() or 1) // workers)
 
 
 def _bracketed(text: str) -> tuple[str, dict[str, str]]:

@@ -51,9 +51,8 @@ def read_config(folder: Path, said: str = "--resume") -> Config:
     if not (folder / "config.toml").is_file():
         raise DataError(f"{said} {folder}: it holds no config.toml, so it is not a run folder")
     settings = configuration.read_toml(folder / "config.toml")
-    method = settings.get("federation.method")
-    if isinstance(method, str) and method not in configuration.METHODS:
-        raise UserError(f"{said} {folder}: its method {method!r} is not in the package: add --import with the file that it came from")
+    if settings.get("federation.method", "fedavg") not in configuration.METHODS:
+        raise UserError(f"{said} {folder}: its method {settings['federation.method']!r} is not in the package: add --import with the file that it came from")
     return configuration.build(settings)
 
 

@@ -36,8 +36,8 @@ def test_plan_is_seed_by_seed_and_names_each_run_once(tmp_path):
     "arms, scenarios, words",
     [
         (["fedavg", "fedavg"], ["iid"], "stands twice"), (["fedavgg"], ["iid"], "'fedavg'"), (["fedavg"], ["nid3"], "'nid"), (["fedavg"], ["iid:3"], "takes no number"),
-        (["moon[moon.mu]"], ["iid"], "no assignment"), (["moon[moon.mue=1]"], ["iid"], "'moon.mu'"), (["moon[moon.mu=1"], ["iid"], "expected name"), ([], ["iid"], "no method"),
-        (["fedavg"], ["nid1:x"], "a number"), (["moon[moon.mu=5]", "moon[moon.mu=5;]"], ["iid"], "one folder"),
+        (["moon[moon.mu]"], ["iid"], "no assignment"), (["moon[moon.mue=1]"], ["iid"], "'moon.mu'"), (["moon[moon.mu=1"], ["iid"], "expected name"),
+        (["fedavg"], ["nid1:x"], "a number"), (["moon[moon.mu=5]", "moon[moon.mu=5;]"], ["iid"], "stands twice"),
     ],
 )  # fmt: skip
 def test_refusals(arms, scenarios, words, tmp_path):
@@ -103,7 +103,7 @@ def test_a_killed_run_is_told_as_such(tmp_path):
 
 def test_interrupted_compare_saves_and_goes_on(tmp_path):
     """SIGINT to `compare` alone: its run ends with a checkpoint, no other begins, and the same command goes on with it."""
-    job = [flag for flag in JOB if flag not in ("--method", "fedavg", "--rounds", "4")] + ["--rounds", "30", "--seeds", "1", "--json", "--out", str(tmp_path)]
+    job = [flag for flag in JOB if flag not in ("--method", "fedavg", "--rounds", "4")] + ["--rounds", "10", "--seeds", "1", "--json", "--out", str(tmp_path)]
     process = subprocess.Popen(command("compare", "--methods", "fedavg,moon", *job), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while process.poll() is None and not list(tmp_path.glob("runs/fedavg*/checkpoint.safetensors")):
         time.sleep(0.01)
