@@ -195,6 +195,14 @@ def test_everything_that_a_round_may_record(folder):
     assert all(text in page.text for text in ("43.2%", "12.3%", "2.0 KiB", "(dropped: 1)", "no test image", "taken for zero (", "Drift", "anchors 5 B", "noise neither", "77 images belong", "KL 1.25")), page.text
 
 
+def test_a_term_that_only_some_rounds_have(folder):
+    """Where clients get different anchors, the first round's and the last one's clients may have none of a term's."""
+    rows = rows_of(folder)
+    middle = {"terms": {"cross_entropy": 2.0, "contrast": 0.5}, "gradient_share": {"cross_entropy": 0.75, "contrast": 0.25}}
+    write_rows(folder, [rows[0], {**rows[1], **middle}, {**rows[1], "round": 3}])
+    assert "contrast" in reported(folder).text and "contrast" in (folder / "figures" / "terms.svg").read_text()
+
+
 def test_without_matplotlib_the_tables_come(folder, capsys, undrawn):
     page = reported(folder)
     assert "pip install matplotlib" in capsys.readouterr().err and "pip install matplotlib" in page.text
@@ -238,3 +246,8 @@ def test_a_partition_is_drawn_to_scale():
     assert heights == [[3, 0], [0, 4], [2, 0]]
     crowd = partition_figure({"histograms": [[3, 0, 2]] * 101}, ["a", "b", "c"]).axes[0]
     assert not crowd.patches and crowd.images[0].get_array().shape == (3, 101)
+
+
+def test_a_run_of_a_method_that_is_not_imported(capsys, tmp_path):
+    (tmp_path / "config.toml").write_text('[federation]\nmethod = "fedhalf"\n[fedhalf]\nnu = 0.5\n')
+    assert "'fedhalf'" in (said := refused(capsys, 2, str(tmp_path))) and "--import" in said

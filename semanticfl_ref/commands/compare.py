@@ -1,6 +1,7 @@
 """`compare`: methods side by side on the same splits, seeds and batches, with paired statistics."""
 
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -32,30 +33,44 @@ def add_grid_flags(parser, out: Path) -> None:
 def run(arguments) -> int:
     from semanticfl_ref.comparison import grid, tables
 
+    refuse(arguments)
     arms = grid.split(arguments.methods)
-    baseline = arguments.baseline or (arms or [None])[0]
+    baseline = arguments.baseline or next(iter(arms), "")
     if baseline not in arms:
         raise UserError(f"--baseline {baseline!r} is not among --methods {arguments.methods!r}")
-    result = run_grid(arguments, arms, grid.split(arguments.scenarios), baseline, arguments.part)
-    return show(result, arguments.json, tables.markdown)
+    return show(run_grid(arguments, arms, grid.split(arguments.scenarios), baseline, arguments.part), arguments.json, tables.markdown)
+
+
+def refuse(arguments) -> None:
+    """Raise UserError for what no grid of runs takes."""
+    for name in ("seeds", "workers"):
+        if getattr(arguments, name) < 1:
+            raise UserError(f"--{name} {getattr(arguments, name)}: must be at least 1")
+    for name in ("federation.method", "partition.scenario", "run.seed"):
+        flag = f"{name.split('.')[1]}s"
+        if name in written(arguments):
+            raise UserError(f"{name} differs from run to run of a grid: leave it out, " + (f"--{flag} says which" if hasattr(arguments, flag) else "the cell says which"))
+
+
+def written(arguments) -> set[str]:
+    """The settings that flags and --set name."""
+    return {*given(arguments), *(text.partition("=")[0].strip() for text in arguments.set)}
 
 
 def run_grid(arguments, arms: list[str], scenarios: list[str], baseline: str, part: str) -> dict:
     """Run what is left of a grid; write its tables and figures beside the runs; return the comparison."""
     from semanticfl_ref.comparison import grid, statistics
+    from semanticfl_ref.report.tables import is_embedded
 
-    for name in ("seeds", "workers"):
-        if getattr(arguments, name) < 1:
-            raise UserError(f"--{name} {getattr(arguments, name)}: must be at least 1")
-    threads, own = {"run.threads": grid.threads_each(arguments.workers)} if arguments.workers > 1 else {}, given(arguments)
-    for name in ("federation.method", "partition.scenario", "run.seed"):
-        if name in own:
-            raise UserError(f"a grid has many {name.split('.')[1]}s: leave --{name.split('.')[1]} out, it takes them from --{name.split('.')[1]}s")
+    threads = {"run.threads": max(1, (os.cpu_count() or 1) // arguments.workers)} if arguments.workers > 1 else {}
+    own = {**threads, **(config.read_toml(arguments.config) if arguments.config else {}), **given(arguments)}
 
-    def settle(cell: dict) -> config.Config:
-        return config.build({**threads, **own, **cell}, arguments.config, arguments.set)
+    def settle(cell: dict[str, object]) -> config.Config:
+        return config.build(own, None, [*arguments.set, *(f"{name}={value}" for name, value in cell.items())])  # what a cell is wins
 
     jobs = grid.plan(arms, scenarios or [settle({}).partition.scenario], arguments.seeds, settle, arguments.out)
+    if part == "validation" and any(job.config.data.validation_share == 0 and not is_embedded(job.config) for job in jobs):
+        raise UserError(f"--part validation: {jobs[0].config.data.name} has no validation part; set some of its training images aside: --set data.validation_share=0.1")
     say(f"{len(arms)} methods x {len(jobs) // len(arms) // arguments.seeds} scenarios x {arguments.seeds} seeds = {len(jobs)} runs in {arguments.out}")
     grid.run(jobs, workers=arguments.workers, offline=arguments.offline, methods=arguments.imports)
     result = statistics.compare(jobs, baseline, part)

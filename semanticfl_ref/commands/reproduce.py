@@ -20,6 +20,8 @@ def add_flags(parser) -> None:
 
 
 def run(arguments) -> int:
+    from semanticfl_ref.comparison.grid import scenario_settings
+
     cells = tomllib.loads((PRESETS / "published.toml").read_text(encoding="utf-8"))
     if arguments.table is None:
         return show(cells, arguments.json, listing)
@@ -28,11 +30,13 @@ def run(arguments) -> int:
     if arguments.config is not None:
         raise UserError("reproduce has a configuration of its own; change single settings with flags or --set")
     cell, preset = cells[arguments.table], PRESETS / cells[arguments.table]["config"]
+    compare.refuse(arguments)
+    for name in sorted(compare.written(arguments) & {name for scenario in cell["scenarios"] for name in scenario_settings(scenario)}):
+        raise UserError(f"{name} is what the cell {arguments.table} is of: leave it out, or take `compare`")
     arguments.config, arguments.out = preset, arguments.out / arguments.table
     need_all(config.build({**given(arguments), "federation.method": "semanticfl"}, preset, arguments.set), arguments.offline)
     result = compare.run_grid(arguments, list(cell["accuracy"]), cell["scenarios"], baseline=next(iter(cell["accuracy"])), part="test")
-    changed = sorted({**given(arguments), **dict(text.split("=", 1) for text in arguments.set)})
-    document = {"table": arguments.table, **cell, "ours": ours(result), "seeds": len(result["seeds"]), "rounds": result["rounds"], "changed": changed}
+    document = {"table": arguments.table, **cell, "ours": ours(result), "seeds": len(result["seeds"]), "rounds": result["rounds"], "changed": sorted(compare.written(arguments))}
     return show(document, arguments.json, beside)
 
 

@@ -3,7 +3,6 @@
 Accuracies are in per cent. A run's figure is the last round's, or the mean of its last five rounds; never its best round.
 """
 
-from dataclasses import asdict, dataclass
 from statistics import fmean, stdev
 
 import numpy as np
@@ -15,34 +14,6 @@ RESAMPLES = 10_000
 LAST = 5  # rounds whose mean is reported
 
 
-@dataclass(frozen=True, kw_only=True)
-class Gain:
-    """Differences to the baseline in the same scenario and seed, in points.
-
-    mean, and low ... high: the 95 % interval of the mean by the percentile bootstrap over the pairs (None for a single pair; with a handful of
-    pairs it is narrower than the truth). wins: pairs above zero.
-    """
-
-    mean: float
-    low: float | None
-    high: float | None
-    wins: int
-    values: list[float]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cell:
-    """One arm in one scenario (or in "all", over every scenario): a value a run, in the order of the seeds; accuracies in per cent, bytes both ways."""
-
-    scenario: str
-    arm: str
-    last: list[float]
-    last_five: list[float]
-    worst_client: list[float]
-    bytes_sent: int
-    gain: Gain | None
-
-
 def compare(jobs: list[Job], baseline: str, part: str) -> dict:
     """The comparison as plain JSON values.
 
@@ -52,18 +23,19 @@ def compare(jobs: list[Job], baseline: str, part: str) -> dict:
         part: "test" or "validation", the part whose accuracy is told.
 
     Returns:
-        part, baseline, seeds, rounds, machine, cells (see Cell; also those over all scenarios) and curves: scenario -> arm -> mean and standard
-        deviation over seeds of every round's accuracy.
+        part, baseline, seeds, rounds, dataset, machine; cells, one for each arm in each scenario, and in "all" of them where there are several: scenario, arm,
+        last, last_five, worst_client (a value a run, in the order of the seeds, in per cent), bytes_sent (both ways, mean of the runs), gain (see `gain`; None
+        for the baseline); curves: scenario -> arm -> mean and standard deviation over seeds of every round's accuracy.
     """
     key = f"{part}_accuracy"
     rows = {(job.scenario, job.arm, job.seed): RunFolder(job.folder).rows() for job in jobs}
     scenarios, arms = (list(dict.fromkeys(names)) for names in ([j.scenario for j in jobs], [j.arm for j in jobs]))
     seeds = sorted({job.seed for job in jobs})
 
-    def cell(name: str, among: list[str], arm: str) -> Cell:
+    def cell(name: str, among: list[str], arm: str) -> dict:
         runs = [(rows[s, arm, seed], rows[s, baseline, seed]) for s in among for seed in seeds]
         gains = [last_five(mine, key) - last_five(theirs, key) for mine, theirs in runs]
-        return Cell(
+        return dict(
             scenario=name, arm=arm, last=[100 * mine[-1][key] for mine, _ in runs], last_five=[last_five(mine, key) for mine, _ in runs],
             worst_client=[100 * min(mine[-1]["client_accuracy"]) for mine, _ in runs],
             bytes_sent=round(fmean(sum(row["bytes_down"] + row["bytes_up"] for row in mine) for mine, _ in runs)), gain=None if arm == baseline else gain(gains),
@@ -74,18 +46,23 @@ def compare(jobs: list[Job], baseline: str, part: str) -> dict:
     return {
         "part": part, "baseline": baseline, "seeds": seeds, "rounds": jobs[0].config.federation.rounds, "dataset": jobs[0].config.data.name,
         "machine": {key: environment[key] for key in ("processor", "device", "precision", "threads", "python", "versions", "semanticfl_ref")},
-        "cells": [asdict(cell(name, among, arm)) for name, among in groups for arm in arms],
+        "cells": [cell(name, among, arm) for name, among in groups for arm in arms],
         "curves": {s: {arm: _curve([rows[s, arm, seed] for seed in seeds], key) for arm in arms} for s in scenarios},
     }  # fmt: skip
 
 
-def gain(values: list[float]) -> Gain:
-    """Paired differences -> their mean with its bootstrap interval; the resampling is seeded, so the interval is always the same."""
+def gain(values: list[float]) -> dict:
+    """What differences to the baseline in the same scenario and seed, in points, come to; the resampling is seeded.
+
+    Returns:
+        mean; low ... high, the 95 % interval of the mean by the percentile bootstrap over the pairs (None for a single pair; with a handful of pairs it is
+        narrower than the truth); wins, the pairs above zero; values.
+    """
     low = high = None
     if len(values) > 1:
         draws = np.random.default_rng(0).choice(np.asarray(values), size=(RESAMPLES, len(values)))
         low, high = np.percentile(draws.mean(axis=1), (2.5, 97.5)).tolist()
-    return Gain(mean=fmean(values), low=low, high=high, wins=sum(v > 0 for v in values), values=values)
+    return {"mean": fmean(values), "low": low, "high": high, "wins": sum(v > 0 for v in values), "values": values}
 
 
 def last_five(rows: list[dict], key: str) -> float:

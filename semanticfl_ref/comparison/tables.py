@@ -13,10 +13,10 @@ from semanticfl_ref.report.tables import size
 def markdown(result: dict, command: str | None = None) -> str:
     """A table a scenario, then one over all; under them what was run, where."""
     seeds, machine = result["seeds"], result["machine"]
-    lines = []
+    lines, on_test = [], "" if result["part"] == "test" else ", test part"
     for scenario in dict.fromkeys(cell["scenario"] for cell in result["cells"]):
         lines += [f"**{'all scenarios' if scenario == 'all' else scenario}**", ""]
-        lines += [f"| method | last round | mean of last five | worst client | sent | minus {result['baseline']}, paired | wins |", "|" + " --- |" * 7]
+        lines += [f"| method | last round | mean of last five | worst client{on_test} | sent | minus {result['baseline']}, paired | wins |", "|" + " --- |" * 7]
         lines += [_row(cell) for cell in result["cells"] if cell["scenario"] == scenario] + [""]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
     lines += [
@@ -45,11 +45,11 @@ def draw_curves(result: dict, *paths: Path) -> None:
     figure, axes = new_figure(1, len(result["curves"]), width=4.6 * len(result["curves"]), height=4.2, sharey=True)
     for axis, (scenario, arms) in zip(axes[0], result["curves"].items(), strict=True):
         for i, (arm, curve) in enumerate(arms.items()):
-            rounds = range(1, len(curve["mean"]) + 1)
-            axis.plot(rounds, curve["mean"], label=arm, color=_colour(i), linestyle="-" if i < len(COLOURS) else "--", linewidth=2.2 if arm == "semanticfl" else 1.3)
+            colour, rounds = COLOURS[i % len(COLOURS)], range(1, len(curve["mean"]) + 1)
+            axis.plot(rounds, curve["mean"], label=arm, color=colour, linestyle="-" if i < len(COLOURS) else "--", linewidth=2.2 if arm == "semanticfl" else 1.3)
             if curve["spread"][0] is not None:
                 low, high = ([m + sign * s for m, s in zip(curve["mean"], curve["spread"], strict=True)] for sign in (-1, 1))
-                axis.fill_between(rounds, low, high, color=_colour(i), alpha=0.08, linewidth=0)
+                axis.fill_between(rounds, low, high, color=colour, alpha=0.08, linewidth=0)
         axis.set(title=scenario, xlabel="round")
         axis.grid(alpha=0.25)
     axes[0, 0].set_ylabel(f"{result['part']} accuracy, %")
@@ -69,7 +69,7 @@ def draw_gains(result: dict, *paths: Path) -> None:
         cells = {cell["arm"]: cell["gain"] for cell in result["cells"] if cell["scenario"] == group}
         for place, arm in enumerate(compared):
             g = cells[arm]
-            axis.barh(place, g["mean"], color=_colour(arms.index(arm)), alpha=0.75, height=0.7)
+            axis.barh(place, g["mean"], color=COLOURS[arms.index(arm) % len(COLOURS)], alpha=0.75, height=0.7)
             axis.plot(g["values"], [place] * len(g["values"]), ".", color="black", markersize=4, alpha=0.6)
             if g["low"] is not None:
                 axis.plot([g["low"], g["high"]], [place, place], color="black", linewidth=1.2)
@@ -93,7 +93,3 @@ def mean(values: list[float]) -> str:
     """Mean ± standard deviation; the mean alone of a single value."""
     deviation = spread(values)
     return f"{fmean(values):.1f}" + (f" ± {deviation:.1f}" if deviation is not None else "")
-
-
-def _colour(place: int) -> str:
-    return COLOURS[place % len(COLOURS)]

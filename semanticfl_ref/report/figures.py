@@ -7,6 +7,7 @@ from itertools import accumulate, cycle
 from statistics import fmean
 
 from semanticfl_ref.report.drawing import COLOURS, new_figure
+from semanticfl_ref.report.metrics import recorded_names
 
 WIDTH, HEIGHT = 5.0, 3.3  # inches: two side by side on a desktop, one on a phone with letters that can be read
 STACKED = (100, 2 * len(COLOURS))  # clients and classes that stacked bars can still show; a map of more
@@ -62,8 +63,10 @@ def run_figures(rows: list[dict], partition: dict, class_names: list[str], confu
         shares = [[count / max(1, sum(row)) for count in row] for row in confusion]
         figures["confusion"] = _map(shares, "predicted", class_names, "share of the true class", vmin=0, vmax=1)
     for key, (label, limits) in {"terms": ("value, unweighted", None), **GRADIENT}.items():
-        if last.get(key):
-            curves = {term.replace("_", " "): (rounds, [row[key].get(term) for row in rows]) if term in last[key] else None for term in last["terms"]}
+        recorded = [row.get(key) or {} for row in rows]
+        if any(recorded):
+            known = recorded_names(recorded)
+            curves = {term.replace("_", " "): (rounds, [values.get(term) for values in recorded]) if term in known else None for term in recorded_names([row["terms"] for row in rows])}
             figures[key] = _curves("round", label, curves, limits=limits, log=key == "terms")
     if last.get("drift"):
         known = [[norm for norm in row["drift"]["update_norm"] if norm is not None] or [float("nan")] for row in rows]

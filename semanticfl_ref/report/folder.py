@@ -44,13 +44,16 @@ def read_config(folder: Path, said: str = "--resume") -> Config:
     """The configuration that a run was started with. `said`: the word of the command line before the folder.
 
     Raises:
-        DataError: no such folder, or it is not a run's.
+        DataError: no such folder, or it is not a run's. UserError: its method is one from outside the package, and was not imported.
     """
     if not folder.is_dir():
         raise DataError(f"{said} {folder}: no such run folder")
     if not (folder / "config.toml").is_file():
         raise DataError(f"{said} {folder}: it holds no config.toml, so it is not a run folder")
-    return configuration.build(file=folder / "config.toml")
+    settings = configuration.read_toml(folder / "config.toml")
+    if settings.get("federation.method", "fedavg") not in configuration.METHODS:
+        raise UserError(f"{said} {folder}: its method {settings['federation.method']!r} is not in the package: add --import with the file that it came from")
+    return configuration.build(settings)
 
 
 class RunFolder:
@@ -121,7 +124,7 @@ class RunFolder:
         return [json.loads(line) for line in (self.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
     def seconds(self) -> float:
-        """The rounds' wall time in all, over every session of the run."""
+        """The rounds' wall time in all, whatever was killed and resumed in between."""
         lines = (self.path / "timings.jsonl").read_text(encoding="utf-8").splitlines()
         return sum(json.loads(line)["seconds"] for line in lines)
 

@@ -15,7 +15,7 @@ from semanticfl_ref.config import Config
 from semanticfl_ref.errors import DataError, UserError
 from semanticfl_ref.report.drawing import COLOURS, can_draw, encoded, save_figure
 from semanticfl_ref.report.folder import RunFolder, read_config
-from semanticfl_ref.report.metrics import summarise
+from semanticfl_ref.report.metrics import recorded_names, summarise
 from semanticfl_ref.report.page import page
 from semanticfl_ref.report.tables import size
 from semanticfl_ref.storage import replace, writing
@@ -92,6 +92,7 @@ def write_report(run: Run) -> Path:
     return _write(
         run.path / REPORT, run.title, "run", run=run, s=run.summary, figures=figures, settings=settings, about=configuration.settings(), classes=_listed(classes), clients=_listed(clients),
         changed={name: preset[name] for name in settings if settings[name] != preset[name]}, confused=_confused(run.summary.get("confusion"), run.class_names),
+        terms=recorded_names([row["terms"] for row in run.rows]),
     )  # fmt: skip
 
 

@@ -74,7 +74,12 @@ def prices(rows: list[dict]) -> list[dict]:
 def over_rounds(values) -> dict[str, float | None]:
     """Each name's mean over the rounds that know it."""
     values = list(values)
-    return {name: mean([value.get(name) for value in values]) for name in values[-1]}
+    return {name: mean([value.get(name) for value in values]) for name in recorded_names(values)}
+
+
+def recorded_names(values: list[dict]) -> list[str]:
+    """Every name that a round has: where clients get different anchors, not every round has every term."""
+    return list(dict.fromkeys(name for value in values for name in value))
 
 
 def mean(values: list[float | None]) -> float | None:

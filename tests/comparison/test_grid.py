@@ -1,9 +1,13 @@
 """The plan of a grid, and running it: reuse, resume, failures with the run's own words."""
 
 import json
+import signal
+import subprocess
+import threading
+import time
 
 import pytest
-from processes import JOB, run_cli
+from processes import JOB, ROOT, command, environment, run_cli
 
 from semanticfl_ref import cli, config
 from semanticfl_ref.comparison import grid
@@ -32,8 +36,8 @@ def test_plan_is_seed_by_seed_and_names_each_run_once(tmp_path):
     "arms, scenarios, words",
     [
         (["fedavg", "fedavg"], ["iid"], "stands twice"), (["fedavgg"], ["iid"], "'fedavg'"), (["fedavg"], ["nid3"], "'nid"), (["fedavg"], ["iid:3"], "takes no number"),
-        (["moon[moon.mu]"], ["iid"], "no assignment"), (["moon[moon.mue=1]"], ["iid"], "'moon.mu'"), (["moon[moon.mu=1"], ["iid"], "expected name"), ([], ["iid"], "no method"),
-        (["fedavg"], ["nid1:x"], "a number"),
+        (["moon[moon.mu]"], ["iid"], "no assignment"), (["moon[moon.mue=1]"], ["iid"], "'moon.mu'"), (["moon[moon.mu=1"], ["iid"], "expected name"),
+        (["fedavg"], ["nid1:x"], "a number"), (["moon[moon.mu=5]", "moon[moon.mu=5;]"], ["iid"], "stands twice"),
     ],
 )  # fmt: skip
 def test_refusals(arms, scenarios, words, tmp_path):
@@ -54,11 +58,63 @@ def test_a_folder_of_other_settings_is_refused(finished_grid, tmp_path):
     [
         (["--seeds", "0"], "--seeds 0"), (["--workers", "0"], "--workers 0"), (["--baseline", "moon"], "--baseline 'moon'"), (["--method", "fedavg"], "--methods"),
         (["--seed", "3"], "--seeds"), (["--scenario", "iid"], "--scenarios"), (["--methods", ""], "--baseline"),
+        (["--set", "run.seed=3"], "--seeds"), (["--set", "federation.method=moon"], "--methods"), (["--dataset", "cifar10", "--part", "validation"], "data.validation_share"),
     ],
 )  # fmt: skip
 def test_bad_flags(capsys, arguments, words, tmp_path):
     assert cli.main(["compare", *arguments, "--out", str(tmp_path / "out")]) == 2
     assert words in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_what_a_cell_is_wins_over_flags_and_set(tmp_path, monkeypatch):
+    """An arm named by a setting has it; what the file says of threads is kept."""
+    planned = []
+
+    def stop(jobs, **_):
+        planned.extend(jobs)
+        raise UserError("planned")
+
+    monkeypatch.setattr(grid, "run", stop)
+    (tmp_path / "own.toml").write_text("[run]\nthreads = 1\n")
+    own = ["--set", "semantic.tau=0.1", "--set", "partition.clients=10", "--config", str(tmp_path / "own.toml"), "--workers", "2"]
+    assert cli.main(["compare", "--methods", "semanticfl,semanticfl[semantic.tau=0.5]", "--scenarios", "nid2", "--seeds", "2", "--out", str(tmp_path), *own]) == 2
+    assert [job.config.semantic.tau for job in planned] == [0.1, 0.5] * 2 and [job.config.run.seed for job in planned] == [0, 0, 1, 1]
+    assert {(job.config.partition.clients, job.config.run.threads) for job in planned} == {(6, 1)}
+
+
+def test_all_that_failed_is_told(tmp_path, monkeypatch):
+    both = threading.Barrier(2, timeout=10)
+
+    def fail(job, *_):
+        both.wait()
+        raise UserError(f"{job.arm} failed")
+
+    monkeypatch.setattr(grid, "_train", fail)
+    jobs = grid.plan(["fedavg", "moon"], ["iid"], 2, settle, tmp_path)
+    with pytest.raises(UserError, match="fedavg failed; and moon failed|moon failed; and fedavg failed"):
+        grid.run(jobs, workers=2, offline=True, methods=[])
+
+
+def test_a_killed_run_is_told_as_such(tmp_path):
+    (job,) = grid.plan(["fedavg"], ["iid"], 1, settle, tmp_path)
+    with pytest.raises(UserError, match="seed 0 failed: killed by signal 9"):
+        grid._train(job, True, [], lambda child: child.kill())
+
+
+def test_interrupted_compare_saves_and_goes_on(tmp_path):
+    """SIGINT to `compare` alone: its run ends with a checkpoint, no other begins, and the same command goes on with it."""
+    job = [flag for flag in JOB if flag not in ("--method", "fedavg", "--rounds", "4")] + ["--rounds", "10", "--seeds", "1", "--json", "--out", str(tmp_path)]
+    process = subprocess.Popen(command("compare", "--methods", "fedavg,moon", *job), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not list(tmp_path.glob("runs/fedavg*/checkpoint.safetensors")):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == 130 and "Traceback" not in said and "go on: give the same command again" in said.splitlines()[-1]
+    (folder,) = tmp_path.glob("runs/[a-z]*")
+    assert (folder / "checkpoint.safetensors").exists() and not (folder / "summary.json").exists()
+    begun = (folder / "metrics.jsonl").read_bytes()
+    again = run_cli("compare", "--methods", "fedavg", *job)
+    assert again.returncode == 0 and (folder / "metrics.jsonl").read_bytes().startswith(begun), again.stderr
 
 
 def test_compare_from_end_to_end(tmp_path):

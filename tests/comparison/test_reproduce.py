@@ -34,6 +34,13 @@ def test_without_data_and_weights_both_are_named(capsys, tmp_path, monkeypatch):
     assert "cifar10 cannot be had" in words and f"{config.STABLE_DIFFUSION} cannot be had" in words and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("flags, words", [(["--method", "moon"], "federation.method"), (["--set", "partition.alpha=1"], "partition.alpha"), (["--seeds", "0"], "--seeds 0")])
+def test_what_the_cell_is_of_cannot_be_changed(flags, words, capsys, monkeypatch):
+    monkeypatch.setattr(reproduce, "need_all", lambda *_: pytest.fail("something was fetched first"))
+    assert cli.main(["reproduce", "cifar10-nid1", *flags]) == 2
+    assert words in capsys.readouterr().err
+
+
 def test_an_unknown_cell(capsys):
     assert cli.main(["reproduce", "cifar10-nid3"]) == 2
     assert "cifar10-nid1" in capsys.readouterr().err

@@ -46,9 +46,9 @@ def test_a_further_arm_changes_no_other_arm(finished_grid, tmp_path):
 
 
 def test_bootstrap_interval():
-    assert gain([3.0]).low is None, "one pair has no interval"
+    assert gain([3.0])["low"] is None, "one pair has no interval"
     certain = gain([2.0, 2.0, 2.0])
-    assert (certain.low, certain.high) == pytest.approx((2, 2))
+    assert (certain["low"], certain["high"]) == pytest.approx((2, 2))
     spread = gain([float(v) for v in range(-10, 31)])  # uniform: the mean's standard error is 12 / sqrt(41)
-    assert spread.low == pytest.approx(10 - 1.96 * 11.83 / math.sqrt(41), abs=0.3) and spread.high == pytest.approx(10 + 1.96 * 11.83 / math.sqrt(41), abs=0.3)
+    assert spread["low"] == pytest.approx(10 - 1.96 * 11.83 / math.sqrt(41), abs=0.3) and spread["high"] == pytest.approx(10 + 1.96 * 11.83 / math.sqrt(41), abs=0.3)
     assert gain([1.0, 5.0, 2.0]) == gain([1.0, 5.0, 2.0]), "seeded"

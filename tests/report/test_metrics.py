@@ -37,6 +37,13 @@ def test_means_over_rounds_leave_out_what_is_unknown():
     assert summary_of(ROWS)["gradient_cosine"] == {"contrast": None} and summary_of(ROWS)["drift"]["agreement"] is None
 
 
+def test_a_term_that_the_last_round_lacks_is_in_the_summary():
+    """Where clients get different anchors, a round's clients may have none of a term's."""
+    without = {key: {"cross_entropy": 1.0} for key in ("gradient_share", "gradient_norm")} | {"gradient_cosine": {}}
+    summary = summary_of([*ROWS, {**ROWS[-1], **without, "round": 8}])
+    assert summary["gradient_norm"] == pytest.approx({"cross_entropy": 15 / 8, "contrast": 0.01}) and summary["gradient_share"]["contrast"] == pytest.approx(0.005)
+
+
 def test_the_round_is_chosen_on_the_validation_part_alone():
     """The test part was best in round 3; validation was best in rounds 2 and 4, of which the first counts."""
     rows = [{**ROW, "round": r, "test_accuracy": test, "validation_accuracy": v} for r, test, v in [(1, 0.3, 0.2), (2, 0.5, 0.8), (3, 0.9, 0.7), (4, 0.6, 0.8)]]
