@@ -20,7 +20,7 @@ def markdown(result: dict, command: str | None = None) -> str:
         lines += [_row(cell) for cell in result["cells"] if cell["scenario"] == scenario] + [""]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items() if version)
     lines += [
-        f"{result['dataset']}, {result['part']} accuracy in %, mean ± standard deviation over {len(seeds)} seed{'s' if len(seeds) > 1 else ''}, {result['rounds']} rounds. Runs of a seed share split, clients, "
+        f"{result['dataset']}, {result['part']} accuracy in %, {f'mean ± standard deviation over {len(seeds)} seeds' if len(seeds) > 1 else 'one seed'}, {result['rounds']} rounds. Runs of a seed share split, clients, "
         "initial weights and batches. In brackets the 95 % bootstrap interval of the mean paired difference: with few seeds it is narrower than the truth.",
         f"{machine['device']} ({machine['processor']}), {machine['precision']}, {machine['threads']} thread{'s' if machine['threads'] > 1 else ''} a run, Python {machine['python']}, {versions}.",
     ]
