@@ -197,6 +197,7 @@ def test_everything_that_a_round_may_record(folder):
 
 def test_a_term_that_only_some_rounds_have(folder):
     """Where clients get different anchors, the first round's and the last one's clients may have none of a term's."""
+    pytest.importorskip("matplotlib")
     rows = rows_of(folder)
     middle = {"terms": {"cross_entropy": 2.0, "contrast": 0.5}, "gradient_share": {"cross_entropy": 0.75, "contrast": 0.25}}
     write_rows(folder, [rows[0], {**rows[1], **middle}, {**rows[1], "round": 3}])
