@@ -6,7 +6,11 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
-VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "semanticfl_ref" / "__init__.py").read_text(encoding="utf-8"), re.M).group(1)
+VERSION = re.search(
+    r'^__version__ = "(.+)"$',
+    (ROOT / "semanticfl_ref" / "__init__.py").read_text(encoding="utf-8"),
+    re.M,
+).group(1)
 README = ROOT / "README.md"
 
 setup(
@@ -17,9 +21,17 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    # The links semanticfl_ref/kernels and semanticfl_ref/configs serve a checkout that was not installed; an installation takes the folders themselves.
-    packages=find_packages(include=["semanticfl_ref", "semanticfl_ref.*"], exclude=["semanticfl_ref.kernels*"]) + ["semanticfl_ref.kernels", "semanticfl_ref.configs"],
-    package_dir={"semanticfl_ref": "semanticfl_ref", "semanticfl_ref.kernels": "kernels", "semanticfl_ref.configs": "configs"},
+    # The links semanticfl_ref/kernels and semanticfl_ref/configs serve a checkout that was not
+    # installed; an installation takes the folders themselves.
+    packages=find_packages(
+        include=["semanticfl_ref", "semanticfl_ref.*"], exclude=["semanticfl_ref.kernels*"]
+    )
+    + ["semanticfl_ref.kernels", "semanticfl_ref.configs"],
+    package_dir={
+        "semanticfl_ref": "semanticfl_ref",
+        "semanticfl_ref.kernels": "kernels",
+        "semanticfl_ref.configs": "configs",
+    },
     package_data={
         "semanticfl_ref.configs": ["*.toml", "*/*.toml"],
         "semanticfl_ref.data": ["assets/*"],
@@ -27,7 +39,8 @@ setup(
         "semanticfl_ref.diffusion": ["tiny/*", "tiny/*/*", "tiny/*/*/*"],
     },
     install_requires=[
-        # Bounded above: an open range takes a build of several GB where a smaller one would do, and 2.11 ... 2.13 are what was tested.
+        # Bounded above: an open range takes a build of several GB where a smaller one would do, and
+        # 2.11 ... 2.13 are what was tested.
         "torch>=2.11,<2.14",
         "diffusers",
         "transformers",
@@ -37,7 +50,8 @@ setup(
         "safetensors",
         "pillow",
         "huggingface_hub",
-        # Both come with the above, torch and transformers: the report's templates, and `doctor`'s reading of this list.
+        # Both come with the above, torch and transformers: the report's templates, and `doctor`'s
+        # reading of this list.
         "jinja2",
         "packaging",
     ],

@@ -1,14 +1,18 @@
-"""Diffusion features: images a second and peak memory, step by step from diffusers' plain forward to ours.  `pytest --benchmark-only bench/bench_diffusion.py -s`
+"""Diffusion features: images a second and peak memory, step by step from diffusers' plain forward
+to ours.  `pytest --benchmark-only bench/bench_diffusion.py -s`
 
-D1: at least 2x the images a second of a plain fp32 contiguous full U-Net forward on a CPU that has bf16, 4x on a GPU (half precision, channels-last, stop
-behind the last tapped block). Peers in the same run: diffusers' own classes and forward under a plain hook, four images at a time; and DIFT's way, one image at
-a time, its latent eight times with fresh noise, ending behind the tapped block. All read `up.1` of 224x224 inputs.
+D1: at least 2x the images a second of a plain fp32 contiguous full U-Net forward on a CPU that has
+    bf16, 4x on a GPU (half precision, channels-last, stop
+behind the last tapped block). Peers in the same run: diffusers' own classes and forward under a
+plain hook, four images at a time; and DIFT's way, one image at a time, its latent eight times with
+fresh noise, ending behind the tapped block. All read `up.1` of 224x224 inputs.
 
-The model has random weights: by default a small one with Stable Diffusion 1.5's blocks (77 M parameters in the U-Net);
-SEMANTICFL_BENCH_MODEL=sd15 takes the real architecture (860 M; some minutes, 8 GB), SEMANTICFL_BENCH_MODEL=FOLDER any model folder.
-Every contender is loaded alone. Seconds are the best of two passes over four images (one image in DIFT's way); on a CPU they are the processor's own, over the threads,
-so that other work on the machine counts little (least with OMP_NUM_THREADS=1). Memory is the process's peak above what it held before loading.
-"""
+The model has random weights: by default a small one with Stable Diffusion 1.5's blocks (77 M
+parameters in the U-Net); SEMANTICFL_BENCH_MODEL=sd15 takes the real architecture (860 M; some
+minutes, 8 GB), SEMANTICFL_BENCH_MODEL=FOLDER any model folder. Every contender is loaded alone.
+Seconds are the best of two passes over four images (one image in DIFT's way); on a CPU they are the
+processor's own, over the threads, so that other work on the machine counts little (least with
+OMP_NUM_THREADS=1). Memory is the process's peak above what it held before loading."""
 
 import ctypes
 import gc
@@ -18,8 +22,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from bench.random_model import SIZES, write_model
 
+from bench.random_model import SIZES, write_model
 from semanticfl_ref.diffusion.backbone import Backbone, settled_precision
 from semanticfl_ref.diffusion.text import TextEncoder
 
@@ -31,12 +35,16 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     wanted = os.environ.get("SEMANTICFL_BENCH_MODEL", "small")
-    return write_model(tmp_path_factory.mktemp("model"), wanted) if wanted in SIZES else Path(wanted)
+    return (
+        write_model(tmp_path_factory.mktemp("model"), wanted) if wanted in SIZES else Path(wanted)
+    )
 
 
 @pytest.fixture(scope="module")
 def images():
-    return torch.randint(0, 256, (IMAGES, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return torch.randint(
+        0, 256, (IMAGES, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
 
 
 def test_features_step_by_step(benchmark, model, images):
@@ -46,17 +54,28 @@ def test_features_step_by_step(benchmark, model, images):
     contenders = {
         "diffusers, fp32, full forward": (lambda: Plain(model, prompt), exact),
         "ours, fp32, full forward": (lambda: Ours(model, prompt, "fp32", full=True), exact),
-        f"+ {half}, contiguous": (lambda: Ours(model, prompt, half, full=True, channels_last=False), 5e-2),
+        f"+ {half}, contiguous": (
+            lambda: Ours(model, prompt, half, full=True, channels_last=False),
+            5e-2,
+        ),
         "+ channels-last": (lambda: Ours(model, prompt, half, full=True, channels_last=True), 5e-2),
         f"+ stop behind {TAP}": (lambda: Ours(model, prompt, half, pruned=False), 5e-2),
         "+ pruned: ours": (lambda: Ours(model, prompt, half), 5e-2),
         "ours, one image at a time": (lambda: Ours(model, prompt, half, batch=1), 5e-2),
         f"DIFT's way: fp32, one image, {ENSEMBLE} repeats": (lambda: Dift(model, prompt), None),
     }
-    if half == "fp32":  # this processor has no bf16: emulated it is slower, so the backbone stays with fp32 and its layout
+    if (
+        half == "fp32"
+        # this processor has no bf16: emulated it is slower, so the backbone stays with fp32 and its
+        # layout
+    ):
         del contenders["+ fp32, contiguous"], contenders["+ channels-last"]
-    print(f"\nD1: {TAP} of {IMAGES} images at {INPUT}x{INPUT}, {DEVICE.type}, {torch.get_num_threads()} threads; {os.environ.get('SEMANTICFL_BENCH_MODEL', 'small')} model\n")
-    print("| | images/s | times the first | peak memory, MiB |\n| --- | --- | --- | --- |", flush=True)
+    print(
+        f"\nD1: {TAP} of {IMAGES} images at {INPUT}x{INPUT}, {DEVICE.type}, {torch.get_num_threads()} threads; {os.environ.get('SEMANTICFL_BENCH_MODEL', 'small')} model\n"
+    )
+    print(
+        "| | images/s | times the first | peak memory, MiB |\n| --- | --- | --- | --- |", flush=True
+    )
     rows, truth = {}, None
     for name, (make, bound) in contenders.items():
         given = images[:1] if bound is None else images  # DIFT's way takes its time
@@ -67,7 +86,10 @@ def test_features_step_by_step(benchmark, model, images):
             assert error <= bound, f"{name}: features are {error:.2g} away from diffusers' own"
         rows[name] = {"images/s": round(len(given) / seconds, 4), "peak MiB": round(peak / 2**20)}
         times = rows[name]["images/s"] / rows["diffusers, fp32, full forward"]["images/s"]
-        print(f"| {name} | {rows[name]['images/s']:.3g} | {times:.2f} | {rows[name]['peak MiB']} |", flush=True)  # at once: a large model takes its time
+        print(
+            f"| {name} | {rows[name]['images/s']:.3g} | {times:.2f} | {rows[name]['peak MiB']} |",
+            flush=True,
+        )  # at once: a large model takes its time
     benchmark.extra_info["contenders"] = rows
     ours = Ours(model, prompt, half)
     benchmark.pedantic(ours, (images,), rounds=1)
@@ -80,9 +102,22 @@ class Plain:
         from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
 
         variant = "fp16" if list((folder / "unet").glob("*.fp16.safetensors")) else None
-        options = {"use_safetensors": True, "variant": variant, "torch_dtype": torch.float32, "low_cpu_mem_usage": False}
-        self.vae = AutoencoderKL.from_pretrained(folder / "vae", **options).to(DEVICE).requires_grad_(False)
-        self.unet = UNet2DConditionModel.from_pretrained(folder / "unet", **options).to(DEVICE).requires_grad_(False)
+        options = {
+            "use_safetensors": True,
+            "variant": variant,
+            "torch_dtype": torch.float32,
+            "low_cpu_mem_usage": False,
+        }
+        self.vae = (
+            AutoencoderKL.from_pretrained(folder / "vae", **options)
+            .to(DEVICE)
+            .requires_grad_(False)
+        )
+        self.unet = (
+            UNet2DConditionModel.from_pretrained(folder / "unet", **options)
+            .to(DEVICE)
+            .requires_grad_(False)
+        )
         self.scheduler, self.prompt = DDPMScheduler.from_pretrained(folder / "scheduler"), prompt
         self.found = None
         self.unet.up_blocks[1].register_forward_hook(self._keep)
@@ -94,12 +129,22 @@ class Plain:
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         latents = self._latents(images)
         noise = _our_noise(images, latents.shape[1:]).to(DEVICE)
-        self.unet(self.scheduler.add_noise(latents, noise, torch.tensor([150])), 150, self.prompt.expand(len(images), -1, -1))
+        self.unet(
+            self.scheduler.add_noise(latents, noise, torch.tensor([150])),
+            150,
+            self.prompt.expand(len(images), -1, -1),
+        )
         return self.found
 
     def _latents(self, images: torch.Tensor) -> torch.Tensor:
         values = images.to(DEVICE).permute(0, 3, 1, 2).float()
-        values = torch.nn.functional.interpolate(values, size=(INPUT, INPUT), mode="bicubic", antialias=True).clamp(0, 255) / 127.5 - 1
+        values = (
+            torch.nn.functional.interpolate(
+                values, size=(INPUT, INPUT), mode="bicubic", antialias=True
+            ).clamp(0, 255)
+            / 127.5
+            - 1
+        )
         return self.vae.encode(values).latent_dist.mean * self.vae.config.scaling_factor
 
 
@@ -108,7 +153,9 @@ class _Enough(Exception):
 
 
 class Dift(Plain):
-    """One image at a time, its latent eight times with fresh noise, ending behind the tapped block, averaged."""
+    """One image at a time, its latent eight times with fresh noise, ending behind the tapped block,
+    averaged.
+    """
 
     def _keep(self, _module, _inputs, output):
         self.found = output.mean((0, 2, 3))
@@ -120,7 +167,13 @@ class Dift(Plain):
         for image in images:
             latents = self._latents(image[None]).repeat(ENSEMBLE, 1, 1, 1)
             try:
-                self.unet(self.scheduler.add_noise(latents, torch.randn_like(latents), torch.tensor([150])), 150, self.prompt.expand(ENSEMBLE, -1, -1))
+                self.unet(
+                    self.scheduler.add_noise(
+                        latents, torch.randn_like(latents), torch.tensor([150])
+                    ),
+                    150,
+                    self.prompt.expand(ENSEMBLE, -1, -1),
+                )
             except _Enough:
                 rows.append(self.found)
         return torch.stack(rows)
@@ -129,8 +182,28 @@ class Dift(Plain):
 class Ours:
     """The backbone, with parts of what makes it fast left out."""
 
-    def __init__(self, folder: Path, prompt, precision: str, *, full: bool = False, pruned: bool = True, channels_last: bool | None = None, batch: int = IMAGES):
-        self.backbone, self.prompt = Backbone.load(folder, taps=[TAP], device=DEVICE, precision=precision, offline=True, pruned=pruned and not full), prompt
+    def __init__(
+        self,
+        folder: Path,
+        prompt,
+        precision: str,
+        *,
+        full: bool = False,
+        pruned: bool = True,
+        channels_last: bool | None = None,
+        batch: int = IMAGES,
+    ):
+        self.backbone, self.prompt = (
+            Backbone.load(
+                folder,
+                taps=[TAP],
+                device=DEVICE,
+                precision=precision,
+                offline=True,
+                pruned=pruned and not full,
+            ),
+            prompt,
+        )
         self.backbone.stop_early, self.backbone.batch = not full, batch
         if channels_last is not None:  # else as the backbone has it
             layout = torch.channels_last if channels_last else torch.contiguous_format
@@ -141,7 +214,9 @@ class Ours:
 
 
 def measured(make, images: torch.Tensor) -> tuple[float, int, torch.Tensor]:
-    """Seconds of the best of two passes, bytes at the peak above what was held before loading, and the features."""
+    """Seconds of the best of two passes, bytes at the peak above what was held before loading, and
+    the features.
+    """
     _let_go()
     before = _peak(reset=True)
     contender = make()
@@ -154,8 +229,14 @@ def measured(make, images: torch.Tensor) -> tuple[float, int, torch.Tensor]:
 
 
 def _clock() -> float:
-    """Seconds: of the wall beside a GPU; on a CPU of the processor, over the threads that share the work."""
-    return time.perf_counter() if DEVICE.type == "cuda" else time.process_time() / torch.get_num_threads()
+    """Seconds: of the wall beside a GPU; on a CPU of the processor, over the threads that share the
+    work.
+    """
+    return (
+        time.perf_counter()
+        if DEVICE.type == "cuda"
+        else time.process_time() / torch.get_num_threads()
+    )
 
 
 def _let_go() -> None:
@@ -175,17 +256,28 @@ def _peak(reset: bool = False) -> int:
         return torch.cuda.max_memory_allocated()
     if reset:
         Path("/proc/self/clear_refs").write_text("5")
-    return next(int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return next(
+        int(line.split()[1]) * 1024
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith("VmHWM")
+    )
 
 
 def _our_noise(images: torch.Tensor, shape) -> torch.Tensor:
     from semanticfl_ref.diffusion.backbone import _content, _noise
 
-    return _noise([_content(image) for image in images], shape, OPTIONS["seed"], f"noise/{OPTIONS['timestep']}")
+    return _noise(
+        [_content(image) for image in images],
+        shape,
+        OPTIONS["seed"],
+        f"noise/{OPTIONS['timestep']}",
+    )
 
 
 def test_a_cache_hit_against_the_extraction(benchmark, tmp_path, monkeypatch):
-    """D4: finding, hashing and reading a finished bank costs at most 2 % of making it (embedded model, 450 digits, loading the model not counted)."""
+    """D4: finding, hashing and reading a finished bank costs at most 2 % of making it (embedded
+    model, 450 digits, loading the model not counted).
+    """
     from semanticfl_ref import config, prepare
     from semanticfl_ref.diffusion.bank import open_bank
     from semanticfl_ref.diffusion.extract import build
@@ -194,7 +286,9 @@ def test_a_cache_hit_against_the_extraction(benchmark, tmp_path, monkeypatch):
     settings = config.build()
     images = prepare.load_images(settings, offline=True)[0]
     wanted, began = prepare.bank_plan(settings, images, True), []
-    build(wanted, lambda _text: began.append(time.perf_counter()))  # last told when the model is loaded
+    build(
+        wanted, lambda _text: began.append(time.perf_counter())
+    )  # last told when the model is loaded
     extraction = time.perf_counter() - began[-1]
 
     def hit():
@@ -203,4 +297,6 @@ def test_a_cache_hit_against_the_extraction(benchmark, tmp_path, monkeypatch):
     benchmark.pedantic(hit, rounds=5, warmup_rounds=1)
     share = benchmark.stats.stats.min / extraction if benchmark.stats else float("nan")
     benchmark.extra_info["D4 hit / extraction"] = round(share, 4)
-    print(f"\nD4: a cache hit takes {share:.2%} of the extraction, which took {extraction:.1f} s (target 2 %)")
+    print(
+        f"\nD4: a cache hit takes {share:.2%} of the extraction, which took {extraction:.1f} s (target 2 %)"
+    )

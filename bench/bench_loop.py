@@ -1,23 +1,26 @@
-"""The federated loop against the bare work inside it.  `pytest --benchmark-only bench/bench_loop.py -s`
+"""The federated loop against the bare work inside it.  `pytest --benchmark-only bench/bench_loop.py
+-s`
 
-F1: a round costs at most 1.05x the bare SGD steps it contains. A round of one client of ten is measured, so that many repeats fit between whatever else
+F1: a round costs at most 1.05x the bare SGD steps it contains. A round of one client of ten is
+    measured, so that many repeats fit between whatever else
 the machine does: its choice of clients, evaluation and books are then carried by that one.
 F2 (the loop's side): client-steps a second with 200 small clients.
 F4: batches from one resident uint8 tensor, augmented whole, at least 3x a DataLoader (CPU).
-F5: bf16 autocast + channels-last at least 1.8x fp32 contiguous, where the processor has native bf16.
-Ratios are of the fastest of interleaved repeats in this run; absolute times mean nothing on a shared machine.
-"""
+F5: bf16 autocast + channels-last at least 1.8x fp32 contiguous, where the processor has native
+    bf16.
+Ratios are of the fastest of interleaved repeats in this run; absolute times mean nothing on a
+shared machine."""
 
 from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.nn.functional as F
-from bench.timing import fastest
-from bench.worlds import synthetic_world
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
+from bench.timing import fastest
+from bench.worlds import synthetic_world
 from semanticfl_ref.data.batches import epoch_batches, network_input
 from semanticfl_ref.federated.model import ResNet10
 from semanticfl_ref.federated.round import play_round
@@ -26,14 +29,25 @@ from semanticfl_ref.randomness import generator
 
 
 def bare_steps(world) -> None:
-    """The SGD steps of as many clients as a round has, and nothing else: no rows, no averaging, no books."""
+    """The SGD steps of as many clients as a round has, and nothing else: no rows, no averaging, no
+    books.
+    """
     options, data = world.config.federation, world.dataset
-    optimizer = torch.optim.SGD(world.model.parameters(), options.learning_rate, momentum=options.momentum, weight_decay=options.weight_decay)
+    optimizer = torch.optim.SGD(
+        world.model.parameters(),
+        options.learning_rate,
+        momentum=options.momentum,
+        weight_decay=options.weight_decay,
+    )
     world.model.train()
     for indices in world.partition.indices[: options.clients_per_round]:
-        for batch in epoch_batches(indices, batch_size=options.batch_size, generator=generator(0, "bare")):
+        for batch in epoch_batches(
+            indices, batch_size=options.batch_size, generator=generator(0, "bare")
+        ):
             with world.autocast():
-                logits, _ = world.model(network_input(data.train_images[batch], augment=False, generator=None))
+                logits, _ = world.model(
+                    network_input(data.train_images[batch], augment=False, generator=None)
+                )
             loss = F.cross_entropy(logits, data.train_labels[batch])
             optimizer.zero_grad()
             loss.backward()
@@ -45,7 +59,9 @@ def test_round_against_bare_steps(benchmark):
     state = new_state(world)
     ours, bare = fastest(lambda: play_round(state, world), lambda: bare_steps(world), repeats=30)
     benchmark.extra_info["F1 round / bare steps"] = round(ours / bare, 3)
-    print(f"\nF1: a round takes {ours / bare:.3f}x its bare steps (one of 10 clients x 320 images, width 16; target 1.05)")
+    print(
+        f"\nF1: a round takes {ours / bare:.3f}x its bare steps (one of 10 clients x 320 images, width 16; target 1.05)"
+    )
     benchmark.pedantic(play_round, (state, world), rounds=3)
 
 
@@ -84,7 +100,9 @@ def test_resident_batches_against_dataloader(benchmark):
 
     ours, theirs = fastest(resident, lambda: [None for _ in loader])
     benchmark.extra_info["F4 DataLoader / resident"] = round(theirs / ours, 1)
-    print(f"\nF4: {theirs / ours:.1f}x a DataLoader (6 400 images, batch 64, flip and crop; target 3)")
+    print(
+        f"\nF4: {theirs / ours:.1f}x a DataLoader (6 400 images, batch 64, flip and crop; target 3)"
+    )
     benchmark.pedantic(resident, rounds=3)
 
 
@@ -100,7 +118,14 @@ def test_bf16_against_fp32(benchmark):
 
     fast, slow = ResNet10(64, 10).to(memory_format=torch.channels_last), ResNet10(64, 10)
     inputs = images.contiguous(memory_format=torch.channels_last)
-    ours, plain = fastest(lambda: step(fast, inputs, lambda: torch.autocast("cpu", torch.bfloat16)), lambda: step(slow, images, nullcontext))
+    ours, plain = fastest(
+        lambda: step(fast, inputs, lambda: torch.autocast("cpu", torch.bfloat16)),
+        lambda: step(slow, images, nullcontext),
+    )
     benchmark.extra_info["F5 fp32 / bf16"] = round(plain / ours, 2)
-    print(f"\nF5: bf16 channels-last is {plain / ours:.2f}x fp32 contiguous (width 64, batch 64; target 1.8)")
-    benchmark.pedantic(step, (fast, inputs, lambda: torch.autocast("cpu", torch.bfloat16)), rounds=3)
+    print(
+        f"\nF5: bf16 channels-last is {plain / ours:.2f}x fp32 contiguous (width 64, batch 64; target 1.8)"
+    )
+    benchmark.pedantic(
+        step, (fast, inputs, lambda: torch.autocast("cpu", torch.bfloat16)), rounds=3
+    )

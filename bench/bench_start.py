@@ -21,15 +21,29 @@ print(next(int(line.split()[1]) // 1024 for line in Path("/proc/self/status").re
 
 
 def test_help(benchmark):
-    benchmark.pedantic(subprocess.run, ([sys.executable, "-m", "semanticfl_ref", "--help"],), {"capture_output": True, "check": True}, rounds=5)
+    benchmark.pedantic(
+        subprocess.run,
+        ([sys.executable, "-m", "semanticfl_ref", "--help"],),
+        {"capture_output": True, "check": True},
+        rounds=5,
+    )
 
 
 def test_memory_in_the_number_of_clients(benchmark):
     def peak(clients: int) -> int:
-        done = subprocess.run([sys.executable, "-c", ROUND.format(clients=clients)], capture_output=True, text=True, check=True, cwd=ROOT)
+        done = subprocess.run(
+            [sys.executable, "-c", ROUND.format(clients=clients)],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=ROOT,
+        )
         return int(done.stdout)
 
     peaks = {clients: peak(clients) for clients in (10, 100, 1000, 10_000)}
     benchmark.extra_info["peak MiB"] = peaks
-    print("\nF3: peak memory in MiB by clients (20 images each, 5 a round): " + ", ".join(f"{k}: {v}" for k, v in peaks.items()))
+    print(
+        "\nF3: peak memory in MiB by clients (20 images each, 5 a round): "
+        + ", ".join(f"{k}: {v}" for k, v in peaks.items())
+    )
     benchmark.pedantic(peak, (10,), rounds=1)

@@ -1,4 +1,6 @@
-"""One case of a GPU benchmark: every contender is checked against fp64, its peak memory is read, and then they are timed taking turns."""
+"""One case of a GPU benchmark: every contender is checked against fp64, its peak memory is read,
+and then they are timed taking turns.
+"""
 
 import collections
 import contextlib
@@ -8,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
+
 from bench.record import Record
 from bench.timing import interleaved, peak_extra_bytes
 
@@ -16,7 +19,9 @@ OURS = "ours"
 
 @dataclass(frozen=True)
 class Bench:
-    """Where a benchmark runs, and whether it only rehearses: tiny shapes, a handful of samples, on any machine."""
+    """Where a benchmark runs, and whether it only rehearses: tiny shapes, a handful of samples, on
+    any machine.
+    """
 
     device: torch.device
     rehearse: bool
@@ -24,7 +29,9 @@ class Bench:
 
     @property
     def impl(self) -> str:
-        """Triton on a GPU; a rehearsal takes it through its interpreter if that is on, else the torch implementation."""
+        """Triton on a GPU; a rehearsal takes it through its interpreter if that is on, else the
+        torch implementation.
+        """
         from semanticfl_ref.kernels.dispatch import interpreted
 
         return "triton" if not self.rehearse or interpreted() else "torch"
@@ -37,7 +44,9 @@ class Bench:
 
 @dataclass(frozen=True)
 class Contender:
-    """A call to be timed, with the bytes that it must move and the floating-point operations that it must do, where they are not the case's."""
+    """A call to be timed, with the bytes that it must move and the floating-point operations that
+    it must do, where they are not the case's.
+    """
 
     run: Callable
     bytes: int | None = None
@@ -45,17 +54,25 @@ class Contender:
     notes: dict = field(default_factory=dict)
 
 
-def measure(record: Record, bench: Bench, case: dict, contenders: dict[str, Contender], check: Callable) -> None:
-    """Measure the contenders of a case and write one row for each, at once; what fails is a row that says why.
+def measure(
+    record: Record, bench: Bench, case: dict, contenders: dict[str, Contender], check: Callable
+) -> None:
+    """Measure the contenders of a case and write one row for each, at once; what fails is a row
+    that says why.
 
     Args:
-        case: what all rows say: kernel, case, dtype, direction, shape, ceiling (a rate of the ceilings stage), bytes, flop.
+        case: what all rows say: kernel, case, dtype, direction, shape, ceiling (a rate of the
+            ceilings stage), bytes, flop.
         check: (a contender's name, the result of its call) -> {"errors": {...}, "correct": bool}.
     """
     ready = {}
     for name, contender in contenders.items():
         row = case | contender.notes | {"contender": name}
-        row |= {key: value for key, value in (("bytes", contender.bytes), ("flop", contender.flop)) if value is not None}
+        row |= {
+            key: value
+            for key, value in (("bytes", contender.bytes), ("flop", contender.flop))
+            if value is not None
+        }
         try:
             row |= check(name, contender.run())
             row["peak_bytes"] = peak_extra_bytes(contender.run, bench.device)
@@ -66,7 +83,15 @@ def measure(record: Record, bench: Bench, case: dict, contenders: dict[str, Cont
             record.add("rows", row | {"failed": explain(error)})
         _give_memory_back(bench.device)
     try:
-        times = interleaved({name: contender.run for name, (contender, _) in ready.items()}, bench.device, **bench.sampling) if ready else {}
+        times = (
+            interleaved(
+                {name: contender.run for name, (contender, _) in ready.items()},
+                bench.device,
+                **bench.sampling,
+            )
+            if ready
+            else {}
+        )
     except Exception as error:
         for _, row in ready.values():
             record.add("rows", row | {"failed": f"while taking turns: {explain(error)}"})
@@ -87,7 +112,9 @@ def guarded(record: Record, what: str) -> Iterator[None]:
 
 
 def captured(run: Callable, device: torch.device) -> Callable:
-    """The call as a CUDA graph: what replays it costs no launch from Python. Raises RuntimeError off the GPU, and where the call cannot be captured."""
+    """The call as a CUDA graph: what replays it costs no launch from Python. Raises RuntimeError
+    off the GPU, and where the call cannot be captured.
+    """
     if device.type != "cuda":
         raise RuntimeError("needs a CUDA device")
     stream = torch.cuda.Stream()
@@ -108,15 +135,30 @@ def captured(run: Callable, device: torch.device) -> Callable:
 
 
 def launches(run: Callable, device: torch.device) -> dict[str, int] | None:
-    """The kernels that one call starts on the device, by name, as the profiler sees them; None off the GPU or where it sees nothing."""
+    """The kernels that one call starts on the device, by name, as the profiler sees them; None off
+    the GPU or where it sees nothing.
+    """
     if device.type != "cuda":
         return None
     run()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         run()
         torch.cuda.synchronize(device)
-    names = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA and not event.name.startswith(("Memcpy", "Memset"))]
-    return dict(collections.Counter(name.removeprefix("void ").split("<")[0].split("(")[0].split("::")[-1] for name in names)) or None
+    names = [
+        event.name
+        for event in profile.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA
+        and not event.name.startswith(("Memcpy", "Memset"))
+    ]
+    return (
+        dict(
+            collections.Counter(
+                name.removeprefix("void ").split("<")[0].split("(")[0].split("::")[-1]
+                for name in names
+            )
+        )
+        or None
+    )
 
 
 def explain(error: BaseException) -> str:
@@ -145,4 +187,7 @@ def _say(row: dict) -> None:
     rates = [f"{row['bytes'] / row['median_ms'] / 1e6:.0f} GB/s"] if row.get("bytes") else []
     rates += [f"{row['flop'] / row['median_ms'] / 1e9:.1f} TFLOP/s"] if row.get("flop") else []
     wrong = "" if row["correct"] else f"  WRONG: {row['errors']}"
-    print(f"{row['kernel']}, {row['case']}, {row['dtype']}, {row['direction']}: {row['contender']} {row['median_ms']:.4f} ms  {', '.join(rates)}{wrong}", flush=True)
+    print(
+        f"{row['kernel']}, {row['case']}, {row['dtype']}, {row['direction']}: {row['contender']} {row['median_ms']:.4f} ms  {', '.join(rates)}{wrong}",
+        flush=True,
+    )

@@ -8,8 +8,17 @@ from semanticfl_ref.data.sources import Dataset
 from semanticfl_ref.federated.world import World, make_world
 
 
-def synthetic_world(clients: int, samples: int, width: int = 16, epochs: int = 1, clients_per_round: int | None = None, precision: str = "auto") -> World:
-    """A FedAvg world of `clients` x `samples` random 32x32 images with 10 classes, and a test part of one image."""
+def synthetic_world(
+    clients: int,
+    samples: int,
+    width: int = 16,
+    epochs: int = 1,
+    clients_per_round: int | None = None,
+    precision: str = "auto",
+) -> World:
+    """A FedAvg world of `clients` x `samples` random 32x32 images with 10 classes, and a test part
+    of one image.
+    """
     source = torch.Generator().manual_seed(0)
     count = clients * samples
 
@@ -18,10 +27,27 @@ def synthetic_world(clients: int, samples: int, width: int = 16, epochs: int = 1
 
     labels = torch.arange(count) % 10
     dataset = Dataset(
-        name="synthetic", class_names=tuple("abcdefghij"), train_images=images(count), train_labels=labels, validation_images=images(0),
-        validation_labels=labels[:0], test_images=images(1), test_labels=labels[:1], sha256="0" * 64,
-    )  # fmt: skip
-    settings = {"data.name": "digits", "federation.method": "fedavg", "model.width": width, "partition.clients": clients, "partition.scenario": "iid",
-                "federation.clients_per_round": clients_per_round or clients, "federation.local_epochs": epochs, "run.precision": precision}  # fmt: skip
-    partition: Partition = make_partition(labels, scenario="iid", clients=clients, classes=10, alpha=1.0, seed=0)
+        name="synthetic",
+        class_names=tuple("abcdefghij"),
+        train_images=images(count),
+        train_labels=labels,
+        validation_images=images(0),
+        validation_labels=labels[:0],
+        test_images=images(1),
+        test_labels=labels[:1],
+        sha256="0" * 64,
+    )
+    settings = {
+        "data.name": "digits",
+        "federation.method": "fedavg",
+        "model.width": width,
+        "partition.clients": clients,
+        "partition.scenario": "iid",
+        "federation.clients_per_round": clients_per_round or clients,
+        "federation.local_epochs": epochs,
+        "run.precision": precision,
+    }
+    partition: Partition = make_partition(
+        labels, scenario="iid", clients=clients, classes=10, alpha=1.0, seed=0
+    )
     return make_world(build(settings), dataset, partition, None)

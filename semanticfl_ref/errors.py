@@ -1,4 +1,6 @@
-"""What a user is told when a run cannot go on. The exit code is the error's class; the message names the remedy."""
+"""What a user is told when a run cannot go on. The exit code is the error's class; the message
+names the remedy.
+"""
 
 import difflib
 
@@ -16,13 +18,17 @@ class DataError(UserError):
 
 
 class MismatchError(UserError):
-    """A feature bank or a checkpoint does not belong to this configuration, or its bytes were damaged."""
+    """A feature bank or a checkpoint does not belong to this configuration, or its bytes were
+    damaged.
+    """
 
     exit_code = 4
 
 
 class DownloadError(UserError):
-    """A download is needed and impossible: no network, `--offline`, or no mirror with the right content."""
+    """A download is needed and impossible: no network, `--offline`, or no mirror with the right
+    content.
+    """
 
     exit_code = 5
 

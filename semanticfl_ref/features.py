@@ -1,4 +1,5 @@
-"""The sub-command `features`: build a bank ahead of time, look at it, check it, and probe the layers of a model.
+"""The sub-command `features`: build a bank ahead of time, look at it, check it, and probe the
+layers of a model.
 
 Letters: N images, C classes.
 """
@@ -16,7 +17,14 @@ from semanticfl_ref.diffusion.bank import TEXT, Plan, finished, open_bank, open_
 from semanticfl_ref.diffusion.extract import done_already, length
 from semanticfl_ref.diffusion.probe import describe_layer
 from semanticfl_ref.errors import DataError
-from semanticfl_ref.prepare import anchor_images, bank_plan, bank_plans, build_command, load_data, load_images
+from semanticfl_ref.prepare import (
+    anchor_images,
+    bank_plan,
+    bank_plans,
+    build_command,
+    load_data,
+    load_images,
+)
 from semanticfl_ref.randomness import generator
 from semanticfl_ref.report.drawing import COLOURS, need_matplotlib, new_figure, save_figure
 
@@ -26,7 +34,8 @@ CONDITIONED = "each image passed under its own class's caption, so these feature
 
 
 def build(config: Config, *, offline: bool, anew: bool, say: Callable[[str], None]) -> dict:
-    """Make the banks that `train` with this configuration would use, go on with unfinished ones, or check finished ones.
+    """Make the banks that `train` with this configuration would use, go on with unfinished ones, or
+    check finished ones.
 
     Args:
         offline: open no connection.
@@ -43,24 +52,42 @@ def build(config: Config, *, offline: bool, anew: bool, say: Callable[[str], Non
 
 
 def info(config: Config, *, offline: bool) -> dict:
-    """What is known of the configuration's banks, finished or not; no byte of a finished one is checked."""
-    return {"banks": [_described(name, wanted) for name, wanted in _plans(config, offline).items()], "command": build_command(config).replace(" --anew", "")}
+    """What is known of the configuration's banks, finished or not; no byte of a finished one is
+    checked.
+    """
+    return {
+        "banks": [_described(name, wanted) for name, wanted in _plans(config, offline).items()],
+        "command": build_command(config).replace(" --anew", ""),
+    }
 
 
 def verify(config: Config, *, offline: bool) -> dict:
     """Check every byte of the configuration's banks.
 
     Raises:
-        MismatchError: one is damaged. DataError: one is not finished. Both name the command that makes it.
+        MismatchError: one is damaged. DataError: one is not finished. Both name the command that
+            makes it.
     """
     plans = _plans(config, offline)
     for wanted in plans.values():
         open_bank(wanted)
-    return {"banks": [{**_described(name, wanted), "verified": True} for name, wanted in plans.items()]}
+    return {
+        "banks": [{**_described(name, wanted), "verified": True} for name, wanted in plans.items()]
+    }
 
 
-def probe(config: Config, *, offline: bool, layers: str, timesteps: list[int], images: int, figure: Path | None, say: Callable[[str], None]) -> dict:
-    """What each layer knows of the classes, see `diffusion/probe.py`: fitted on training images, judged on validation images, never on test images.
+def probe(
+    config: Config,
+    *,
+    offline: bool,
+    layers: str,
+    timesteps: list[int],
+    images: int,
+    figure: Path | None,
+    say: Callable[[str], None],
+) -> dict:
+    """What each layer knows of the classes, see `diffusion/probe.py`: fitted on training images,
+    judged on validation images, never on test images.
 
     Args:
         layers: taps separated by commas, or "all".
@@ -75,17 +102,48 @@ def probe(config: Config, *, offline: bool, layers: str, timesteps: list[int], i
         need_matplotlib("--figure", figure)
     _set_threads(config)
     dataset = load_images(config, offline)[0]
-    settings = [replace(config, diffusion=replace(config.diffusion, taps=layers, timestep=t)) for t in timesteps or [config.diffusion.timestep]]
+    settings = [
+        replace(config, diffusion=replace(config.diffusion, taps=layers, timestep=t))
+        for t in timesteps or [config.diffusion.timestep]
+    ]
     fitted, judged, part = _two_sets(dataset, images, config.run.seed)
-    rows = [_row(None, "pixels", (fitted.train_images.flatten(1), judged.train_images.flatten(1)), fitted, judged, None)]
+    rows = [
+        _row(
+            None,
+            "pixels",
+            (fitted.train_images.flatten(1), judged.train_images.flatten(1)),
+            fitted,
+            judged,
+            None,
+        )
+    ]
     for chosen in settings:
-        plans = [replace(bank_plan(chosen, subset, offline), remedy="delete its folder and probe again") for subset in (fitted, judged)]
+        plans = [
+            replace(bank_plan(chosen, subset, offline), remedy="delete its folder and probe again")
+            for subset in (fitted, judged)
+        ]
         banks = [open_or_build(wanted, say, progress=True) for wanted in plans]
-        rows += [_row(chosen.diffusion.timestep, tap, [bank.read(tap) for bank in banks], fitted, judged, banks[0].text) for tap in banks[0].widths]
+        rows += [
+            _row(
+                chosen.diffusion.timestep,
+                tap,
+                [bank.read(tap) for bank in banks],
+                fitted,
+                judged,
+                banks[0].text,
+            )
+            for tap in banks[0].widths
+        ]
     result = {
-        "dataset": dataset.name, "source": config.diffusion.source, "fitted_on": len(fitted.train_labels), "judged_on": len(judged.train_labels), "judged_part": part,
-        "condition": config.diffusion.condition, "label_conditioned": config.diffusion.condition == "own-class", "rows": rows,
-    }  # fmt: skip
+        "dataset": dataset.name,
+        "source": config.diffusion.source,
+        "fitted_on": len(fitted.train_labels),
+        "judged_on": len(judged.train_labels),
+        "judged_part": part,
+        "condition": config.diffusion.condition,
+        "label_conditioned": config.diffusion.condition == "own-class",
+        "rows": rows,
+    }
     if figure is not None:
         draw(result, figure)
         say(f"figure: {figure}")
@@ -96,7 +154,13 @@ def bank_words(document: dict) -> str:
     """The banks for a reader."""
     lines = []
     for bank in document["banks"]:
-        state = "finished" if bank["finished"] else f"{bank['images_done']} of {bank['images']} images done" if bank["images_done"] else "not made yet"
+        state = (
+            "finished"
+            if bank["finished"]
+            else f"{bank['images_done']} of {bank['images']} images done"
+            if bank["images_done"]
+            else "not made yet"
+        )
         lines += [
             f"{bank['use'] + ' bank':<12}  {bank['path']}",
             f"{'':<12}  {state}{', every byte checked' if bank.get('verified') else ''}; {bank['images']} images, {bank['bytes'] / 2**20:.1f} MiB on the disk",
@@ -111,33 +175,66 @@ def bank_words(document: dict) -> str:
 
 def probe_words(document: dict) -> str:
     """The table of layers, as Markdown."""
-    lines = [f"{document['dataset']} by {document['source']}: fitted on {document['fitted_on']} training images, judged on {document['judged_on']} {document['judged_part']}"]
+    lines = [
+        f"{document['dataset']} by {document['source']}: fitted on {document['fitted_on']} training images, judged on {document['judged_on']} {document['judged_part']}"
+    ]
     if document["label_conditioned"]:
         lines.append(f"note: {CONDITIONED}")
-    lines += ["", "| t | layer | width | linear probe | nearest | Fisher ratio | effective rank | text alignment |", "|" + " --- |" * 8]
+    lines += [
+        "",
+        "| t | layer | width | linear probe | nearest | Fisher ratio | effective rank | text alignment |",
+        "|" + " --- |" * 8,
+    ]
     for row in document["rows"]:
-        timestep, text = "" if row["timestep"] is None else row["timestep"], "" if row["text_alignment"] is None else f"{row['text_alignment']:.2f}"
-        cells = [timestep, row["layer"], row["width"], f"{row['linear_probe']:.1%}", f"{row['nearest']:.1%}", f"{row['fisher_ratio']:.3f}", f"{row['effective_rank']:.1f}", text]
+        timestep, text = (
+            "" if row["timestep"] is None else row["timestep"],
+            "" if row["text_alignment"] is None else f"{row['text_alignment']:.2f}",
+        )
+        cells = [
+            timestep,
+            row["layer"],
+            row["width"],
+            f"{row['linear_probe']:.1%}",
+            f"{row['nearest']:.1%}",
+            f"{row['fisher_ratio']:.3f}",
+            f"{row['effective_rank']:.1f}",
+            text,
+        ]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
 
 def draw(document: dict, file: Path) -> None:
     """The table as a figure: one panel a number, one line a timestep; written whole or not at all."""
-    panels = {name: name.replace("_", " ") for name in ("linear_probe", "nearest", "fisher_ratio", "effective_rank", "text_alignment")}
+    panels = {
+        name: name.replace("_", " ")
+        for name in ("linear_probe", "nearest", "fisher_ratio", "effective_rank", "text_alignment")
+    }
     figure, grid = new_figure(1, len(panels), width=3.4 * len(panels), height=3.6)
     pixels, rows = document["rows"][0], document["rows"][1:]
     for axes, (key, title) in zip(grid[0], panels.items(), strict=True):
         axes.set_title(title)
-        for colour, timestep in zip(itertools.cycle(COLOURS), dict.fromkeys(row["timestep"] for row in rows)):
+        for colour, timestep in zip(
+            itertools.cycle(COLOURS), dict.fromkeys(row["timestep"] for row in rows)
+        ):
             here = [row for row in rows if row["timestep"] == timestep and row[key] is not None]
-            axes.plot([row["layer"] for row in here], [row[key] for row in here], marker="o", color=colour, label=f"t = {timestep}")
+            axes.plot(
+                [row["layer"] for row in here],
+                [row[key] for row in here],
+                marker="o",
+                color=colour,
+                label=f"t = {timestep}",
+            )
         if key in ("linear_probe", "nearest"):
             axes.axhline(pixels[key], color="grey", linestyle=":", label="raw pixels")
             axes.set_ylim(0, 1)
         axes.tick_params(axis="x", rotation=90)
     grid[0, 0].legend(fontsize="small")
-    figure.suptitle(f"{document['dataset']} by {document['source']}" + (f" ({CONDITIONED})" if document["label_conditioned"] else ""), fontsize="small")
+    figure.suptitle(
+        f"{document['dataset']} by {document['source']}"
+        + (f" ({CONDITIONED})" if document["label_conditioned"] else ""),
+        fontsize="small",
+    )
     save_figure(figure, file)
 
 
@@ -148,40 +245,93 @@ def _plans(config: Config, offline: bool) -> dict[str, Plan]:
 
 def _set_threads(config: Config) -> None:
     if config.run.threads:
-        torch.set_num_threads(config.run.threads)  # features repeat bit for bit at equal threads, as training does
+        torch.set_num_threads(
+            config.run.threads
+        )  # features repeat bit for bit at equal threads, as training does
 
 
 def _described(use: str, wanted: Plan) -> dict:
-    """A bank for a reader and for JSON; of an unfinished one, the shards that are whole are counted."""
-    files = [file for file in wanted.path.iterdir() if file.is_file()] if wanted.path.is_dir() else []
-    done = len(wanted.images) if finished(wanted) else sum(length(wanted, file) for file in done_already(wanted) if file.name != TEXT)
-    kept = ("source", "taps", "timestep", "pool", "prompt", "condition", "latent", "input_size", "seed", "precision", "vae_precision", "weights_sha256", "dataset_sha256")
+    """A bank for a reader and for JSON; of an unfinished one, the shards that are whole are
+    counted.
+    """
+    files = (
+        [file for file in wanted.path.iterdir() if file.is_file()] if wanted.path.is_dir() else []
+    )
+    done = (
+        len(wanted.images)
+        if finished(wanted)
+        else sum(length(wanted, file) for file in done_already(wanted) if file.name != TEXT)
+    )
+    kept = (
+        "source",
+        "taps",
+        "timestep",
+        "pool",
+        "prompt",
+        "condition",
+        "latent",
+        "input_size",
+        "seed",
+        "precision",
+        "vae_precision",
+        "weights_sha256",
+        "dataset_sha256",
+    )
     return {
-        "use": use, "id": wanted.id, "path": str(wanted.path), "finished": finished(wanted), "images": len(wanted.images), "images_done": done,
-        "bytes": sum(file.stat().st_size for file in files), **{key: wanted.meta[key] for key in kept},
-    }  # fmt: skip
+        "use": use,
+        "id": wanted.id,
+        "path": str(wanted.path),
+        "finished": finished(wanted),
+        "images": len(wanted.images),
+        "images_done": done,
+        "bytes": sum(file.stat().st_size for file in files),
+        **{key: wanted.meta[key] for key in kept},
+    }
 
 
 def _two_sets(dataset: Dataset, images: int, seed: int) -> tuple[Dataset, Dataset, str]:
     """What is fitted on and what is judged on, both as training parts, and the name of the latter."""
     if len(dataset.validation_labels):
-        fitted, judged, part = (dataset.train_images, dataset.train_labels), (dataset.validation_images, dataset.validation_labels), "validation images"
+        fitted, judged, part = (
+            (dataset.train_images, dataset.train_labels),
+            (dataset.validation_images, dataset.validation_labels),
+            "validation images",
+        )
     else:
-        stay, aside = stratified(dataset.train_labels, (1 - JUDGED_SHARE, JUDGED_SHARE), generator(seed, "probe"))
-        fitted, judged = ((dataset.train_images[which], dataset.train_labels[which]) for which in (stay, aside))
+        stay, aside = stratified(
+            dataset.train_labels, (1 - JUDGED_SHARE, JUDGED_SHARE), generator(seed, "probe")
+        )
+        fitted, judged = (
+            (dataset.train_images[which], dataset.train_labels[which]) for which in (stay, aside)
+        )
         part = "other training images (the data set has no validation part)"
     if not len(judged[1]):
-        raise DataError(f"{dataset.name} has too few images to judge a probe on: one in five of every class is set aside for it")
+        raise DataError(
+            f"{dataset.name} has too few images to judge a probe on: one in five of every class is set aside for it"
+        )
     return *(_at_most(dataset, *pair, images, seed) for pair in (fitted, judged)), part
 
 
-def _at_most(dataset: Dataset, images: torch.Tensor, labels: torch.Tensor, count: int, seed: int) -> Dataset:
+def _at_most(
+    dataset: Dataset, images: torch.Tensor, labels: torch.Tensor, count: int, seed: int
+) -> Dataset:
     if len(labels) > count:
-        chosen = stratified(labels, (count / len(labels), 1 - count / len(labels)), generator(seed, "probe-subset"))[0]
+        chosen = stratified(
+            labels, (count / len(labels), 1 - count / len(labels)), generator(seed, "probe-subset")
+        )[0]
         images, labels = images[chosen], labels[chosen]
     return replace(dataset, train_images=images, train_labels=labels)
 
 
-def _row(timestep: int | None, layer: str, values, fitted: Dataset, judged: Dataset, text_CD) -> dict:
-    numbers = describe_layer(values[0].float(), fitted.train_labels, values[1].float(), judged.train_labels, len(fitted.class_names), text_CD)
+def _row(
+    timestep: int | None, layer: str, values, fitted: Dataset, judged: Dataset, text_CD
+) -> dict:
+    numbers = describe_layer(
+        values[0].float(),
+        fitted.train_labels,
+        values[1].float(),
+        judged.train_labels,
+        len(fitted.class_names),
+        text_CD,
+    )
     return {"timestep": timestep, "layer": layer, "width": values[0].shape[1], **numbers}

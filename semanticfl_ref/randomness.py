@@ -1,12 +1,17 @@
-"""A generator is made from (seed, purpose, round, client, epoch) wherever one is needed; no global generator is used or moved."""
+"""A generator is made from (seed, purpose, round, client, epoch) wherever one is needed; no global
+generator is used or moved.
+"""
 
 import hashlib
 
 import torch
 
 
-def generator(seed: int, purpose: str, round: int = 0, client: int = 0, epoch: int = 0) -> torch.Generator:
-    """A CPU generator that depends on its arguments alone, so that nothing depends on the order in which things are drawn.
+def generator(
+    seed: int, purpose: str, round: int = 0, client: int = 0, epoch: int = 0
+) -> torch.Generator:
+    """A CPU generator that depends on its arguments alone, so that nothing depends on the order in
+    which things are drawn.
 
     Args:
         seed: the run's seed.

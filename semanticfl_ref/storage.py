@@ -1,8 +1,8 @@
-"""Files that are whole or not there: written beside their place, flushed to the disk, renamed; tensors with a digest over every byte.
+"""Files that are whole or not there: written beside their place, flushed to the disk, renamed;
+tensors with a digest over every byte.
 
-Checkpoints, feature banks and run folders all write and read through here. torch is imported only where tensors are, since the command
-line looks into run folders before it loads torch.
-"""
+Checkpoints, feature banks and run folders all write and read through here. torch is imported only
+where tensors are, since the command line looks into run folders before it loads torch."""
 
 import contextlib
 import hashlib
@@ -22,14 +22,18 @@ PART = ".part"  # ends the name of a file that is still being written
 
 
 class Damaged(Exception):
-    """A file of tensors does not have the digest that it records, or cannot be parsed; the caller knows the remedy."""
+    """A file of tensors does not have the digest that it records, or cannot be parsed; the caller
+    knows the remedy.
+    """
 
 
 def replace(path: Path, content: bytes | str, remedy: str = "free space there") -> None:
-    """Put `content` at `path` by one rename: a reader, or a kill at any moment, sees the old file or the new one, both whole.
+    """Put `content` at `path` by one rename: a reader, or a kill at any moment, sees the old file
+    or the new one, both whole.
 
     Raises:
-        DataError: the disk is full or forbids it. The old file stays, no part of the new one does; `remedy` ends the message.
+        DataError: the disk is full or forbids it. The old file stays, no part of the new one does;
+            `remedy` ends the message.
     """
     temporary = path.with_name(path.name + PART)
     with writing(path, remedy):
@@ -37,13 +41,17 @@ def replace(path: Path, content: bytes | str, remedy: str = "free space there") 
             write(temporary, content)
             os.replace(temporary, path)
         except OSError:
-            with contextlib.suppress(OSError):  # the folder itself may be unwritable; the first error says so
+            with contextlib.suppress(
+                OSError
+            ):  # the folder itself may be unwritable; the first error says so
                 temporary.unlink(missing_ok=True)
             raise
 
 
 def write(path: Path, content: bytes | str) -> None:
-    """Write a file and flush it to the disk; OSErrors pass through. For files inside a folder that is itself renamed into place."""
+    """Write a file and flush it to the disk; OSErrors pass through. For files inside a folder that
+    is itself renamed into place.
+    """
     with open(path, "wb") as file:
         file.write(content.encode("utf-8") if isinstance(content, str) else content)
         file.flush()
@@ -67,18 +75,24 @@ def canonical(document) -> str:
 
 
 def digest(document, tensors: "dict[str, torch.Tensor] | None" = None) -> str:
-    """sha256 over a JSON document and every tensor's name, dtype, shape and bytes, whatever the order of the names."""
+    """sha256 over a JSON document and every tensor's name, dtype, shape and bytes, whatever the
+    order of the names.
+    """
     total = hashlib.sha256(canonical(document).encode())
     for name, tensor in sorted((tensors or {}).items()):
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         if tensor.numel():
             import torch
 
-            total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)  # as bytes: NumPy has no bfloat16
+            total.update(
+                tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+            )  # as bytes: NumPy has no bfloat16
     return total.hexdigest()
 
 
-def save_tensors(path: Path, tensors: "dict[str, torch.Tensor]", about: dict, remedy: str = "free space there") -> str:
+def save_tensors(
+    path: Path, tensors: "dict[str, torch.Tensor]", about: dict, remedy: str = "free space there"
+) -> str:
     """One safetensors file by one rename; equal tensors and documents give equal bytes.
 
     Args:
@@ -106,7 +120,8 @@ def load_tensors(path: Path) -> "tuple[dict[str, torch.Tensor], dict, str]":
         Tensors on the CPU, the document, and the digest of both.
 
     Raises:
-        Damaged: not such a file, or not the bytes that were written. DataError: it is missing or cannot be read.
+        Damaged: not such a file, or not the bytes that were written. DataError: it is missing or
+            cannot be read.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load
@@ -121,7 +136,16 @@ def load_tensors(path: Path) -> "tuple[dict[str, torch.Tensor], dict, str]":
         recorded = about.pop("sha256")
         tensors = load(content)
         intact = recorded == digest(about, tensors)
-    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, OverflowError, MemoryError) as error:
+    except (
+        SafetensorError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RuntimeError,
+        OverflowError,
+        MemoryError,
+    ) as error:
         raise Damaged(type(error).__name__) from None
     if not intact:
         raise Damaged("its content does not have the hash that it records")

@@ -9,7 +9,8 @@ import torch
 from processes import JOB, run_cli
 
 if not torch.cuda.is_available():
-    # Kernels run on the CPU through Triton's interpreter. Triton reads this when it is imported, which some libraries do: before any test's module is.
+    # Kernels run on the CPU through Triton's interpreter. Triton reads this when it is imported,
+    # which some libraries do: before any test's module is.
     os.environ["TRITON_INTERPRET"] = "1"
 
 
@@ -21,7 +22,9 @@ def one_thread() -> None:
 
 @pytest.fixture
 def job() -> Iterator[list[str]]:
-    """Flags of a job of some seconds. It sets the number of threads, which is put back after a test that ran it in this process."""
+    """Flags of a job of some seconds. It sets the number of threads, which is put back after a test
+    that ran it in this process.
+    """
     threads = torch.get_num_threads()
     yield list(JOB)
     torch.set_num_threads(threads)

@@ -7,14 +7,30 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 JOB = [
-    *("--dataset", "digits", "--method", "fedavg", "--set", "model.width=2", "--set", "run.threads=1"),
+    *(
+        "--dataset",
+        "digits",
+        "--method",
+        "fedavg",
+        "--set",
+        "model.width=2",
+        "--set",
+        "run.threads=1",
+    ),
     *("--clients", "3", "--clients-per-round", "2", "--rounds", "4", "--local-epochs", "1"),
 ]
 
 
 def run_cli(*arguments: str) -> subprocess.CompletedProcess:
     """Run `python -m semanticfl_ref` to its end, from the repository's root."""
-    return subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True, env=environment(), timeout=300)
+    return subprocess.run(
+        command(*arguments),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=300,
+    )
 
 
 def command(*arguments: str) -> list[str]:
@@ -22,4 +38,7 @@ def command(*arguments: str) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+    }

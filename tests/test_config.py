@@ -9,7 +9,11 @@ from semanticfl_ref.errors import DataError, UserError
 
 
 def every_field():
-    return [(f"{s.name}.{f.name}", f) for s in dataclasses.fields(config.Config) for f in dataclasses.fields(s.type)]
+    return [
+        (f"{s.name}.{f.name}", f)
+        for s in dataclasses.fields(config.Config)
+        for f in dataclasses.fields(s.type)
+    ]
 
 
 @pytest.mark.parametrize("name, field", every_field(), ids=[name for name, _ in every_field()])
@@ -28,7 +32,9 @@ def test_every_field_refuses_what_is_outside_its_range(name, field):
 
 
 def test_round_trip_through_toml(tmp_path):
-    first = config.build({"semantic.tau": 0.07, "data.dir": 'a "b" \\ c\t\n\x00\x7f é 🙂', "data.name": "cifar100"})
+    first = config.build(
+        {"semantic.tau": 0.07, "data.dir": 'a "b" \\ c\t\n\x00\x7f é 🙂', "data.name": "cifar100"}
+    )
     (tmp_path / "c.toml").write_text(config.to_toml(first))
     assert config.build(file=tmp_path / "c.toml") == first
     assert config.from_flat(config.to_flat(first)) == first
@@ -42,24 +48,58 @@ def test_every_preset_is_valid(name):
 def test_the_later_source_wins(tmp_path):
     file = tmp_path / "c.toml"
     file.write_text("[semantic]\ntau = 0.1\nlambda_kd = 2\n[federation]\nrounds = 7\n")
-    settled = config.build({"semantic.tau": "0.2", "federation.rounds": 8}, file, ["federation.rounds=9"])
-    assert (settled.semantic.lambda_kd, settled.semantic.tau, settled.federation.rounds) == (2.0, 0.2, 9)
+    settled = config.build(
+        {"semantic.tau": "0.2", "federation.rounds": 8}, file, ["federation.rounds=9"]
+    )
+    assert (settled.semantic.lambda_kd, settled.semantic.tau, settled.federation.rounds) == (
+        2.0,
+        0.2,
+        9,
+    )
     assert settled.model.width == config.PRESETS["digit-scenes"]["model.width"]
 
 
 def test_the_embedded_model_brings_its_own_layers_to_any_data_set():
-    stand_in = config.build({"data.name": "cifar10", "diffusion.source": "tiny", "diffusion.timestep": 30})
-    assert (stand_in.diffusion.taps, stand_in.diffusion.timestep, stand_in.anchors.width) == ("mid", 30, 96)
+    stand_in = config.build(
+        {"data.name": "cifar10", "diffusion.source": "tiny", "diffusion.timestep": 30}
+    )
+    assert (stand_in.diffusion.taps, stand_in.diffusion.timestep, stand_in.anchors.width) == (
+        "mid",
+        30,
+        96,
+    )
     paper = config.build({"data.name": "cifar10"})
-    assert (stand_in.semantic, stand_in.federation, stand_in.model) == (paper.semantic, paper.federation, paper.model)
+    assert (stand_in.semantic, stand_in.federation, stand_in.model) == (
+        paper.semantic,
+        paper.federation,
+        paper.model,
+    )
 
 
 def test_the_paper_setting():
     c = config.build({"data.name": "cifar10"})
-    assert (c.federation.batch_size, c.partition.clients, c.federation.clients_per_round, c.federation.local_epochs) == (64, 10, 5, 10)
-    assert (c.federation.learning_rate, c.federation.momentum, c.federation.weight_decay) == (0.01, 0.9, 1e-5)
-    assert (c.semantic.lambda_kd, c.semantic.lambda_con, c.semantic.tau, c.diffusion.timestep) == (1.0, 0.01, 0.05, 150)
-    assert (c.diffusion.prompt, c.diffusion.source, c.model.width) == ("a photo of a {}", config.STABLE_DIFFUSION, 64)
+    assert (
+        c.federation.batch_size,
+        c.partition.clients,
+        c.federation.clients_per_round,
+        c.federation.local_epochs,
+    ) == (64, 10, 5, 10)
+    assert (c.federation.learning_rate, c.federation.momentum, c.federation.weight_decay) == (
+        0.01,
+        0.9,
+        1e-5,
+    )
+    assert (c.semantic.lambda_kd, c.semantic.lambda_con, c.semantic.tau, c.diffusion.timestep) == (
+        1.0,
+        0.01,
+        0.05,
+        150,
+    )
+    assert (c.diffusion.prompt, c.diffusion.source, c.model.width) == (
+        "a photo of a {}",
+        config.STABLE_DIFFUSION,
+        64,
+    )
 
 
 @pytest.mark.parametrize(
@@ -97,7 +137,9 @@ def test_held_out_images(images, n):
     assert config.held_out_images(config.build({"anchors.images": images})) == n
 
 
-@pytest.mark.parametrize("images", ["heldout", "heldout:", "heldout:0", "heldout:-1", "heldout:x", "heldout:1.5"])
+@pytest.mark.parametrize(
+    "images", ["heldout", "heldout:", "heldout:0", "heldout:-1", "heldout:x", "heldout:1.5"]
+)
 def test_held_out_images_refused(images):
     with pytest.raises(UserError, match="heldout:20"):
         config.held_out_images(config.build({"anchors.images": images}))

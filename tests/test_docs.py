@@ -1,4 +1,6 @@
-"""What the documents tell a reader to do is done: their files are written, their commands run, in the order of the page."""
+"""What the documents tell a reader to do is done: their files are written, their commands run, in
+the order of the page.
+"""
 
 import re
 import shlex
@@ -22,9 +24,20 @@ def test_the_page_does_what_it_says(page, tmp_path):
             continue
         words = shlex.split(line)
         own = dict(word.split("=", 1) for word in words if re.fullmatch(r"[A-Z_]+=\S*", word))
-        command = [sys.executable if word == "python" else word for word in words if not re.fullmatch(r"[A-Z_]+=\S*", word)]
+        command = [
+            sys.executable if word == "python" else word
+            for word in words
+            if not re.fullmatch(r"[A-Z_]+=\S*", word)
+        ]
         cache = {"SEMANTICFL_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
-        ran = subprocess.run(command, cwd=tmp_path, env={**environment(), **cache, **own}, capture_output=True, text=True, timeout=600)
+        ran = subprocess.run(
+            command,
+            cwd=tmp_path,
+            env={**environment(), **cache, **own},
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
         assert ran.returncode == 0, f"{page.name}: {line}\n{ran.stderr[-2000:]}"
         done += 1
     assert done, f"{page.name} has no command"
@@ -38,7 +51,9 @@ def test_links_lead_somewhere(page):
 
 
 def test_the_commands_of_the_readme_are_commands():
-    """Every `python -m semanticfl_ref ...` of the README is parsed as the command line would; running them is what the other tests do."""
+    """Every `python -m semanticfl_ref ...` of the README is parsed as the command line would;
+    running them is what the other tests do.
+    """
     from semanticfl_ref import cli
 
     text = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -35,7 +35,9 @@ def no_self_test(monkeypatch):
 
 
 def answer(monkeypatch, code: int, out: str, err: str = "") -> None:
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], code, out, err))
+    monkeypatch.setattr(
+        subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], code, out, err)
+    )
 
 
 def checks(capsys, code: int, *arguments: str) -> dict[str, dict]:
@@ -49,15 +51,35 @@ def checks(capsys, code: int, *arguments: str) -> dict[str, dict]:
 def test_all_is_well_here(capsys):
     pytest.importorskip("triton")
     found = checks(capsys, 0)
-    assert {check["state"] for name, check in found.items() if name not in doctor.OPTIONAL} <= {"ok", "warn"}
-    assert all(found[item]["state"] == "ok" for item in ("torch imports", "device", "kernels", "embedded data", "embedded model", "data set", "weights", "disk", "offline"))
+    assert {check["state"] for name, check in found.items() if name not in doctor.OPTIONAL} <= {
+        "ok",
+        "warn",
+    }
+    assert all(
+        found[item]["state"] == "ok"
+        for item in (
+            "torch imports",
+            "device",
+            "kernels",
+            "embedded data",
+            "embedded model",
+            "data set",
+            "weights",
+            "disk",
+            "offline",
+        )
+    )
     assert "off fp64 by" in found["kernels"]["found"] and "450 train" in found["data set"]["found"]
 
 
 def test_the_table_for_a_reader(capsys, no_self_test):
     assert cli.main(["doctor", "--method", "fedavg"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("ok    python ") and lines[-1] == "ready" and not any("  weights " in line for line in lines)
+    assert (
+        lines[0].startswith("ok    python ")
+        and lines[-1] == "ready"
+        and not any("  weights " in line for line in lines)
+    )
 
 
 @pytest.mark.parametrize(
@@ -69,7 +91,9 @@ def test_the_table_for_a_reader(capsys, no_self_test):
         (-11, "", "", "warn"),
     ],
 )
-def test_kernels_that_are_wrong_fail_and_kernels_that_cannot_run_warn(capsys, monkeypatch, code, out, err, state):
+def test_kernels_that_are_wrong_fail_and_kernels_that_cannot_run_warn(
+    capsys, monkeypatch, code, out, err, state
+):
     answer(monkeypatch, code, out, err)
     assert checks(capsys, 4 if state == "FAIL" else 0)["kernels"]["state"] == state
 
@@ -82,9 +106,18 @@ def test_the_self_test_compares_with_the_truth():
         "from semanticfl_ref.commands.doctor import self_test; self_test()"
     )
     pytest.importorskip("triton")
-    done = subprocess.run([sys.executable, "-c", code], env={**environment(), "TRITON_INTERPRET": "1"}, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**environment(), "TRITON_INTERPRET": "1"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     errors = json.loads(done.stdout)
-    assert errors["weighted_average"] == pytest.approx(1e-4, rel=0.01) and errors["info_nce"] <= doctor.TOLERANCE
+    assert (
+        errors["weighted_average"] == pytest.approx(1e-4, rel=0.01)
+        and errors["info_nce"] <= doctor.TOLERANCE
+    )
 
 
 def test_a_damaged_model_fails_where_it_is_used(capsys, tmp_path, monkeypatch, no_self_test):
@@ -101,20 +134,40 @@ def test_a_damaged_model_fails_where_it_is_used(capsys, tmp_path, monkeypatch, n
 def test_damaged_digits(capsys, tmp_path, monkeypatch, no_self_test):
     monkeypatch.setattr(sources, "DIGITS_FILE", tmp_path / "gone.safetensors")
     found = checks(capsys, 3)
-    assert found["embedded data"]["state"] == found["data set"]["state"] == "FAIL" and "gone.safetensors" in found["embedded data"]["found"]
+    assert (
+        found["embedded data"]["state"] == found["data set"]["state"] == "FAIL"
+        and "gone.safetensors" in found["embedded data"]["found"]
+    )
 
 
 def test_a_data_set_that_is_not_here(capsys, no_self_test):
     found = checks(capsys, 5, "--dataset", "cifar10", "--sd", "tiny", "--offline")
-    assert found["data set"]["state"] == "FAIL" and "partition show --dataset cifar10" in found["data set"]["found"]
-    assert found["weights"]["state"] == "ok" and found["disk"]["state"] == "warn" and "data set" in found["offline"]["found"]
-    assert checks(capsys, 0, "--dataset", "cifar10", "--sd", "tiny")["data set"]["state"] == "warn", "a run would fetch it"
-    assert checks(capsys, 3, "--dataset", "cifar10", "--sd", "tiny", "--data-dir", "absent")["data set"]["state"] == "FAIL", "a run would not"
+    assert (
+        found["data set"]["state"] == "FAIL"
+        and "partition show --dataset cifar10" in found["data set"]["found"]
+    )
+    assert (
+        found["weights"]["state"] == "ok"
+        and found["disk"]["state"] == "warn"
+        and "data set" in found["offline"]["found"]
+    )
+    assert (
+        checks(capsys, 0, "--dataset", "cifar10", "--sd", "tiny")["data set"]["state"] == "warn"
+    ), "a run would fetch it"
+    assert (
+        checks(capsys, 3, "--dataset", "cifar10", "--sd", "tiny", "--data-dir", "absent")[
+            "data set"
+        ]["state"]
+        == "FAIL"
+    ), "a run would not"
 
 
 def test_weights_that_are_not_here(capsys, no_self_test):
     found = checks(capsys, 5, "--sd", "somebody/no-such-model", "--offline")
-    assert "hf download somebody/no-such-model" in found["weights"]["found"] and "weights" in found["offline"]["found"]
+    assert (
+        "hf download somebody/no-such-model" in found["weights"]["found"]
+        and "weights" in found["offline"]["found"]
+    )
     assert checks(capsys, 3, "--sd", "./absent")["weights"]["state"] == "FAIL"
 
 
@@ -140,14 +193,18 @@ def test_packages_that_are_missing_or_of_another_version(capsys, monkeypatch, no
 
     monkeypatch.setattr(importlib.metadata, "version", version)
     found = checks(capsys, 2)
-    assert {name: found[name]["state"] for name in ("tqdm", "matplotlib", "triton", "torch", "numpy")} == {"tqdm": "FAIL", "matplotlib": "warn", "triton": "warn", "torch": "warn", "numpy": "ok"}
+    assert {
+        name: found[name]["state"] for name in ("tqdm", "matplotlib", "triton", "torch", "numpy")
+    } == {"tqdm": "FAIL", "matplotlib": "warn", "triton": "warn", "torch": "warn", "numpy": "ok"}
     assert "pip install" in found["tqdm"]["found"] and "<2.14" in found["torch"]["found"]
 
 
 @pytest.mark.parametrize("missing", ["torch", "packaging"])
 def test_a_broken_installation_still_has_its_table(missing):
     code = f"import sys; sys.modules[{missing!r}] = None\nfrom semanticfl_ref import cli; cli.doctor._kernels = lambda: ''; sys.exit(cli.main(['doctor', '--json']))"
-    done = subprocess.run([sys.executable, "-c", code], env=environment(), cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment(), cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     failed = [check for check in json.loads(done.stdout)["checks"] if check["state"] == "FAIL"]
     assert any(missing in check["found"] for check in failed)
@@ -156,5 +213,7 @@ def test_a_broken_installation_still_has_its_table(missing):
 def test_requirements_are_setup_py_s_own(monkeypatch, tmp_path):
     assert "torch>=2.11,<2.14" in doctor.requirements()
     monkeypatch.setattr(doctor, "ROOT", tmp_path)
-    monkeypatch.setattr(importlib.metadata, "requires", lambda _: ["numpy", 'pytest; extra == "test"'])
+    monkeypatch.setattr(
+        importlib.metadata, "requires", lambda _: ["numpy", 'pytest; extra == "test"']
+    )
     assert doctor.requirements() == ["numpy"]

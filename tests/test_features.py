@@ -1,4 +1,6 @@
-"""`features build | info | verify | probe` on the embedded model, and `train` on the bank that was built."""
+"""`features build | info | verify | probe` on the embedded model, and `train` on the bank that was
+built.
+"""
 
 import contextlib
 import importlib.util
@@ -17,7 +19,10 @@ from semanticfl_ref import cli, config, prepare
 from semanticfl_ref.commands.flags import settle
 from semanticfl_ref.diffusion import extract
 
-pytestmark = pytest.mark.skipif(not (ROOT / "semanticfl_ref" / "diffusion" / "tiny" / "unet").is_dir(), reason="the embedded diffusion model is not in this checkout")
+pytestmark = pytest.mark.skipif(
+    not (ROOT / "semanticfl_ref" / "diffusion" / "tiny" / "unet").is_dir(),
+    reason="the embedded diffusion model is not in this checkout",
+)
 DIGITS = ["--dataset", "digits", "--offline", "--json", "--set", "run.threads=1"]
 
 
@@ -50,12 +55,24 @@ def printed_by(*arguments: str) -> tuple[dict, int]:
 
 def test_build_info_verify(built, cache, capsys):
     bank = built[1]["banks"][0]
-    assert (bank["use"], bank["finished"], bank["images"], bank["images_done"], bank["taps"], bank["timestep"]) == ("visual", True, 450, 450, ["mid"], 20)
+    assert (
+        bank["use"],
+        bank["finished"],
+        bank["images"],
+        bank["images_done"],
+        bank["taps"],
+        bank["timestep"],
+    ) == ("visual", True, 450, 450, ["mid"], 20)
     assert bank["bytes"] > 450 * 112 * 2
     for what in ("build", "info", "verify"):
         printed, code = printed_by("features", what, *DIGITS)
         again = printed["banks"][0]
-        assert code == 0 and again["id"] == bank["id"] and again["bytes"] == bank["bytes"] and again.get("verified", False) == (what == "verify")
+        assert (
+            code == 0
+            and again["id"] == bank["id"]
+            and again["bytes"] == bank["bytes"]
+            and again.get("verified", False) == (what == "verify")
+        )
     assert cli.main(["features", "verify", *[flag for flag in DIGITS if flag != "--json"]]) == 0
     assert "every byte checked; 450 images" in capsys.readouterr().out
 
@@ -69,17 +86,29 @@ def test_train_uses_the_bank_that_was_built(cache, tmp_path, monkeypatch, capsys
     assert cache / "banks" / f"bank-{anchors['bank']}" in list((cache / "banks").iterdir())
 
 
-@pytest.mark.parametrize("command_", [["features", "verify"], ["features", "build"], ["train"]], ids=" ".join)
-def test_a_flipped_byte_is_exit_4_with_the_command_that_remakes_it(cache, tmp_path, capsys, command_):
+@pytest.mark.parametrize(
+    "command_", [["features", "verify"], ["features", "build"], ["train"]], ids=" ".join
+)
+def test_a_flipped_byte_is_exit_4_with_the_command_that_remakes_it(
+    cache, tmp_path, capsys, command_
+):
     shard = next((cache / "banks").glob("bank-*")) / "shard-00003.safetensors"
     good = shard.read_bytes()
     shard.write_bytes(good[:-9] + bytes([good[-9] ^ 4]) + good[-8:])
-    out = ["--out", str(tmp_path / "run"), "--set", "model.width=2"] if command_ == ["train"] else []
+    out = (
+        ["--out", str(tmp_path / "run"), "--set", "model.width=2"] if command_ == ["train"] else []
+    )
     assert cli.main([*command_, *DIGITS, *out]) == 4
     err = capsys.readouterr().err
-    assert "shard-00003.safetensors is damaged" in err and "make it anew with: python -m semanticfl_ref features build --anew --dataset digits" in err
+    assert (
+        "shard-00003.safetensors is damaged" in err
+        and "make it anew with: python -m semanticfl_ref features build --anew --dataset digits"
+        in err
+    )
     if command_ == ["features", "verify"]:
-        assert cli.main(["features", "build", "--anew", *DIGITS]) == 0 and shard.read_bytes() == good
+        assert (
+            cli.main(["features", "build", "--anew", *DIGITS]) == 0 and shard.read_bytes() == good
+        )
     assert not (tmp_path / "run").exists()
 
 
@@ -96,30 +125,68 @@ def test_a_bank_that_is_not_there_or_not_finished(built, cache, capsys):
 
 
 def test_the_command_that_remakes_a_bank_makes_that_bank():
-    settings = {"data.name": "digits", "diffusion.timestep": 30, "diffusion.prompt": "one {} 'of' them", "anchors.images": "heldout:3", "run.seed": 4, "anchors.width": 8}
+    settings = {
+        "data.name": "digits",
+        "diffusion.timestep": 30,
+        "diffusion.prompt": "one {} 'of' them",
+        "anchors.images": "heldout:3",
+        "run.seed": 4,
+        "anchors.width": 8,
+    }
     words = prepare.build_command(config.build(settings))
     arguments = cli.parse([word for word in shlex.split(words)[3:] if word != "--anew"])
     again = config.to_flat(settle(arguments))
-    assert {name: again[name] for name in settings if name != "anchors.width"} == {name: value for name, value in settings.items() if name != "anchors.width"}
+    assert {name: again[name] for name in settings if name != "anchors.width"} == {
+        name: value for name, value in settings.items() if name != "anchors.width"
+    }
     assert "anchors.width" not in words, "it does not bear on the bank"
 
 
 def test_the_embedded_model_stands_in_with_its_own_layers():
     """For any data set; what the user asks for wins, and the command that remakes the bank says so."""
     stand_in = config.build({"data.name": "cifar10", "diffusion.source": "tiny"})
-    assert (stand_in.diffusion.taps, stand_in.diffusion.input_size, stand_in.anchors.aggregation, stand_in.model.width) == ("mid", 0, "equal", 64)
+    assert (
+        stand_in.diffusion.taps,
+        stand_in.diffusion.input_size,
+        stand_in.anchors.aggregation,
+        stand_in.model.width,
+    ) == ("mid", 0, "equal", 64)
     assert config.build({"data.name": "cifar10"}).diffusion.taps == "up.1,up.2,up.3"
-    asked = config.build({"data.name": "cifar10", "diffusion.source": "tiny", "diffusion.timestep": 150})
+    asked = config.build(
+        {"data.name": "cifar10", "diffusion.source": "tiny", "diffusion.timestep": 150}
+    )
     words = shlex.split(prepare.build_command(asked))[3:]
-    assert settle(cli.parse([word for word in words if word != "--anew"])).diffusion == asked.diffusion and asked.diffusion.timestep == 150
+    assert (
+        settle(cli.parse([word for word in words if word != "--anew"])).diffusion == asked.diffusion
+        and asked.diffusion.timestep == 150
+    )
 
 
 def test_text_anchors_from_the_unet(cache, tmp_path, monkeypatch):
     flags = [*DIGITS, "--set", "anchors.text=unet", "--set", "anchors.text_images=5"]
     banks = printed_by("features", "build", *flags)[0]["banks"]
-    assert [(bank["use"], bank["condition"], bank["images"]) for bank in banks] == [("visual", "null", 450), ("text", "own-class", 50)]
+    assert [(bank["use"], bank["condition"], bank["images"]) for bank in banks] == [
+        ("visual", "null", 450),
+        ("text", "own-class", 50),
+    ]
     monkeypatch.setattr(extract, "build", lambda *_a, **_k: pytest.fail("a bank was made again"))
-    assert cli.main(["train", *flags, "--set", "model.width=2", "--rounds", "1", "--local-epochs", "1", "--out", str(tmp_path / "run")]) == 0
+    assert (
+        cli.main(
+            [
+                "train",
+                *flags,
+                "--set",
+                "model.width=2",
+                "--rounds",
+                "1",
+                "--local-epochs",
+                "1",
+                "--out",
+                str(tmp_path / "run"),
+            ]
+        )
+        == 0
+    )
     anchors = json.loads((tmp_path / "run" / "anchors.json").read_text())
     assert (anchors["text"], anchors["text_bank"]) == ("unet", banks[1]["id"])
     sizes = printed_by("train", *flags, "--dry-run")[0]
@@ -133,7 +200,9 @@ def probed(built):
     drawn = ["--figure", str(figure)] if figure else []
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SEMANTICFL_CACHE", str(built[0]))
-        printed, code = printed_by("features", "probe", *DIGITS, "--probe-images", "100", "--timesteps", "20,600", *drawn)
+        printed, code = printed_by(
+            "features", "probe", *DIGITS, "--probe-images", "100", "--timesteps", "20,600", *drawn
+        )
     assert code == 0
     return printed, figure
 
@@ -143,10 +212,25 @@ def test_probe(probed):
     assert printed["judged_part"] == "validation images" and printed["label_conditioned"] is False
     assert (printed["fitted_on"], printed["judged_on"]) == (100, 100)
     rows = {(row["timestep"], row["layer"]): row for row in printed["rows"]}
-    assert list(rows) == [(None, "pixels"), *((t, layer) for t in (20, 600) for layer in ("vae", "down.0", "down.1", "mid", "up.0", "up.1"))]
-    assert rows[20, "mid"]["linear_probe"] > rows[20, "vae"]["linear_probe"] + 0.1 and rows[20, "mid"]["width"] == 112
-    assert rows[20, "mid"]["linear_probe"] > rows[600, "mid"]["linear_probe"], "more noise, less to read"
-    assert all(1 <= row["effective_rank"] <= row["width"] and row["fisher_ratio"] > 0 for row in rows.values())
+    assert list(rows) == [
+        (None, "pixels"),
+        *(
+            (t, layer)
+            for t in (20, 600)
+            for layer in ("vae", "down.0", "down.1", "mid", "up.0", "up.1")
+        ),
+    ]
+    assert (
+        rows[20, "mid"]["linear_probe"] > rows[20, "vae"]["linear_probe"] + 0.1
+        and rows[20, "mid"]["width"] == 112
+    )
+    assert rows[20, "mid"]["linear_probe"] > rows[600, "mid"]["linear_probe"], (
+        "more noise, less to read"
+    )
+    assert all(
+        1 <= row["effective_rank"] <= row["width"] and row["fisher_ratio"] > 0
+        for row in rows.values()
+    )
 
 
 def test_a_damaged_bank_of_a_probe_is_named_with_what_helps(cache, capsys):
@@ -169,7 +253,11 @@ def test_probe_draws_a_figure(probed):
     from PIL import Image
 
     with Image.open(probed[1]) as image:
-        assert image.format == "PNG" and image.width > 1000 and len(image.convert("L").getcolors()) > 10
+        assert (
+            image.format == "PNG"
+            and image.width > 1000
+            and len(image.convert("L").getcolors()) > 10
+        )
 
 
 def test_probe_without_matplotlib_says_so_before_it_works(cache, monkeypatch, capsys):
@@ -190,9 +278,17 @@ def test_probe_without_a_validation_part_judges_on_other_training_images():
     from semanticfl_ref import features
 
     dataset = prepare.load_images(config.build({"data.name": "digits"}), True)[0]
-    bare = prepare.replace(dataset, validation_images=dataset.validation_images[:0], validation_labels=dataset.validation_labels[:0])
+    bare = prepare.replace(
+        dataset,
+        validation_images=dataset.validation_images[:0],
+        validation_labels=dataset.validation_labels[:0],
+    )
     fitted, judged, part = features._two_sets(bare, 2000, 0)
-    assert len(fitted.train_labels) + len(judged.train_labels) == 450 and 80 <= len(judged.train_labels) <= 100 and part.startswith("other training images")
+    assert (
+        len(fitted.train_labels) + len(judged.train_labels) == 450
+        and 80 <= len(judged.train_labels) <= 100
+        and part.startswith("other training images")
+    )
     few = features._two_sets(dataset, 30, 0)[0]
     assert len(few.train_labels) <= 35 and len(few.train_labels.unique()) == 10
 
@@ -200,12 +296,19 @@ def test_probe_without_a_validation_part_judges_on_other_training_images():
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["features"], "what"), (["features", "make"], "'make'"), (["features", "info", "--anew"], "--anew belongs to `features build`"),
-        (["features", "build", "--figure", "x"], "--figure belongs to `features probe`"), (["features", "probe", "--timesteps", "a"], "--timesteps"),
-        (["features", "probe", "--timestep", "20"], "--timesteps"), (["features", "probe", *DIGITS, "--timesteps", "20,1000"], "diffusion.timestep = 1000: must be at most 999"),
+        (["features"], "what"),
+        (["features", "make"], "'make'"),
+        (["features", "info", "--anew"], "--anew belongs to `features build`"),
+        (["features", "build", "--figure", "x"], "--figure belongs to `features probe`"),
+        (["features", "probe", "--timesteps", "a"], "--timesteps"),
+        (["features", "probe", "--timestep", "20"], "--timesteps"),
+        (
+            ["features", "probe", *DIGITS, "--timesteps", "20,1000"],
+            "diffusion.timestep = 1000: must be at most 999",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
-)  # fmt: skip
+)
 def test_a_mistake_is_one_line_that_names_it(capsys, cache, arguments, words):
     assert cli.main(arguments) == 2
     err = capsys.readouterr().err
@@ -216,7 +319,13 @@ def test_killed_by_the_system_it_goes_on_with_the_same_bytes(built, tmp_path):
     """SIGKILL after the first shard, in a process of its own."""
     cache = tmp_path / "cache"
     build = command("features", "build", *DIGITS)
-    process = subprocess.Popen(build, cwd=ROOT, env={**environment(), "SEMANTICFL_CACHE": str(cache)}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        build,
+        cwd=ROOT,
+        env={**environment(), "SEMANTICFL_CACHE": str(cache)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     while process.poll() is None and not list(cache.glob("banks/*/shard-*.safetensors")):
         time.sleep(0.002)
     process.kill()
@@ -228,13 +337,19 @@ def test_killed_by_the_system_it_goes_on_with_the_same_bytes(built, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SEMANTICFL_CACHE", str(cache))
         assert printed_by("features", "build", *DIGITS)[1] == 0
-    assert all(file.stat().st_mtime_ns == when for file, when in before.items()), "a shard was made twice"
+    assert all(file.stat().st_mtime_ns == when for file, when in before.items()), (
+        "a shard was made twice"
+    )
     for file in expected.iterdir():
-        assert file.name == extract.LOCK or file.read_bytes() == (folder / file.name).read_bytes(), file.name
+        assert (
+            file.name == extract.LOCK or file.read_bytes() == (folder / file.name).read_bytes()
+        ), file.name
 
 
 def test_memory_does_not_grow_with_the_images(tmp_path):
-    """Peak memory of a process that extracts and reads 64 images, and then 8 192; the images themselves are there from the start."""
+    """Peak memory of a process that extracts and reads 64 images, and then 8 192; the images
+    themselves are there from the start.
+    """
     code = """
 import sys
 from pathlib import Path
@@ -253,7 +368,15 @@ for count in (64, 8192):
     # not getrusage: its peak includes that of the process that started this one
     print([int(line.split()[1]) / 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")][0])
 """
-    done = subprocess.run([*command()[:1], "-c", code, str(tmp_path)], cwd=ROOT, env=environment(), capture_output=True, text=True)
+    done = subprocess.run(
+        [*command()[:1], "-c", code, str(tmp_path)],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     first, last = map(float, done.stdout.split())
-    assert last - first < 14, f"{first:.0f} and {last:.0f} MiB: the features of 8 192 images take 28 MiB"
+    assert last - first < 14, (
+        f"{first:.0f} and {last:.0f} MiB: the features of 8 192 images take 28 MiB"
+    )

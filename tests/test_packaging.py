@@ -13,7 +13,20 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "semanticfl_ref"
 # A module may import its own part and those left of it.
-ARROWS = [("config", "method_settings", "schema", "errors", "storage", "randomness"), ("kernels",), ("data",), ("diffusion",), ("federated",), ("report",), ("comparison",), ("prepare",), ("train", "features", "study"), ("commands",), ("cli",), ("__main__",)]
+ARROWS = [
+    ("config", "method_settings", "schema", "errors", "storage", "randomness"),
+    ("kernels",),
+    ("data",),
+    ("diffusion",),
+    ("federated",),
+    ("report",),
+    ("comparison",),
+    ("prepare",),
+    ("train", "features", "study"),
+    ("commands",),
+    ("cli",),
+    ("__main__",),
+]
 LEVEL = {part: level for level, parts in enumerate(ARROWS) for part in parts}
 
 
@@ -36,7 +49,11 @@ def imports(path: Path) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            found |= {f"{node.module}.{alias.name}" for alias in node.names} if node.module == "semanticfl_ref" else {node.module}
+            found |= (
+                {f"{node.module}.{alias.name}" for alias in node.names}
+                if node.module == "semanticfl_ref"
+                else {node.module}
+            )
     return found
 
 
@@ -45,10 +62,21 @@ def code_lines(path: Path) -> int:
     source = path.read_text(encoding="utf-8")
     lines: set[int] = set()
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type not in (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER):
+        if token.type not in (
+            tokenize.COMMENT,
+            tokenize.NL,
+            tokenize.NEWLINE,
+            tokenize.INDENT,
+            tokenize.DEDENT,
+            tokenize.ENDMARKER,
+        ):
             lines.update(range(token.start[0], token.end[0] + 1))
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+        if (
+            isinstance(node, ast.Expr)
+            and isinstance(node.value, ast.Constant)
+            and isinstance(node.value.value, str)
+        ):
             lines.difference_update(range(node.lineno, node.end_lineno + 1))
     return len(lines)
 
@@ -61,35 +89,67 @@ def test_imports_point_along_the_arrows(path):
             other = name.split(".")[1]
             if other.startswith("__"):  # the version
                 continue
-            assert LEVEL[other] <= LEVEL[part], f"{path.name} imports {name}: {other} comes after {part}"
+            assert LEVEL[other] <= LEVEL[part], (
+                f"{path.name} imports {name}: {other} comes after {part}"
+            )
             assert part != "kernels" or other == "kernels", "kernels import torch and triton alone"
         elif part == "kernels":
-            assert name.split(".")[0] in {"torch", "triton"} | set(sys.stdlib_module_names), f"{path.name} imports {name}"
+            assert name.split(".")[0] in {"torch", "triton"} | set(sys.stdlib_module_names), (
+                f"{path.name} imports {name}"
+            )
         if part == "report":
-            assert name.split(".")[0] != "torch", f"{path.name}: the report reads files, it needs no torch"
+            assert name.split(".")[0] != "torch", (
+                f"{path.name}: the report reads files, it needs no torch"
+            )
 
 
-CORE = 5000  # lines of code that `train` and `features` need: settings, data, diffusion, federation, kernels, commands
+# lines of code that `train` and `features` need: settings, data, diffusion, federation, kernels,
+# commands
+CORE = 5000
 TOOLS = 1500  # comparison, report, study, and their commands
-ASSETS = {"make_digits", "make_tiny", "glyphs"}  # made the embedded data and model, once; nothing imports them
+ASSETS = {
+    "make_digits",
+    "make_tiny",
+    "glyphs",
+}  # made the embedded data and model, once; nothing imports them
 
 
 def test_size():
     counts = {path: code_lines(path) for path in modules() if path.stem not in ASSETS}
-    tools = sum(n for path, n in counts.items() if part_of(path) in ("report", "study", "comparison") or path.stem in ("compare", "reproduce", "trace", "doctor"))
+    tools = sum(
+        n
+        for path, n in counts.items()
+        if part_of(path) in ("report", "study", "comparison")
+        or path.stem in ("compare", "reproduce", "trace", "doctor")
+    )
     assert tools <= TOOLS and sum(counts.values()) - tools <= CORE
-    assert sum(n for path, n in counts.items() if part_of(path) == "federated" and path.parent.name != "methods") <= 800
-    long = {str(path.relative_to(ROOT)): n for path in modules() if (n := len(path.read_text(encoding="utf-8").splitlines())) > 300}
+    assert (
+        sum(
+            n
+            for path, n in counts.items()
+            if part_of(path) == "federated" and path.parent.name != "methods"
+        )
+        <= 800
+    )
+    long = {
+        str(path.relative_to(ROOT)): n
+        for path in modules()
+        if (n := len(path.read_text(encoding="utf-8").splitlines())) > 300
+    }
     assert not long, f"above 300 lines: {long}"
 
 
 def test_nothing_imports_the_makers_of_assets():
-    makers = {f"semanticfl_ref.{folder}.{name}" for folder in ("data", "diffusion") for name in ASSETS}
+    makers = {
+        f"semanticfl_ref.{folder}.{name}" for folder in ("data", "diffusion") for name in ASSETS
+    }
     assert not [path for path in modules() if path.stem not in ASSETS and imports(path) & makers]
 
 
 def test_code_lines_counts_code(tmp_path):
-    (tmp_path / "m.py").write_text('"""Doc\nstring."""\n\n# why\nx = """a\nb"""\n\n\ndef f():\n    """Doc."""\n    return x  # here\n')
+    (tmp_path / "m.py").write_text(
+        '"""Doc\nstring."""\n\n# why\nx = """a\nb"""\n\n\ndef f():\n    """Doc."""\n    return x  # here\n'
+    )
     assert code_lines(tmp_path / "m.py") == 4
 
 
@@ -101,7 +161,9 @@ def test_the_kernels_package_is_harmless_and_importable():
 
 
 def test_diffusers_and_transformers_import_from_the_root():
-    """Both probe for a distribution called `kernels`, and find our folder when the root is on the path."""
+    """Both probe for a distribution called `kernels`, and find our folder when the root is on the
+    path.
+    """
     code = "from diffusers import AutoencoderKL, UNet2DConditionModel; from transformers import CLIPTextModel, CLIPTokenizer"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -116,13 +178,33 @@ def test_the_files_that_a_distribution_needs():
 
 def test_the_set_up_names_every_package_and_its_data(tmp_path):
     """`setup.py` lists each sub-package; the kernels come from the folder at the root, once."""
-    done = subprocess.run([sys.executable, "setup.py", "-q", "build", "--build-base", str(tmp_path), "egg_info", "--egg-base", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "setup.py",
+            "-q",
+            "build",
+            "--build-base",
+            str(tmp_path),
+            "egg_info",
+            "--egg-base",
+            str(tmp_path),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     if "No module named 'setuptools'" in done.stderr:
         pytest.skip("setuptools is not installed here")
     assert done.returncode == 0, done.stderr
     built = tmp_path / "lib" / "semanticfl_ref"
     assert {str(p.relative_to(ROOT)) for p in modules()} == {
-        str(p.relative_to(built.parent)).replace("semanticfl_ref/kernels", "kernels") for p in built.rglob("*.py")
+        str(p.relative_to(built.parent)).replace("semanticfl_ref/kernels", "kernels")
+        for p in built.rglob("*.py")
     }
-    for file in (p for p in PACKAGE.rglob("*") if p.is_file() and p.suffix not in (".py", ".pyc") and "kernels" not in p.parts):
+    for file in (
+        p
+        for p in PACKAGE.rglob("*")
+        if p.is_file() and p.suffix not in (".py", ".pyc") and "kernels" not in p.parts
+    ):
         assert (built / file.relative_to(PACKAGE)).is_file(), f"{file} is not packaged"

@@ -32,19 +32,38 @@ def go_on(run: Path, job: list[str]) -> list[str]:
 
 
 def lines_of(run: Path) -> int:
-    return (run / "metrics.jsonl").read_bytes().count(b"\n") if (run / "metrics.jsonl").exists() else 0
+    return (
+        (run / "metrics.jsonl").read_bytes().count(b"\n") if (run / "metrics.jsonl").exists() else 0
+    )
 
 
 def start(arguments: list[str]) -> subprocess.Popen:
-    return subprocess.Popen(command(*arguments), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        command(*arguments),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
 
 
 def test_the_run_folder(unbroken_run):
-    expected = {"config.toml", "environment.json", "partition.json", "anchors.json", "metrics.jsonl", "timings.jsonl", "checkpoint.safetensors", "summary.json"}
+    expected = {
+        "config.toml",
+        "environment.json",
+        "partition.json",
+        "anchors.json",
+        "metrics.jsonl",
+        "timings.jsonl",
+        "checkpoint.safetensors",
+        "summary.json",
+    }
     assert {p.name for p in unbroken_run.iterdir()} == expected
     rows = [json.loads(line) for line in (unbroken_run / "metrics.jsonl").read_text().splitlines()]
     assert [row["round"] for row in rows] == [1, 2, 3, 4]
-    assert all(0 <= row["test_accuracy"] <= 1 and not {"seconds", "time"} & set(row) for row in rows)
+    assert all(
+        0 <= row["test_accuracy"] <= 1 and not {"seconds", "time"} & set(row) for row in rows
+    )
     assert json.loads((unbroken_run / "environment.json").read_text())["threads"] >= 1
     assert json.loads((unbroken_run / "summary.json").read_text())["rounds"] == 4
 
@@ -56,7 +75,11 @@ def test_killed_at_several_moments(tmp_path, job, unbroken_run):
         process = start(go_on(run, job))
         if wanted < 0:
             time.sleep(1.0)
-        while wanted >= 0 and process.poll() is None and not (run.exists() and lines_of(run) >= wanted):
+        while (
+            wanted >= 0
+            and process.poll() is None
+            and not (run.exists() and lines_of(run) >= wanted)
+        ):
             time.sleep(0.001)
         time.sleep(moments.random() * 0.03)
         process.kill()
@@ -89,7 +112,9 @@ class Killed(BaseException):
 
 
 def test_killed_at_every_write(tmp_path, job, unbroken_run, monkeypatch):
-    """In this process, at each flush and each rename of the run in turn: the write before it is on the disk, those after it are not."""
+    """In this process, at each flush and each rename of the run in turn: the write before it is on
+    the disk, those after it are not.
+    """
     run = tmp_path / "run"
     real = {name: getattr(os, name) for name in ("fsync", "replace", "rename")}
     calls = {"left": 0}
@@ -153,7 +178,9 @@ def test_interrupted(tmp_path, job):
 
 
 def test_disk_full_while_saving(tmp_path, job, unbroken_run, monkeypatch, capsys):
-    """The second checkpoint does not fit: exit 3 names the file, the first survives, and a resume reaches the same end."""
+    """The second checkpoint does not fit: exit 3 names the file, the first survives, and a resume
+    reaches the same end.
+    """
     run, real, saves = tmp_path / "run", os.fsync, []
 
     def full(handle):
@@ -200,22 +227,35 @@ def unfinished(tmp_path, unbroken_run):
 
 
 def test_the_summary_of_a_run_that_was_killed_just_before_it(unfinished, unbroken_run):
-    """The confusion matrix comes from the final row, whether or not a round was played in this session."""
+    """The confusion matrix comes from the final row, whether or not a round was played in this
+    session.
+    """
     assert cli.main(["train", "--resume", str(unfinished)]) == 0
-    here, there = (json.loads((run / "summary.json").read_text()) for run in (unfinished, unbroken_run))
+    here, there = (
+        json.loads((run / "summary.json").read_text()) for run in (unfinished, unbroken_run)
+    )
     assert {**here, "folder": there["folder"]} == there and here["rounds"] == 4
     last = json.loads((unfinished / "metrics.jsonl").read_text().splitlines()[-1])
-    assert [row[c] / sum(row) for c, row in enumerate(there["confusion"])] == last["class_accuracy"] == there["class_accuracy"]
+    assert (
+        [row[c] / sum(row) for c, row in enumerate(there["confusion"])]
+        == last["class_accuracy"]
+        == there["class_accuracy"]
+    )
 
 
 def test_flags_that_contradict_the_run(unfinished, capsys):
-    assert cli.main(["train", "--resume", str(unfinished), "--seed", "0", "--set", "model.width=3"]) == 4
+    assert (
+        cli.main(["train", "--resume", str(unfinished), "--seed", "0", "--set", "model.width=3"])
+        == 4
+    )
     assert "model.width = 2 there, 3 here" in capsys.readouterr().err
 
 
 def test_a_checkpoint_of_another_configuration(unfinished, capsys):
     text = (unfinished / "config.toml").read_text()
-    (unfinished / "config.toml").write_text(text.replace("width = 2", "width = 3").replace("tau = 0.05", "tau = 0.06"))
+    (unfinished / "config.toml").write_text(
+        text.replace("width = 2", "width = 3").replace("tau = 0.05", "tau = 0.06")
+    )
     assert cli.main(["train", "--resume", str(unfinished)]) == 4
     err = capsys.readouterr().err
     assert "model.width" in err and "semantic.tau" in err
@@ -247,7 +287,9 @@ def test_a_run_goes_on_when_its_images_have_moved(tmp_path, job, monkeypatch, ca
         for i in range(12):
             Image.new("RGB", (32, 32), (40 * c + i, 60, 90)).save(images / name / f"{i}.png")
     run, given = str(tmp_path / "run"), [*job, "--dataset", "folder", "--alpha", "5"]
-    monkeypatch.setattr(train, "play", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt("stopped")))
+    monkeypatch.setattr(
+        train, "play", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt("stopped"))
+    )
     assert cli.main(["train", *given, "--data-dir", str(images), "--out", run]) == 130
     monkeypatch.undo()
     images.rename(tmp_path / "elsewhere")

@@ -9,7 +9,12 @@ import torch
 from semanticfl_ref import storage
 from semanticfl_ref.errors import DataError
 
-TENSORS = {"b": torch.arange(6.0).view(2, 3), "a": torch.tensor([True, False]), "empty": torch.zeros(0, 4), "half": torch.ones(3, dtype=torch.bfloat16)}
+TENSORS = {
+    "b": torch.arange(6.0).view(2, 3),
+    "a": torch.tensor([True, False]),
+    "empty": torch.zeros(0, 4),
+    "half": torch.ones(3, dtype=torch.bfloat16),
+}
 
 
 @pytest.fixture
@@ -22,16 +27,27 @@ def full_disk(monkeypatch):
 
 def test_a_round_trip_and_equal_bytes(tmp_path):
     one = storage.save_tensors(tmp_path / "one", TENSORS, {"z": 1, "a": [None, "ü"]})
-    other = storage.save_tensors(tmp_path / "other", dict(reversed(TENSORS.items())), {"a": [None, "ü"], "z": 1})
+    other = storage.save_tensors(
+        tmp_path / "other", dict(reversed(TENSORS.items())), {"a": [None, "ü"], "z": 1}
+    )
     assert one == other and (tmp_path / "one").read_bytes() == (tmp_path / "other").read_bytes()
     tensors, about, recorded = storage.load_tensors(tmp_path / "one")
     assert recorded == one and about == {"z": 1, "a": [None, "ü"]}
-    assert set(tensors) == set(TENSORS) and all(torch.equal(tensors[name], TENSORS[name]) and tensors[name].dtype == TENSORS[name].dtype for name in TENSORS)
+    assert set(tensors) == set(TENSORS) and all(
+        torch.equal(tensors[name], TENSORS[name]) and tensors[name].dtype == TENSORS[name].dtype
+        for name in TENSORS
+    )
 
 
 @pytest.mark.parametrize(
     "tensors, about",
-    [({"c": TENSORS["a"]}, {}), ({"b": TENSORS["b"].view(3, 2)}, {}), ({"b": TENSORS["b"].int()}, {}), ({}, {"a": 1}), ({"b": TENSORS["b"] + 1}, {})],
+    [
+        ({"c": TENSORS["a"]}, {}),
+        ({"b": TENSORS["b"].view(3, 2)}, {}),
+        ({"b": TENSORS["b"].int()}, {}),
+        ({}, {"a": 1}),
+        ({"b": TENSORS["b"] + 1}, {}),
+    ],
     ids=["name", "shape", "dtype", "document", "values"],
 )
 def test_a_digest_covers_everything(tensors, about):
@@ -39,7 +55,9 @@ def test_a_digest_covers_everything(tensors, about):
 
 
 def test_a_digest_sees_a_strided_tensor_as_its_values():
-    assert storage.digest({}, {"a": torch.arange(12).view(3, 4).T}) == storage.digest({}, {"a": torch.arange(12).view(3, 4).T.contiguous()})
+    assert storage.digest({}, {"a": torch.arange(12).view(3, 4).T}) == storage.digest(
+        {}, {"a": torch.arange(12).view(3, 4).T.contiguous()}
+    )
 
 
 def test_damage_is_told(tmp_path):
@@ -52,7 +70,9 @@ def test_damage_is_told(tmp_path):
             tensors, about, _ = storage.load_tensors(path)
         except storage.Damaged:
             continue
-        assert about == {"a": 1} and all(torch.equal(tensors[name], TENSORS[name]) for name in TENSORS), place
+        assert about == {"a": 1} and all(
+            torch.equal(tensors[name], TENSORS[name]) for name in TENSORS
+        ), place
     for length in (0, 5, 8, 100, len(good) - 1):
         path.write_bytes(good[:length])
         with pytest.raises(storage.Damaged):
@@ -63,9 +83,15 @@ def test_damage_is_told(tmp_path):
 
 def test_a_full_disk_keeps_the_old_file(tmp_path, full_disk):
     (tmp_path / "file").write_text("old")
-    with pytest.raises(DataError, match="cannot write .*file: No space left on device; buy a disk") as caught:
+    with pytest.raises(
+        DataError, match="cannot write .*file: No space left on device; buy a disk"
+    ) as caught:
         storage.replace(tmp_path / "file", "new", "buy a disk")
-    assert caught.value.exit_code == 3 and os.listdir(tmp_path) == ["file"] and (tmp_path / "file").read_text() == "old"
+    assert (
+        caught.value.exit_code == 3
+        and os.listdir(tmp_path) == ["file"]
+        and (tmp_path / "file").read_text() == "old"
+    )
 
 
 def test_a_folder_that_forbids_writing_is_named(tmp_path):

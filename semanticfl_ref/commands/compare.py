@@ -15,10 +15,29 @@ HELP = "methods side by side: a grid of methods, scenarios and seeds; tables, fi
 
 
 def add_flags(parser) -> None:
-    parser.add_argument("--methods", default="fedavg,semanticfl", metavar="A,B", help="arms, separated by commas; an arm may have settings of its own: semanticfl[anchors.control=shuffled;semantic.tau=0.1]")
-    parser.add_argument("--scenarios", default="", metavar="A,B", help="nid1:0.1 (alpha), nid2 (six clients), iid, nid1[partition.alpha=0.1;...]; by default the configured one")
-    parser.add_argument("--baseline", metavar="ARM", help="arm that the others are paired with; the first by default")
-    parser.add_argument("--part", choices=["test", "validation"], default="test", help="whose accuracy is told; tune on validation alone")
+    parser.add_argument(
+        "--methods",
+        default="fedavg,semanticfl",
+        metavar="A,B",
+        help="arms, separated by commas; an arm may have settings of its own: semanticfl[anchors.control=shuffled;semantic.tau=0.1]",
+    )
+    parser.add_argument(
+        "--scenarios",
+        default="",
+        metavar="A,B",
+        help="nid1:0.1 (alpha), nid2 (six clients), iid, nid1[partition.alpha=0.1;...]; by default the configured one",
+    )
+    parser.add_argument(
+        "--baseline",
+        metavar="ARM",
+        help="arm that the others are paired with; the first by default",
+    )
+    parser.add_argument(
+        "--part",
+        choices=["test", "validation"],
+        default="test",
+        help="whose accuracy is told; tune on validation alone",
+    )
     add_grid_flags(parser, Path("runs/compare"))
     add_settings(parser)
 
@@ -26,8 +45,20 @@ def add_flags(parser) -> None:
 def add_grid_flags(parser, out: Path) -> None:
     """The flags that every grid of runs takes."""
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N - 1 (3)")
-    parser.add_argument("--workers", type=int, default=1, metavar="N", help="runs at a time (1); they share the processor's threads")
-    parser.add_argument("--out", type=Path, default=out, metavar="FOLDER", help=f"runs, tables and figures; finished runs in it are reused ({out})")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=1,
+        metavar="N",
+        help="runs at a time (1); they share the processor's threads",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=out,
+        metavar="FOLDER",
+        help=f"runs, tables and figures; finished runs in it are reused ({out})",
+    )
 
 
 def run(arguments) -> int:
@@ -38,7 +69,11 @@ def run(arguments) -> int:
     baseline = arguments.baseline or next(iter(arms), "")
     if baseline not in arms:
         raise UserError(f"--baseline {baseline!r} is not among --methods {arguments.methods!r}")
-    return show(run_grid(arguments, arms, grid.split(arguments.scenarios), baseline, arguments.part), arguments.json, tables.markdown)
+    return show(
+        run_grid(arguments, arms, grid.split(arguments.scenarios), baseline, arguments.part),
+        arguments.json,
+        tables.markdown,
+    )
 
 
 def refuse(arguments) -> None:
@@ -49,7 +84,10 @@ def refuse(arguments) -> None:
     for name in ("federation.method", "partition.scenario", "run.seed"):
         flag = f"{name.split('.')[1]}s"
         if name in written(arguments):
-            raise UserError(f"{name} differs from run to run of a grid: leave it out, " + (f"--{flag} says which" if hasattr(arguments, flag) else "the cell says which"))
+            raise UserError(
+                f"{name} differs from run to run of a grid: leave it out, "
+                + (f"--{flag} says which" if hasattr(arguments, flag) else "the cell says which")
+            )
 
 
 def written(arguments) -> set[str]:
@@ -58,20 +96,40 @@ def written(arguments) -> set[str]:
 
 
 def run_grid(arguments, arms: list[str], scenarios: list[str], baseline: str, part: str) -> dict:
-    """Run what is left of a grid; write its tables and figures beside the runs; return the comparison."""
+    """Run what is left of a grid; write its tables and figures beside the runs; return the
+    comparison.
+    """
     from semanticfl_ref.comparison import grid, statistics
     from semanticfl_ref.report.tables import is_embedded
 
-    threads = {"run.threads": max(1, (os.cpu_count() or 1) // arguments.workers)} if arguments.workers > 1 else {}
-    own = {**threads, **(config.read_toml(arguments.config) if arguments.config else {}), **given(arguments)}
+    threads = (
+        {"run.threads": max(1, (os.cpu_count() or 1) // arguments.workers)}
+        if arguments.workers > 1
+        else {}
+    )
+    own = {
+        **threads,
+        **(config.read_toml(arguments.config) if arguments.config else {}),
+        **given(arguments),
+    }
 
     def settle(cell: dict[str, object]) -> config.Config:
-        return config.build(own, None, [*arguments.set, *(f"{name}={value}" for name, value in cell.items())])  # what a cell is wins
+        return config.build(
+            own, None, [*arguments.set, *(f"{name}={value}" for name, value in cell.items())]
+        )  # what a cell is wins
 
-    jobs = grid.plan(arms, scenarios or [settle({}).partition.scenario], arguments.seeds, settle, arguments.out)
-    if part == "validation" and any(job.config.data.validation_share == 0 and not is_embedded(job.config) for job in jobs):
-        raise UserError(f"--part validation: {jobs[0].config.data.name} has no validation part; set some of its training images aside: --set data.validation_share=0.1")
-    say(f"{len(arms)} methods x {len(jobs) // len(arms) // arguments.seeds} scenarios x {arguments.seeds} seeds = {len(jobs)} runs in {arguments.out}")
+    jobs = grid.plan(
+        arms, scenarios or [settle({}).partition.scenario], arguments.seeds, settle, arguments.out
+    )
+    if part == "validation" and any(
+        job.config.data.validation_share == 0 and not is_embedded(job.config) for job in jobs
+    ):
+        raise UserError(
+            f"--part validation: {jobs[0].config.data.name} has no validation part; set some of its training images aside: --set data.validation_share=0.1"
+        )
+    say(
+        f"{len(arms)} methods x {len(jobs) // len(arms) // arguments.seeds} scenarios x {arguments.seeds} seeds = {len(jobs)} runs in {arguments.out}"
+    )
     grid.run(jobs, workers=arguments.workers, offline=arguments.offline, methods=arguments.imports)
     result = statistics.compare(jobs, baseline, part)
     write(result, arguments.out)
@@ -85,10 +143,20 @@ def write(result: dict, out: Path) -> None:
     from semanticfl_ref.storage import replace
 
     command = shlex.join(["python", "-m", "semanticfl_ref", *sys.argv[1:]])
-    replace(out / "compare.json", json.dumps({**result, "command": command}, sort_keys=True, indent=1) + "\n")
+    replace(
+        out / "compare.json",
+        json.dumps({**result, "command": command}, sort_keys=True, indent=1) + "\n",
+    )
     replace(out / "compare.csv", tables.csv_text(result))
     replace(out / "compare.md", tables.markdown(result, command) + "\n")
     if can_draw():
         tables.draw_curves(result, out / "curves.png", out / "curves.svg")
         tables.draw_gains(result, out / "gains.png", out / "gains.svg")
-    say(f"written: compare.md, .csv and .json in {out}" + (", curves and gains as PNG and SVG" if can_draw() else "; no figures without matplotlib (pip install matplotlib)"))
+    say(
+        f"written: compare.md, .csv and .json in {out}"
+        + (
+            ", curves and gains as PNG and SVG"
+            if can_draw()
+            else "; no figures without matplotlib (pip install matplotlib)"
+        )
+    )

@@ -14,4 +14,6 @@ def add_flags(parser) -> None:
 
 def run(arguments) -> int:
     settings = settle(arguments)
-    return show(config.to_flat(settings), arguments.json, lambda flat: config.to_toml(settings).rstrip())
+    return show(
+        config.to_flat(settings), arguments.json, lambda flat: config.to_toml(settings).rstrip()
+    )

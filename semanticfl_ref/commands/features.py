@@ -13,28 +13,66 @@ def add_flags(parser) -> None:
     parser.add_argument("what", choices=["build", "info", "verify", "probe"])
     add_settings(parser)
     parser.add_argument("--anew", action="store_true", help="build: throw away what is there")
-    parser.add_argument("--layers", metavar="A,B", help="probe: taps; by default the latent and every block")
-    parser.add_argument("--timesteps", type=_numbers, default=[], metavar="T,T", help="probe: noise levels; by default the configured one")
-    parser.add_argument("--probe-images", type=int, metavar="N", help="probe: at most so many to fit on and to judge on (2000)")
-    parser.add_argument("--figure", type=Path, metavar="PNG", help="probe: draw the table; needs matplotlib")
+    parser.add_argument(
+        "--layers", metavar="A,B", help="probe: taps; by default the latent and every block"
+    )
+    parser.add_argument(
+        "--timesteps",
+        type=_numbers,
+        default=[],
+        metavar="T,T",
+        help="probe: noise levels; by default the configured one",
+    )
+    parser.add_argument(
+        "--probe-images",
+        type=int,
+        metavar="N",
+        help="probe: at most so many to fit on and to judge on (2000)",
+    )
+    parser.add_argument(
+        "--figure", type=Path, metavar="PNG", help="probe: draw the table; needs matplotlib"
+    )
 
 
 def run(arguments) -> int:
     settings = settle(arguments)
-    only_for = {"anew": "build", "layers": "probe", "timesteps": "probe", "probe_images": "probe", "figure": "probe"}
+    only_for = {
+        "anew": "build",
+        "layers": "probe",
+        "timesteps": "probe",
+        "probe_images": "probe",
+        "figure": "probe",
+    }
     for name, what in only_for.items():
         if getattr(arguments, name) and what != arguments.what:
-            raise UserError(f"--{name.replace('_', '-')} belongs to `features {what}`, not to `features {arguments.what}`")
+            raise UserError(
+                f"--{name.replace('_', '-')} belongs to `features {what}`, not to `features {arguments.what}`"
+            )
     say(f"{settings.data.name}, {settings.diffusion.source}: loading torch ...")
     from semanticfl_ref import features
 
     where = {"offline": arguments.offline}
     if arguments.what == "build":
-        return show(features.build(settings, anew=arguments.anew, say=say, **where), arguments.json, features.bank_words)
+        return show(
+            features.build(settings, anew=arguments.anew, say=say, **where),
+            arguments.json,
+            features.bank_words,
+        )
     if arguments.what != "probe":
-        return show({"info": features.info, "verify": features.verify}[arguments.what](settings, **where), arguments.json, features.bank_words)
-    options = {"layers": arguments.layers or "all", "timesteps": arguments.timesteps, "images": arguments.probe_images or features.PROBE_IMAGES, "figure": arguments.figure}
-    return show(features.probe(settings, say=say, **options, **where), arguments.json, features.probe_words)
+        return show(
+            {"info": features.info, "verify": features.verify}[arguments.what](settings, **where),
+            arguments.json,
+            features.bank_words,
+        )
+    options = {
+        "layers": arguments.layers or "all",
+        "timesteps": arguments.timesteps,
+        "images": arguments.probe_images or features.PROBE_IMAGES,
+        "figure": arguments.figure,
+    }
+    return show(
+        features.probe(settings, say=say, **options, **where), arguments.json, features.probe_words
+    )
 
 
 def _numbers(text: str) -> list[int]:

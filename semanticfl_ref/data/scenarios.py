@@ -1,12 +1,14 @@
-"""Rules that say whose an image is: its label, and a seeded draw. `partition.py` repairs and checks what they give.
+"""Rules that say whose an image is: its label, and a seeded draw. `partition.py` repairs and checks
+what they give.
 
     iid           equal parts of a shuffle
-    nid1          label skew: every class is dealt out by Dirichlet(alpha) proportions; a client that holds N / M images gets no more
-    nid2          the extreme split of six clients: five hold a fifth of the classes each, one holds all
-    pathological  every client holds k classes, in shards of about one size
-    quantity      quantity skew: sizes by Dirichlet(alpha), labels alike
+    nid1          label skew: every class is dealt out by Dirichlet(alpha) proportions; a client
+    that holds N / M images gets no more nid2          the extreme split of six clients: five hold a
+    fifth of the classes each, one holds all pathological  every client holds k classes, in shards
+    of about one size quantity      quantity skew: sizes by Dirichlet(alpha), labels alike
 
-Each gives the owner of every image, int64 [N], 0 ... M - 1. A global long tail, which goes with any of them, says first which images there are.
+Each gives the owner of every image, int64 [N], 0 ... M - 1. A global long tail, which goes with any
+of them, says first which images there are.
 
 Letters: M clients in all, C classes, N images.
 """
@@ -27,8 +29,12 @@ def iid(labels: torch.Tensor, clients: int, source: torch.Generator) -> torch.Te
     return torch.empty_like(order_N).index_copy_(0, order_N, torch.arange(len(labels)) % clients)
 
 
-def nid1(labels: torch.Tensor, clients: int, classes: int, alpha: float, source: torch.Generator) -> torch.Tensor:
-    """Owner of each image, class by class. Source: the Dirichlet split with balancing that MOON's and FedDisco's experiments use."""
+def nid1(
+    labels: torch.Tensor, clients: int, classes: int, alpha: float, source: torch.Generator
+) -> torch.Tensor:
+    """Owner of each image, class by class. Source: the Dirichlet split with balancing that MOON's
+    and FedDisco's experiments use.
+    """
     owner_N = torch.empty(len(labels), dtype=torch.int64)
     sizes_M = torch.zeros(clients, dtype=torch.int64)
     for c in range(classes):
@@ -36,7 +42,9 @@ def nid1(labels: torch.Tensor, clients: int, classes: int, alpha: float, source:
         if len(mine) == 0:
             continue
         log_share_M = _log_gamma_draws(alpha, clients, source)
-        log_share_M[sizes_M * clients >= len(labels)] = -math.inf  # never all: they hold less than N while a class is left
+        log_share_M[
+            sizes_M * clients >= len(labels)
+        ] = -math.inf  # never all: they hold less than N while a class is left
         counts_M = _sizes(log_share_M, len(mine))
         owner_N[mine] = torch.repeat_interleave(torch.arange(clients), counts_M)
         sizes_M += counts_M
@@ -44,16 +52,20 @@ def nid1(labels: torch.Tensor, clients: int, classes: int, alpha: float, source:
 
 
 def nid2(labels: torch.Tensor, clients: int, classes: int, source: torch.Generator) -> torch.Tensor:
-    """Owner of each image: a sixth of every class goes to the unbiased client (the last), the rest to the class's biased one.
+    """Owner of each image: a sixth of every class goes to the unbiased client (the last), the rest
+    to the class's biased one.
 
-    Choice: groups of consecutive classes (two of CIFAR-10's, 20 of CIFAR-100's) and six equal clients; neither is published.
+    Choice: groups of consecutive classes (two of CIFAR-10's, 20 of CIFAR-100's) and six equal
+        clients; neither is published.
     """
     if clients != NID2_CLIENTS:
         defined = f"scenario nid2 is defined for {NID2_CLIENTS} clients (five biased, one unbiased), not {clients}"
         raise UserError(f"{defined}: use --clients {NID2_CLIENTS}, or nid1")
     biased = NID2_CLIENTS - 1
     if classes < biased:
-        raise UserError(f"scenario nid2 gives each of {biased} biased clients classes of its own; this data set has {classes} classes: use nid1")
+        raise UserError(
+            f"scenario nid2 gives each of {biased} biased clients classes of its own; this data set has {classes} classes: use nid1"
+        )
     owner_N = torch.empty(len(labels), dtype=torch.int64)
     for c in range(classes):
         mine = _shuffled(labels, c, source)
@@ -62,17 +74,25 @@ def nid2(labels: torch.Tensor, clients: int, classes: int, source: torch.Generat
     return owner_N
 
 
-def pathological(labels: torch.Tensor, clients: int, classes: int, k: int, minimum: int, source: torch.Generator) -> torch.Tensor:
-    """Owner of each image: every class is cut into equal shards, the larger classes into more of them; a client gets k shards, of k classes.
+def pathological(
+    labels: torch.Tensor, clients: int, classes: int, k: int, minimum: int, source: torch.Generator
+) -> torch.Tensor:
+    """Owner of each image: every class is cut into equal shards, the larger classes into more of
+    them; a client gets k shards, of k classes.
 
-    Source: McMahan et al. 2017, Section 3. `Choice:` theirs cuts the sorted images into M k equal shards, deals them at random, and so gives most
-    clients k classes; here no shard crosses from one class to the next and no client gets two of one class, so that it has k exactly.
+    Source: McMahan et al. 2017, Section 3. `Choice:` theirs cuts the sorted images into M k equal
+        shards, deals them at random, and so gives most
+    clients k classes; here no shard crosses from one class to the next and no client gets two of
+    one class, so that it has k exactly.
 
     Raises:
-        UserError: more classes than M k shards, or more shards than the images and the classes give.
+        UserError: more classes than M k shards, or more shards than the images and the classes
+            give.
     """
     counts = torch.bincount(labels, minlength=classes).tolist()
-    most = [min(clients, max(1, n // -(-minimum // k))) if n else 0 for n in counts]  # k shards have the minimum, and a client takes one of a class
+    most = [
+        min(clients, max(1, n // -(-minimum // k))) if n else 0 for n in counts
+    ]  # k shards have the minimum, and a client takes one of a class
     pieces = [min(1, n) for n in counts]
     if not sum(pieces) <= clients * k <= sum(most):
         raise UserError(
@@ -86,8 +106,14 @@ def pathological(labels: torch.Tensor, clients: int, classes: int, k: int, minim
         pieces[c] += 1
         if pieces[c] < most[c]:
             heapq.heappush(largest, (-counts[c] / pieces[c], c))
-    left_C, holds_MC = torch.tensor(pieces).double(), torch.zeros(clients, classes, dtype=torch.bool)
-    for m in range(clients):  # the classes with most shards left, ties at random: it always comes out (Gale 1957, Ryser 1957)
+    left_C, holds_MC = (
+        torch.tensor(pieces).double(),
+        torch.zeros(clients, classes, dtype=torch.bool),
+    )
+    for m in range(
+        clients
+        # the classes with most shards left, ties at random: it always comes out (Gale 1957, Ryser 1957)
+    ):
         chosen = (left_C + torch.rand(classes, generator=source)).topk(k).indices
         left_C[chosen] -= 1
         holds_MC[m, chosen] = True
@@ -98,18 +124,28 @@ def pathological(labels: torch.Tensor, clients: int, classes: int, k: int, minim
     return owner_N
 
 
-def quantity(labels: torch.Tensor, clients: int, alpha: float, source: torch.Generator) -> torch.Tensor:
-    """Owner of each image: sizes by Dirichlet(alpha), whatever the labels. Source: NIID-Bench (Li et al.: Federated Learning on Non-IID Data Silos: An
-    Experimental Study. ICDE 2022, arXiv 2102.02079), its quantity skew, which draws until nobody is small; here the split is repaired."""
+def quantity(
+    labels: torch.Tensor, clients: int, alpha: float, source: torch.Generator
+) -> torch.Tensor:
+    """Owner of each image: sizes by Dirichlet(alpha), whatever the labels. Source: NIID-Bench (Li
+    et al.: Federated Learning on Non-IID Data Silos: An Experimental Study. ICDE 2022, arXiv
+    2102.02079), its quantity skew, which draws until nobody is small; here the split is
+    repaired."""
     sizes_M = _sizes(_log_gamma_draws(alpha, clients, source), len(labels))
     order_N = torch.randperm(len(labels), generator=source)
-    return torch.empty_like(labels).index_copy_(0, order_N, torch.repeat_interleave(torch.arange(clients), sizes_M))
+    return torch.empty_like(labels).index_copy_(
+        0, order_N, torch.repeat_interleave(torch.arange(clients), sizes_M)
+    )
 
 
-def long_tail(labels: torch.Tensor, classes: int, factor: float, source: torch.Generator) -> torch.Tensor:
-    """The images that stay, ascending int64: of class c's n the whole part of n * factor^(-c / (C - 1)), at least one.
+def long_tail(
+    labels: torch.Tensor, classes: int, factor: float, source: torch.Generator
+) -> torch.Tensor:
+    """The images that stay, ascending int64: of class c's n the whole part of n * factor^(-c / (C -
+    1)), at least one.
 
-    Source: Cui et al.: Class-Balanced Loss Based on Effective Number of Samples. CVPR 2019; Cao et al. 2019 (LDAM). 1 keeps all.
+    Source: Cui et al.: Class-Balanced Loss Based on Effective Number of Samples. CVPR 2019; Cao et
+        al. 2019 (LDAM). 1 keeps all.
     """
     if factor == 1:
         return torch.arange(len(labels))
@@ -136,10 +172,15 @@ def _sizes(log_share_M: torch.Tensor, n: int) -> torch.Tensor:
 
 
 def _log_gamma_draws(alpha: float, n: int, source: torch.Generator) -> torch.Tensor:
-    """log of n Gamma(alpha) draws, float64; their softmax is Dirichlet(alpha). In logarithms, as a small alpha underflows.
+    """log of n Gamma(alpha) draws, float64; their softmax is Dirichlet(alpha). In logarithms, as a
+    small alpha underflows.
 
     Gamma(alpha) = Gamma(alpha + 1) * U^(1 / alpha) in distribution.
     """
-    above = torch._standard_gamma(torch.full((n,), alpha + 1.0, dtype=torch.float64), generator=source)
-    uniform = 1 - torch.rand(n, dtype=torch.float64, generator=source)  # in (0, 1]: its logarithm is finite
+    above = torch._standard_gamma(
+        torch.full((n,), alpha + 1.0, dtype=torch.float64), generator=source
+    )
+    uniform = 1 - torch.rand(
+        n, dtype=torch.float64, generator=source
+    )  # in (0, 1]: its logarithm is finite
     return above.log() + uniform.log() / alpha

@@ -1,9 +1,11 @@
-"""The scene recipe: 8x8 ink masks -> 32x32 colour images of a jittered glyph on a smooth, noisy background.
+"""The scene recipe: 8x8 ink masks -> 32x32 colour images of a jittered glyph on a smooth, noisy
+background.
 
-Plain digits are too easy to show what guidance does: a linear probe on raw pixels reads 96 % of them. A scene turns, scales,
-shifts and colours the same glyph, so that its class is no longer a matter of single pixels, while a model that has seen many
-glyphs in many scenes keeps reading it. The recipe is the same for the embedded data set and for the images that the
-embedded diffusion model was trained on; the glyphs are not.
+Plain digits are too easy to show what guidance does: a linear probe on raw pixels reads 96 % of
+them. A scene turns, scales, shifts and colours the same glyph, so that its class is no longer a
+matter of single pixels, while a model that has seen many glyphs in many scenes keeps reading it.
+The recipe is the same for the embedded data set and for the images that the embedded diffusion
+model was trained on; the glyphs are not.
 
 Letters: N images.
 """
@@ -30,19 +32,25 @@ def plain(masks: torch.Tensor) -> torch.Tensor:
     Returns:
         float32 [N, 3, 32, 32] in 0 ... 1.
     """
-    ink = F.interpolate(masks.float()[:, None] / 16, size=(INK_SIDE, INK_SIDE), mode="bicubic", align_corners=False)
+    ink = F.interpolate(
+        masks.float()[:, None] / 16, size=(INK_SIDE, INK_SIDE), mode="bicubic", align_corners=False
+    )
     margin = (SIDE - INK_SIDE) // 2
     return F.pad(ink.clamp(0, 1), (margin,) * 4).repeat(1, 3, 1, 1)
 
 
-def scenes(masks: torch.Tensor, generator: torch.Generator, light_on_dark: bool = False) -> torch.Tensor:
-    """Place each glyph in a scene of its own: turned, scaled, shifted, two colours, a soft gradient, pixel noise.
+def scenes(
+    masks: torch.Tensor, generator: torch.Generator, light_on_dark: bool = False
+) -> torch.Tensor:
+    """Place each glyph in a scene of its own: turned, scaled, shifted, two colours, a soft
+    gradient, pixel noise.
 
     Args:
         masks: uint8 [N, 8, 8], 0 ... 16.
         generator: CPU generator; the result depends on it and on the other arguments alone.
-        light_on_dark: keep the ground in the dark half of every channel and the figure in the light half. With any two colours
-            a network that starts from nothing does not leave chance on a few hundred labels, so nothing could be compared.
+        light_on_dark: keep the ground in the dark half of every channel and the figure in the light
+            half. With any two colours a network that starts from nothing does not leave chance on a
+            few hundred labels, so nothing could be compared.
 
     Returns:
         float32 [N, 3, 32, 32] in 0 ... 1.
@@ -55,13 +63,19 @@ def scenes(masks: torch.Tensor, generator: torch.Generator, light_on_dark: bool 
     angle, zoom = uniform(-ROTATION, ROTATION, n), uniform(*ZOOM, n)
     shift = uniform(-SHIFT, SHIFT, n, 2)
     cos, sin = angle.cos() * zoom, angle.sin() * zoom
-    affine = torch.stack([torch.stack([cos, -sin, shift[:, 0]], 1), torch.stack([sin, cos, shift[:, 1]], 1)], 1)
+    affine = torch.stack(
+        [torch.stack([cos, -sin, shift[:, 0]], 1), torch.stack([sin, cos, shift[:, 1]], 1)], 1
+    )
     ink = plain(masks)[:, :1]
-    ink = F.grid_sample(ink, F.affine_grid(affine, list(ink.shape), align_corners=False), align_corners=False)
+    ink = F.grid_sample(
+        ink, F.affine_grid(affine, list(ink.shape), align_corners=False), align_corners=False
+    )
 
     ground, figure = uniform(0, 1, n, 3, 1, 1), uniform(0, 1, n, 3, 1, 1)
     too_close = (ground - figure).norm(dim=1, keepdim=True) < MIN_CONTRAST
-    figure = torch.where(too_close, (ground + 0.5) % 1, figure)  # half a turn in every channel: distance 0.87
+    figure = torch.where(
+        too_close, (ground + 0.5) % 1, figure
+    )  # half a turn in every channel: distance 0.87
     if light_on_dark:
         ground, figure = 0.4 * ground, 0.6 + 0.4 * figure
     field = torch.randn(n, 3, 3, 3, generator=generator) * BACKGROUND_GRADIENT

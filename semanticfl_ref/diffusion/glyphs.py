@@ -1,7 +1,9 @@
-"""Captioned glyphs for the embedded diffusion model's training: open fonts and drawn strokes, never a handwritten image.
+"""Captioned glyphs for the embedded diffusion model's training: open fonts and drawn strokes, never
+a handwritten image.
 
-A glyph is rendered at 64x64, bent, slanted and thickened, cropped to its ink, and reduced to an 8x8 mask of ink counts, the
-form in which UCI's handwritten digits come; `data.scenes` then does the same to both. Run once by `make_tiny`; needs fonts.
+A glyph is rendered at 64x64, bent, slanted and thickened, cropped to its ink, and reduced to an 8x8
+mask of ink counts, the form in which UCI's handwritten digits come; `data.scenes` then does the
+same to both. Run once by `make_tiny`; needs fonts.
 
 Letters: N glyphs, S = 64 pixels.
 """
@@ -18,12 +20,27 @@ from PIL import Image, ImageDraw, ImageFont
 DIGITS = "0123456789"
 CAPITALS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 CHARACTERS = DIGITS + CAPITALS
-NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"] + [f"letter {c.lower()}" for c in CAPITALS]
+NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"] + [
+    f"letter {c.lower()}" for c in CAPITALS
+]
 S = 64
-LEFT_OUT = ("math", "symbol", "keyboard", "icon", "emoji", "dingbat", "ornament", "barcode", "opsmall", "initials")
+LEFT_OUT = (
+    "math",
+    "symbol",
+    "keyboard",
+    "icon",
+    "emoji",
+    "dingbat",
+    "ornament",
+    "barcode",
+    "opsmall",
+    "initials",
+)
 
-# A digit as strokes: each variant is a list of strokes, each stroke a list of points in the unit square (x right, y down)
-# that a Catmull-Rom spline passes through. Several variants per digit: with and without serif, bar, loop or closing stroke.
+# A digit as strokes: each variant is a list of strokes, each stroke a list of points in the unit
+# square (x right, y down)
+# that a Catmull-Rom spline passes through. Several variants per digit: with and without serif, bar,
+# loop or closing stroke.
 STROKES: dict[str, list[list[list[tuple[float, float]]]]] = {
     "0": [[[(0.5, 0.05), (0.2, 0.3), (0.2, 0.7), (0.5, 0.95), (0.8, 0.7), (0.8, 0.3), (0.5, 0.05)]],
           [[(0.55, 0.08), (0.3, 0.3), (0.25, 0.7), (0.45, 0.95), (0.72, 0.7), (0.75, 0.3), (0.5, 0.06)]]],
@@ -52,7 +69,9 @@ STROKES: dict[str, list[list[list[tuple[float, float]]]]] = {
 }  # fmt: skip
 
 
-def captioned_glyphs(count: int, seed: int, fonts: list[str], stroke_share: float = 0.5, digit_share: float = 0.75) -> tuple[torch.Tensor, torch.Tensor]:
+def captioned_glyphs(
+    count: int, seed: int, fonts: list[str], stroke_share: float = 0.5, digit_share: float = 0.75
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw glyphs with their class numbers (an index into `NAMES`).
 
     Args:
@@ -71,25 +90,41 @@ def captioned_glyphs(count: int, seed: int, fonts: list[str], stroke_share: floa
         is_digit = pick.random() < digit_share
         label = pick.randrange(10) if is_digit else 10 + pick.randrange(26)
         drawn = is_digit and pick.random() < stroke_share
-        images.append(_draw_strokes(pick, CHARACTERS[label]) if drawn else _draw_font(pick, CHARACTERS[label], fonts))
+        images.append(
+            _draw_strokes(pick, CHARACTERS[label])
+            if drawn
+            else _draw_font(pick, CHARACTERS[label], fonts)
+        )
         classes.append(label)
     generator = torch.Generator().manual_seed(seed)
-    masks = [_mask(torch.from_numpy(np.stack(images[i : i + 500])), generator) for i in range(0, count, 500)]
+    masks = [
+        _mask(torch.from_numpy(np.stack(images[i : i + 500])), generator)
+        for i in range(0, count, 500)
+    ]
     return torch.cat(masks), torch.tensor(classes)
 
 
 def usable_fonts() -> list[str]:
-    """The installed scalable fonts that have digits and capitals, one face a family and style, sorted by file name."""
-    listing = subprocess.run(["fc-list", "--format", "%{file}\n"], capture_output=True, text=True, check=True).stdout
-    files = sorted({line for line in listing.splitlines() if Path(line).suffix.lower() in {".ttf", ".otf"}})
-    return [f for f in files if not any(word in f.lower() for word in LEFT_OUT) and _has_characters(f)]
+    """The installed scalable fonts that have digits and capitals, one face a family and style,
+    sorted by file name.
+    """
+    listing = subprocess.run(
+        ["fc-list", "--format", "%{file}\n"], capture_output=True, text=True, check=True
+    ).stdout
+    files = sorted(
+        {line for line in listing.splitlines() if Path(line).suffix.lower() in {".ttf", ".otf"}}
+    )
+    return [
+        f for f in files if not any(word in f.lower() for word in LEFT_OUT) and _has_characters(f)
+    ]
 
 
 def _has_characters(file: str) -> bool:
     try:
         font = ImageFont.truetype(file, 20)
         inked = [font.getmask(c).getbbox() for c in CHARACTERS]
-        return all(inked) and len({bytes(font.getmask(c)) for c in DIGITS}) == 10  # a missing glyph is one box for all
+        # a missing glyph is one box for all
+        return all(inked) and len({bytes(font.getmask(c)) for c in DIGITS}) == 10
     except OSError:
         return False
 
@@ -97,17 +132,27 @@ def _has_characters(file: str) -> bool:
 def _draw_font(pick: random.Random, character: str, fonts: list[str]) -> np.ndarray:
     image = Image.new("L", (S, S), 0)
     font = ImageFont.truetype(pick.choice(fonts), 44)
-    ImageDraw.Draw(image).text((S / 2, S / 2), character, fill=255, font=font, anchor="mm", stroke_width=pick.choice([0, 0, 1, 1, 2, 3]))
+    ImageDraw.Draw(image).text(
+        (S / 2, S / 2),
+        character,
+        fill=255,
+        font=font,
+        anchor="mm",
+        stroke_width=pick.choice([0, 0, 1, 1, 2, 3]),
+    )
     return np.asarray(image)
 
 
 def _draw_strokes(pick: random.Random, character: str) -> np.ndarray:
     image = Image.new("L", (S, S), 0)
     canvas, width, wobble = ImageDraw.Draw(image), pick.randint(4, 10), pick.uniform(0.01, 0.045)
-    moved: dict[tuple[float, float], tuple[float, float]] = {}  # a point that two strokes share moves once, so that they still meet
+    # a point that two strokes share moves once, so that they still meet
+    moved: dict[tuple[float, float], tuple[float, float]] = {}
     for stroke in pick.choice(STROKES[character]):
         for point in stroke:
-            moved.setdefault(point, (point[0] + pick.gauss(0, wobble), point[1] + pick.gauss(0, wobble)))
+            moved.setdefault(
+                point, (point[0] + pick.gauss(0, wobble), point[1] + pick.gauss(0, wobble))
+            )
         line = [(10 + 44 * x, 8 + 48 * y) for x, y in _spline([moved[point] for point in stroke])]
         canvas.line(line, fill=255, width=width, joint="curve")
         for x, y in (line[0], line[-1]):
@@ -120,14 +165,22 @@ def _spline(points: list[tuple[float, float]], per_span: int = 8) -> list[tuple[
     p = np.array([points[0], *points, points[-1]])
     t = np.linspace(0, 1, per_span, endpoint=False)[:, None]
     spans = [
-        0.5 * (2 * b + (c - a) * t + (2 * a - 5 * b + 4 * c - d) * t**2 + (3 * b - a - 3 * c + d) * t**3)
+        0.5
+        * (
+            2 * b
+            + (c - a) * t
+            + (2 * a - 5 * b + 4 * c - d) * t**2
+            + (3 * b - a - 3 * c + d) * t**3
+        )
         for a, b, c, d in zip(p[:-3], p[1:-2], p[2:-1], p[3:], strict=True)
     ]
     return [tuple(q) for q in np.concatenate([*spans, p[-1:]])]
 
 
 def _mask(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Bend and slant uint8 [N, S, S], crop to the ink, binarise, count the ink of 4x4 blocks: uint8 [N, 8, 8]."""
+    """Bend and slant uint8 [N, S, S], crop to the ink, binarise, count the ink of 4x4 blocks: uint8
+    [N, 8, 8].
+    """
     n = len(images)
     ink = images.float()[:, None] / 255
 
@@ -136,18 +189,42 @@ def _mask(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
     slant, turn = normal(0.18, n), normal(0.12, n)
     one, zero = torch.ones(n), torch.zeros(n)
-    affine = 1.25 * torch.stack([torch.stack([one, slant - turn, zero], 1), torch.stack([turn, one, zero], 1)], 1)
-    bend = F.interpolate(normal(0.07, n, 2, 4, 4), size=(S, S), mode="bicubic", align_corners=True).permute(0, 2, 3, 1)
-    bent = F.grid_sample(ink, F.affine_grid(affine, list(ink.shape), align_corners=False) + bend, align_corners=False) > 0.5
+    affine = 1.25 * torch.stack(
+        [torch.stack([one, slant - turn, zero], 1), torch.stack([turn, one, zero], 1)], 1
+    )
+    bend = F.interpolate(
+        normal(0.07, n, 2, 4, 4), size=(S, S), mode="bicubic", align_corners=True
+    ).permute(0, 2, 3, 1)
+    bent = (
+        F.grid_sample(
+            ink,
+            F.affine_grid(affine, list(ink.shape), align_corners=False) + bend,
+            align_corners=False,
+        )
+        > 0.5
+    )
 
     rows, columns = bent.any(3)[:, 0].float(), bent.any(2)[:, 0].float()
     first = lambda seen: seen.argmax(1).float()  # noqa: E731
     last = lambda seen: S - seen.flip(1).argmax(1).float()  # noqa: E731
     height, width = last(rows) - first(rows), last(columns) - first(columns)
-    centre_x, centre_y = (first(columns) + last(columns)) / S - 1, (first(rows) + last(rows)) / S - 1
-    stretch = torch.exp(normal(0.12, n))  # a box that is filled in height; its width follows, up to the box
+    centre_x, centre_y = (
+        (first(columns) + last(columns)) / S - 1,
+        (first(rows) + last(rows)) / S - 1,
+    )
+    # a box that is filled in height; its width follows, up to the box
+    stretch = torch.exp(normal(0.12, n))
     scale_y = height / S
     scale_x = torch.maximum(scale_y * stretch, width / S)
-    crop = torch.stack([torch.stack([scale_x, zero, centre_x], 1), torch.stack([zero, scale_y, centre_y], 1)], 1)
-    box = F.grid_sample(bent.float(), F.affine_grid(crop, [n, 1, 32, 32], align_corners=False), align_corners=False) > 0.5
+    crop = torch.stack(
+        [torch.stack([scale_x, zero, centre_x], 1), torch.stack([zero, scale_y, centre_y], 1)], 1
+    )
+    box = (
+        F.grid_sample(
+            bent.float(),
+            F.affine_grid(crop, [n, 1, 32, 32], align_corners=False),
+            align_corners=False,
+        )
+        > 0.5
+    )
     return F.avg_pool2d(box.float(), 4).mul(16).round().to(torch.uint8)[:, 0]

@@ -1,8 +1,9 @@
-"""The parts of a Stable Diffusion folder as modules: only what a run of the taps needs is ever in memory.
+"""The parts of a Stable Diffusion folder as modules: only what a run of the taps needs is ever in
+memory.
 
-Modules are laid out without storage first, what is not needed is cut off, and then the weights that are left are read, one tensor at a
-time and in their final precision. diffusers and transformers take seconds to import; they are imported here alone, inside functions.
-"""
+Modules are laid out without storage first, what is not needed is cut off, and then the weights that
+are left are read, one tensor at a time and in their final precision. diffusers and transformers
+take seconds to import; they are imported here alone, inside functions."""
 
 import re
 from contextlib import contextmanager
@@ -23,19 +24,29 @@ def empty_unet(folder: Path, latent_channels: int) -> nn.Module:
     """The whole U-Net without storage (on torch's "meta" device), for latents of so many channels.
 
     Raises:
-        DataError: its description cannot be read, or asks for inputs that are not given here (inpainting, SDXL).
+        DataError: its description cannot be read, or asks for inputs that are not given here
+            (inpainting, SDXL).
     """
     from diffusers import UNet2DConditionModel
 
     unet = _laid_out(UNet2DConditionModel, folder, "unet")
     config = unet.config
-    if config.in_channels != latent_channels or config.addition_embed_type or config.class_embed_type or config.encoder_hid_dim_type:
-        raise DataError(f"model folder {folder} is not a plain text-to-image Stable Diffusion 1.x or 2.x (inpainting, SDXL and others need inputs that are not given here)")
+    if (
+        config.in_channels != latent_channels
+        or config.addition_embed_type
+        or config.class_embed_type
+        or config.encoder_hid_dim_type
+    ):
+        raise DataError(
+            f"model folder {folder} is not a plain text-to-image Stable Diffusion 1.x or 2.x (inpainting, SDXL and others need inputs that are not given here)"
+        )
     return unet
 
 
 def layers(unet: nn.Module) -> dict[str, nn.Module]:
-    """Every layer that can be tapped, in the order in which they end: `down.0.resnets.0`, `down.0.attentions.0`, ..., `down.0`, ..., `mid`, ..., `up.3`."""
+    """Every layer that can be tapped, in the order in which they end: `down.0.resnets.0`,
+    `down.0.attentions.0`, ..., `down.0`, ..., `mid`, ..., `up.3`.
+    """
     blocks = {f"down.{i}": block for i, block in enumerate(unet.down_blocks)}
     blocks |= {"mid": unet.mid_block} if unet.mid_block is not None else {}
     blocks |= {f"up.{i}": block for i, block in enumerate(unet.up_blocks)}
@@ -58,8 +69,8 @@ def block_of(layer: str) -> str:
 def prune(unet: nn.Module, deepest: str) -> None:
     """Cut off every block behind the one that holds the layer `deepest`, and the way out.
 
-    The lists of blocks keep their lengths: diffusers' forward treats the last one of `up_blocks` differently at odd sizes.
-    """
+    The lists of blocks keep their lengths: diffusers' forward treats the last one of `up_blocks`
+    differently at odd sizes."""
     blocks = [name for name in layers(unet) if "s." not in name]
     for name in blocks[blocks.index(block_of(deepest)) + 1 :]:
         kind, _, place = name.partition(".")
@@ -82,14 +93,29 @@ def fill(module: nn.Module, folder: Path, part: str, dtype: torch.dtype, device)
         for file in inventory(folder)[1][part]:
             with safe_open(file, framework="pt") as opened:
                 for stored in opened.keys():  # noqa: SIM118 (not a dict)
-                    name = re.sub(r"(?<=\.attentions\.0\.)(query|key|value|proj_attn)(?=\.)", lambda found: RENAMED[found[0]], stored) if part == "vae" else stored
+                    name = (
+                        re.sub(
+                            r"(?<=\.attentions\.0\.)(query|key|value|proj_attn)(?=\.)",
+                            lambda found: RENAMED[found[0]],
+                            stored,
+                        )
+                        if part == "vae"
+                        else stored
+                    )
                     if name in wanted:
-                        tensors[name] = opened.get_tensor(stored).to(device, dtype, copy=True)  # a copy: else pages of the file, which may change
-    except Exception as error:  # a damaged file surfaces as one of many classes: safetensors', json's, torch's, OSError ...
+                        tensors[name] = opened.get_tensor(stored).to(
+                            device, dtype, copy=True
+                        )  # a copy: else pages of the file, which may change
+    # a damaged file surfaces as one of many classes: safetensors', json's, torch's, OSError ...
+    except Exception as error:
         raise _unreadable(folder, part, error) from error
-    absent = sorted(name for name in wanted if name not in tensors or tensors[name].shape != wanted[name].shape)
+    absent = sorted(
+        name for name in wanted if name not in tensors or tensors[name].shape != wanted[name].shape
+    )
     if absent:
-        raise DataError(f"{part} of model folder {folder} has no weights for {absent[0]} ({len(absent)} such): fetch it again")
+        raise DataError(
+            f"{part} of model folder {folder} has no weights for {absent[0]} ({len(absent)} such): fetch it again"
+        )
     module.load_state_dict(tensors, assign=True)
     return module.eval().requires_grad_(False)
 
@@ -115,11 +141,22 @@ def load_text_parts(folder: Path, device):
     from transformers import CLIPTextModel, CLIPTokenizer
 
     variant = "fp16" if ".fp16" in inventory(folder)[1]["text_encoder"][0].name else None
-    encoder, report = _pretrained(CLIPTextModel, folder, "text_encoder", use_safetensors=True, variant=variant, output_loading_info=True)
+    encoder, report = _pretrained(
+        CLIPTextModel,
+        folder,
+        "text_encoder",
+        use_safetensors=True,
+        variant=variant,
+        output_loading_info=True,
+    )
     absent = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
     if absent:  # the library only warns, and leaves random weights
-        raise DataError(f"text_encoder of model folder {folder} has no weights for {absent[0]} ({len(absent)} such): fetch it again")
-    return _pretrained(CLIPTokenizer, folder, "tokenizer"), encoder.float().eval().requires_grad_(False).to(device)
+        raise DataError(
+            f"text_encoder of model folder {folder} has no weights for {absent[0]} ({len(absent)} such): fetch it again"
+        )
+    return _pretrained(CLIPTokenizer, folder, "tokenizer"), encoder.float().eval().requires_grad_(
+        False
+    ).to(device)
 
 
 def parameters(module: nn.Module) -> int:
@@ -131,30 +168,47 @@ def _laid_out(cls, folder: Path, part: str) -> nn.Module:
     try:
         with torch.device("meta"), _quiet():
             return cls.from_config(cls.load_config(folder / part, local_files_only=True))
-    except Exception as error:  # an unreadable description: json's errors, TypeError, ValueError ...
+    except (
+        Exception
+    ) as error:  # an unreadable description: json's errors, TypeError, ValueError ...
         raise _unreadable(folder, part, error) from error
 
 
 def _pretrained(cls, folder: Path, part: str, **options):
     try:
-        with torch.random.fork_rng(devices=[]), _quiet():  # initial weights, soon overwritten, must not move the global generator
+        with (
+            torch.random.fork_rng(devices=[]),
+            _quiet(),
+        ):  # initial weights, soon overwritten, must not move the global generator
             return cls.from_pretrained(folder / part, local_files_only=True, **options)
     except Exception as error:
         raise _unreadable(folder, part, error) from error
 
 
 def _unreadable(folder: Path, part: str, error: Exception) -> DataError:
-    return DataError(f"{part} of model folder {folder} cannot be read: {(str(error).strip() or repr(error)).splitlines()[0]}; fetch it again")
+    return DataError(
+        f"{part} of model folder {folder} cannot be read: {(str(error).strip() or repr(error)).splitlines()[0]}; fetch it again"
+    )
 
 
 @contextmanager
 def _quiet():
-    """Loading reports and bars of both libraries are off; what they would say about missing weights is checked by the caller."""
+    """Loading reports and bars of both libraries are off; what they would say about missing weights
+    is checked by the caller.
+    """
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
-    before = diffusers_logging.get_verbosity(), transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    diffusers_logging.set_verbosity_error(), transformers_logging.set_verbosity_error(), transformers_logging.disable_progress_bar()
+    before = (
+        diffusers_logging.get_verbosity(),
+        transformers_logging.get_verbosity(),
+        transformers_logging.is_progress_bar_enabled(),
+    )
+    (
+        diffusers_logging.set_verbosity_error(),
+        transformers_logging.set_verbosity_error(),
+        transformers_logging.disable_progress_bar(),
+    )
     try:
         yield
     finally:

@@ -1,4 +1,5 @@
-"""The only local-training loop: one client's epochs of SGD on cross-entropy plus the method's terms.
+"""The only local-training loop: one client's epochs of SGD on cross-entropy plus the method's
+terms.
 
 Letters: B batch, D feature width, M clients, P entries of a row.
 """
@@ -20,7 +21,9 @@ from semanticfl_ref.randomness import generator
 
 
 class Gradient(NamedTuple):
-    """Of one weighted term, at the features: its norm; the norm over the sum of all terms' norms; its cosine to cross-entropy's, NaN where one vanishes."""
+    """Of one weighted term, at the features: its norm; the norm over the sum of all terms' norms;
+    its cosine to cross-entropy's, NaN where one vanishes.
+    """
 
     norm: float
     share: float
@@ -29,7 +32,8 @@ class Gradient(NamedTuple):
 
 @dataclass
 class ClientReport:
-    """What a client's training showed: sums over its steps, and each term's gradient at the features at its first step.
+    """What a client's training showed: sums over its steps, and each term's gradient at the
+    features at its first step.
 
     Attributes:
         steps: SGD steps made.
@@ -49,27 +53,41 @@ class ClientReport:
 def train_client(visit: Visit) -> ClientReport:
     """Train the world's model in place on the client's images for the configured local epochs.
 
-    A fresh SGD optimizer each time: momentum never crosses rounds or clients. Images are drawn from the resident uint8
-    tensor by seeded batches that depend on (seed, round, client, epoch) alone.
+    A fresh SGD optimizer each time: momentum never crosses rounds or clients. Images are drawn from
+    the resident uint8 tensor by seeded batches that depend on (seed, round, client, epoch) alone.
 
     Equation (local-step) [FedAvg, Alg. 1, with momentum; correction: SCAFFOLD]:
         g <- dL/dw + correction + decay w
         v <- beta v + g
         w <- w - eta v
-    Test: tests/federated/test_round.py::test_a_round_by_hand, tests/federated/test_method_equations.py::test_scaffold_over_two_rounds
+    Test: tests/federated/test_round.py::test_a_round_by_hand,
+        tests/federated/test_method_equations.py::test_scaffold_over_two_rounds
     """
     world, model, options = visit.world, visit.world.model, visit.config.federation
     method, data = METHODS[options.method], world.dataset
-    optimizer = torch.optim.SGD(model.parameters(), options.learning_rate, momentum=options.momentum, weight_decay=options.weight_decay)
+    optimizer = torch.optim.SGD(
+        model.parameters(),
+        options.learning_rate,
+        momentum=options.momentum,
+        weight_decay=options.weight_decay,
+    )
     correction_P = method.correction(visit)
     corrections = [] if correction_P is None else beside_parameters(model, correction_P)
     frozen = {name: frozen_copy(model, row_P) for name, row_P in method.frozen(visit).items()}
     report = ClientReport()
     model.train()
     for epoch in range(options.local_epochs):
-        source, epoch_loss, before = generator(visit.config.run.seed, "batches", visit.round, visit.client, epoch), 0.0, report.steps
-        for index_B in epoch_batches(world.partition.indices[visit.client], batch_size=options.batch_size, generator=source):
-            images = network_input(data.train_images[index_B], augment=visit.config.data.augment, generator=source)
+        source, epoch_loss, before = (
+            generator(visit.config.run.seed, "batches", visit.round, visit.client, epoch),
+            0.0,
+            report.steps,
+        )
+        for index_B in epoch_batches(
+            world.partition.indices[visit.client], batch_size=options.batch_size, generator=source
+        ):
+            images = network_input(
+                data.train_images[index_B], augment=visit.config.data.augment, generator=source
+            )
             terms, features_BD = objective(visit, method, frozen, images, index_B)
             if report.steps == 0:
                 report.gradients = feature_gradients(terms, features_BD)
@@ -89,10 +107,18 @@ def train_client(visit: Visit) -> ClientReport:
     return report
 
 
-def objective(visit: Visit, method: Method, frozen: dict[str, nn.Module], images: torch.Tensor, index_B: torch.Tensor) -> tuple[Terms, torch.Tensor]:
-    """Cross-entropy and the method's terms on one batch of images float [B, 3, H, W], and the features [B, D] that they were computed from.
+def objective(
+    visit: Visit,
+    method: Method,
+    frozen: dict[str, nn.Module],
+    images: torch.Tensor,
+    index_B: torch.Tensor,
+) -> tuple[Terms, torch.Tensor]:
+    """Cross-entropy and the method's terms on one batch of images float [B, 3, H, W], and the
+    features [B, D] that they were computed from.
 
-    Equation (objective) [S; each baseline's publication]: L = CE(logits, y) + sum over terms of weight * term
+    Equation (objective) [S; each baseline's publication]: L = CE(logits, y) + sum over terms of
+        weight * term
     Test: tests/study/test_trace.py::test_the_weighted_terms_sum_to_the_loss
     """
     world, model, anchors = visit.world, visit.world.model, visit.world.anchors
@@ -104,12 +130,27 @@ def objective(visit: Visit, method: Method, frozen: dict[str, nn.Module], images
             logits_BC, features_BD = model(images)
         with torch.no_grad():
             looks = {name: (other, other(images)[1]) for name, other in frozen.items()}
-    visual_BD = anchors.visual_for(labels_B, index_B) if anchors is not None and world.partition.gets(visit.client, "visual") else None
-    text_CD = anchors.text if anchors is not None and world.partition.gets(visit.client, "text") else None
+    visual_BD = (
+        anchors.visual_for(labels_B, index_B)
+        if anchors is not None and world.partition.gets(visit.client, "visual")
+        else None
+    )
+    text_CD = (
+        anchors.text if anchors is not None and world.partition.gets(visit.client, "text") else None
+    )
     batch = LocalBatch(
-        visit=visit, model=model, features_BD=features_BD, levels=levels, frozen=looks, labels_B=labels_B, visual_BD=visual_BD, text_CD=text_CD
-    )  # fmt: skip
-    return {"cross_entropy": (1.0, cross_entropy(logits_BC, labels_B))} | method.local_terms(batch), features_BD
+        visit=visit,
+        model=model,
+        features_BD=features_BD,
+        levels=levels,
+        frozen=looks,
+        labels_B=labels_B,
+        visual_BD=visual_BD,
+        text_CD=text_CD,
+    )
+    return {"cross_entropy": (1.0, cross_entropy(logits_BC, labels_B))} | method.local_terms(
+        batch
+    ), features_BD
 
 
 def frozen_copy(model: nn.Module, row_P: torch.Tensor) -> nn.Module:
@@ -120,14 +161,28 @@ def frozen_copy(model: nn.Module, row_P: torch.Tensor) -> nn.Module:
 
 
 def feature_gradients(terms: Terms, features_BD: torch.Tensor) -> dict[str, Gradient]:
-    """Each weighted term's gradient at the features [B, D]: how long it is, and whether it pulls with cross-entropy or against it.
+    """Each weighted term's gradient at the features [B, D]: how long it is, and whether it pulls
+    with cross-entropy or against it.
 
-    At the features rather than at every weight: the backbone's share of the backward pass, which is nearly all of it, is not
-    repeated for each term. Terms that do not pass through the features (a distance between weights, inner levels) are not in it.
-    """
-    found = {name: torch.autograd.grad(weight * value, features_BD, retain_graph=True, allow_unused=True)[0] for name, (weight, value) in terms.items()}
+    At the features rather than at every weight: the backbone's share of the backward pass, which is
+    nearly all of it, is not repeated for each term. Terms that do not pass through the features (a
+    distance between weights, inner levels) are not in it."""
+    found = {
+        name: torch.autograd.grad(
+            weight * value, features_BD, retain_graph=True, allow_unused=True
+        )[0]
+        for name, (weight, value) in terms.items()
+    }
     found = {name: gradient.flatten() for name, gradient in found.items() if gradient is not None}
     norms = {name: gradient.norm().item() for name, gradient in found.items()}
     total, base = sum(norms.values()), norms["cross_entropy"]
-    cosines = {name: gradient.dot(found["cross_entropy"]).item() / (norms[name] * base) if norms[name] * base else math.nan for name, gradient in found.items()}
-    return {name: Gradient(norm, norm / total if total else 0.0, cosines[name]) for name, norm in norms.items()}
+    cosines = {
+        name: gradient.dot(found["cross_entropy"]).item() / (norms[name] * base)
+        if norms[name] * base
+        else math.nan
+        for name, gradient in found.items()
+    }
+    return {
+        name: Gradient(norm, norm / total if total else 0.0, cosines[name])
+        for name, norm in norms.items()
+    }

@@ -14,24 +14,42 @@ def evaluate(model, world) -> dict:
     """Accuracies of `model` in 0 ... 1.
 
     Returns:
-        test_accuracy; validation_accuracy (None without a validation part); class_accuracy, a list of C, None for a class without a test image;
-        client_accuracy, a list of M: the test part's
-        class accuracies averaged by the client's label histogram, which is the accuracy on a test set with its label mix; with
-        partition.held_out_share, own_accuracy: a list of M accuracies on the clients' own tests, None for a client without.
+        test_accuracy; validation_accuracy (None without a validation part); class_accuracy, a list
+        of C, None for a class without a test image; client_accuracy, a list of M: the test part's
+        class accuracies averaged by the client's label histogram, which is the accuracy on a test
+        set with its label mix; with
+        partition.held_out_share, own_accuracy: a list of M accuracies on the clients' own tests,
+            None for a client without.
     """
     data = world.dataset
     right_N = correct(model, world, data.test_images, data.test_labels)
     classes = len(data.class_names)
     seen_C = torch.bincount(data.test_labels, minlength=classes).double()
-    class_accuracy_C = torch.bincount(data.test_labels, weights=right_N.double(), minlength=classes) / seen_C.clamp(min=1)
-    mix_MC = torch.tensor(world.partition.histograms, dtype=torch.float64, device=class_accuracy_C.device)
+    class_accuracy_C = torch.bincount(
+        data.test_labels, weights=right_N.double(), minlength=classes
+    ) / seen_C.clamp(min=1)
+    mix_MC = torch.tensor(
+        world.partition.histograms, dtype=torch.float64, device=class_accuracy_C.device
+    )
     mix_MC = mix_MC * (seen_C > 0)
     client_M = (mix_MC @ class_accuracy_C) / mix_MC.sum(1).clamp(min=1)
-    own = {"own_accuracy": own_accuracy(model, world)} if any(len(i) for i in world.partition.held_out) else {}
+    own = (
+        {"own_accuracy": own_accuracy(model, world)}
+        if any(len(i) for i in world.partition.held_out)
+        else {}
+    )
     return {
         "test_accuracy": right_N.double().mean().item(),
-        "validation_accuracy": correct(model, world, data.validation_images, data.validation_labels).double().mean().item() if len(data.validation_labels) else None,
-        "class_accuracy": [accuracy if seen else None for accuracy, seen in zip(class_accuracy_C.tolist(), seen_C.tolist(), strict=True)],
+        "validation_accuracy": correct(model, world, data.validation_images, data.validation_labels)
+        .double()
+        .mean()
+        .item()
+        if len(data.validation_labels)
+        else None,
+        "class_accuracy": [
+            accuracy if seen else None
+            for accuracy, seen in zip(class_accuracy_C.tolist(), seen_C.tolist(), strict=True)
+        ],
         "client_accuracy": client_M.tolist(),
         **own,
     }
@@ -41,7 +59,11 @@ def own_accuracy(model, world) -> list[float | None]:
     """The model's accuracy on each client's own test, None for a client that keeps none: M values."""
     data, held_out = world.dataset, world.partition.held_out
     all_N = torch.cat(held_out).to(data.train_images.device)
-    right = correct(model, world, data.train_images[all_N], data.train_labels[all_N]).cpu().split([len(i) for i in held_out])
+    right = (
+        correct(model, world, data.train_images[all_N], data.train_labels[all_N])
+        .cpu()
+        .split([len(i) for i in held_out])
+    )
     return [r.double().mean().item() if len(r) else None for r in right]
 
 
@@ -64,5 +86,7 @@ def predictions(model, world, images: torch.Tensor) -> torch.Tensor:
     predicted = []
     for batch in images.split(BATCH):
         with world.autocast():
-            predicted.append(model(network_input(batch, augment=False, generator=None))[0].argmax(1))
+            predicted.append(
+                model(network_input(batch, augment=False, generator=None))[0].argmax(1)
+            )
     return torch.cat(predicted)

@@ -1,7 +1,8 @@
-"""A model <-> one row: every floating-point parameter and buffer in a fixed order; integer counters stay out.
+"""A model <-> one row: every floating-point parameter and buffer in a fixed order; integer counters
+stay out.
 
-So averaging, resuming, hashing and robust rules are each one operation on a matrix. Letters: P entries of a row.
-"""
+So averaging, resuming, hashing and robust rules are each one operation on a matrix. Letters: P
+entries of a row."""
 
 from dataclasses import dataclass
 
@@ -13,7 +14,8 @@ from semanticfl_ref.federated.model import HEADS
 
 @dataclass(frozen=True)
 class RowLayout:
-    """Which entries of a row are which tensor. Heads come last: models with and without them share the row's beginning.
+    """Which entries of a row are which tensor. Heads come last: models with and without them share
+    the row's beginning.
 
     Attributes:
         names, shapes: of the tensors, in the row's order.
@@ -35,13 +37,22 @@ class RowLayout:
 def layout_of(model: nn.Module) -> RowLayout:
     """The row layout of a model."""
     tensors = _tensors(model)
-    norms = tuple(name + "." for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d))
+    norms = tuple(
+        name + "." for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)
+    )
     buffers = {name for name, _ in model.named_buffers()}
 
     def entries(belongs) -> torch.Tensor:
-        return torch.cat([torch.full((t.numel(),), belongs(name)) for name, t in tensors.items()]).nonzero()[:, 0]
+        return torch.cat(
+            [torch.full((t.numel(),), belongs(name)) for name, t in tensors.items()]
+        ).nonzero()[:, 0]
 
-    return RowLayout(tuple(tensors), tuple(t.shape for t in tensors.values()), entries(lambda name: name.startswith(norms)), entries(buffers.__contains__))
+    return RowLayout(
+        tuple(tensors),
+        tuple(t.shape for t in tensors.values()),
+        entries(lambda name: name.startswith(norms)),
+        entries(buffers.__contains__),
+    )
 
 
 def to_row(model: nn.Module) -> torch.Tensor:
@@ -58,13 +69,23 @@ def load_row(model: nn.Module, row_P: torch.Tensor) -> None:
         tensor.copy_(values.view(tensor.shape))
 
 
-def beside_parameters(model: nn.Module, row_P: torch.Tensor) -> list[tuple[nn.Parameter, torch.Tensor]]:
-    """Each parameter of the model with its part of a row, which may be another model's, a gradient, or any other row of the layout."""
+def beside_parameters(
+    model: nn.Module, row_P: torch.Tensor
+) -> list[tuple[nn.Parameter, torch.Tensor]]:
+    """Each parameter of the model with its part of a row, which may be another model's, a gradient,
+    or any other row of the layout.
+    """
     tensors, parameters = _tensors(model), dict(model.named_parameters())
     parts = row_P.to(next(model.parameters()).device).split([t.numel() for t in tensors.values()])
-    return [(parameters[name], part.view(t.shape)) for (name, t), part in zip(tensors.items(), parts, strict=True) if name in parameters]
+    return [
+        (parameters[name], part.view(t.shape))
+        for (name, t), part in zip(tensors.items(), parts, strict=True)
+        if name in parameters
+    ]
 
 
 def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     state = {name: t for name, t in model.state_dict().items() if t.is_floating_point()}
-    return dict(sorted(state.items(), key=lambda item: item[0].split(".")[0] in HEADS))  # stable: only the heads move
+    return dict(
+        sorted(state.items(), key=lambda item: item[0].split(".")[0] in HEADS)
+    )  # stable: only the heads move

@@ -1,4 +1,5 @@
-"""One pure function per term of a client's objective; the methods' files say how they are put together.
+"""One pure function per term of a client's objective; the methods' files say how they are put
+together.
 
 Letters: B batch, D feature width, C classes.
 """
@@ -12,27 +13,37 @@ from semanticfl_ref.kernels.info_nce import info_nce
 cross_entropy = F.cross_entropy
 
 
-def consistency(features_BD: torch.Tensor, anchors_BD: torch.Tensor, kind: str, temperature: float = 1.0, squared: bool = False) -> torch.Tensor:
+def consistency(
+    features_BD: torch.Tensor,
+    anchors_BD: torch.Tensor,
+    kind: str,
+    temperature: float = 1.0,
+    squared: bool = False,
+) -> torch.Tensor:
     """How far features are from their images' visual anchors.
 
     Equation (consistency) [S; T and the readings O]:
         kl-unit:  KL( softmax(a / |a| / T) || softmax(f / |f| / T) )
         kl-raw:   KL( softmax(a / T) || softmax(f / T) )
         cosine:   1 - cos(f, a)
-    Test: tests/federated/test_losses.py::test_kl_by_its_sum, tests/federated/test_losses.py::test_cosine_of_opposite_and_orthogonal_vectors
+    Test: tests/federated/test_losses.py::test_kl_by_its_sum,
+        tests/federated/test_losses.py::test_cosine_of_opposite_and_orthogonal_vectors
 
     Args:
         features_BD: float32 [B, D], after the visual head where there is one.
         anchors_BD: float32 [B, D], constants.
-        kind: the reading, see above. The paper's literal one is kl-unit at T = 1: between unit vectors of 512 entries it is
-            0.002 nats on average, so its gradient does next to nothing.
+        kind: the reading, see above. The paper's literal one is kl-unit at T = 1: between unit
+            vectors of 512 entries it is 0.002 nats on average, so its gradient does next to
+            nothing.
         temperature: T > 0, of both softmaxes; cosine has none.
-        squared: multiply the KL by T^2 (Hinton et al. 2015), which keeps the gradient's scale when T changes.
+        squared: multiply the KL by T^2 (Hinton et al. 2015), which keeps the gradient's scale when
+            T changes.
 
     Returns:
         float32 scalar >= 0, mean over the batch; zero when features equal anchors.
 
-    Source: SemanticFL's consistency term, as summarised second-hand; FedDifRC for the normalisation. `Choice:` kind and T.
+    Source: SemanticFL's consistency term, as summarised second-hand; FedDifRC for the
+        normalisation. `Choice:` kind and T.
     """
     if kind == "cosine":
         return (1 - F.cosine_similarity(features_BD, anchors_BD, dim=1)).mean()
@@ -40,13 +51,19 @@ def consistency(features_BD: torch.Tensor, anchors_BD: torch.Tensor, kind: str, 
         features_BD, anchors_BD = F.normalize(features_BD, dim=1), F.normalize(anchors_BD, dim=1)
     elif kind != "kl-raw":
         raise unknown("consistency", kind, ("kl-unit", "kl-raw", "cosine"))
-    student, teacher = F.log_softmax(features_BD / temperature, dim=1), F.log_softmax(anchors_BD / temperature, dim=1)
+    student, teacher = (
+        F.log_softmax(features_BD / temperature, dim=1),
+        F.log_softmax(anchors_BD / temperature, dim=1),
+    )
     divergence = F.kl_div(student, teacher, reduction="batchmean", log_target=True)
     return divergence * temperature**2 if squared else divergence
 
 
-def contrast(features_BD: torch.Tensor, text_CD: torch.Tensor, labels_B: torch.Tensor, tau: float) -> torch.Tensor:
-    """InfoNCE of features against every class's text anchor, the own class positive: float32 scalar in nats.
+def contrast(
+    features_BD: torch.Tensor, text_CD: torch.Tensor, labels_B: torch.Tensor, tau: float
+) -> torch.Tensor:
+    """InfoNCE of features against every class's text anchor, the own class positive: float32 scalar
+    in nats.
 
     Equation (contrast) [S]: - log( exp(cos(f, text_y) / tau) / sum_c exp(cos(f, text_c) / tau) )
     Test: tests/federated/test_losses.py::test_contrast_prefers_the_own_class
@@ -61,39 +78,57 @@ def contrast(features_BD: torch.Tensor, text_CD: torch.Tensor, labels_B: torch.T
 
 
 def proximal(parameters: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-    """Half the squared distance: scalar, over pairs of a parameter and its value in the model received. Its gradient is w - w_t.
+    """Half the squared distance: scalar, over pairs of a parameter and its value in the model
+    received. Its gradient is w - w_t.
 
     Equation (proximal) [FedProx, Eq. 2]: |w - w_t|^2 / 2
-    Test: tests/federated/test_method_equations.py::test_the_proximal_term_is_half_the_squared_distance
+    Test:
+        tests/federated/test_method_equations.py::test_the_proximal_term_is_half_the_squared_distance
     """
     return sum((w - received).square().sum() for w, received in parameters) / 2
 
 
-def model_contrast(z_BD: torch.Tensor, received_BD: torch.Tensor, last_BD: torch.Tensor, tau: float) -> torch.Tensor:
+def model_contrast(
+    z_BD: torch.Tensor, received_BD: torch.Tensor, last_BD: torch.Tensor, tau: float
+) -> torch.Tensor:
     """The model-contrastive term, mean over the batch.
 
-    Equation (model-contrast) [MOON, Eq. 3]: - log( exp(cos(z, received) / tau) / (exp(cos(z, received) / tau) + exp(cos(z, last) / tau)) )
+    Equation (model-contrast) [MOON, Eq. 3]: - log( exp(cos(z, received) / tau) / (exp(cos(z,
+        received) / tau) + exp(cos(z, last) / tau)) )
     Test: tests/federated/test_method_equations.py::test_moon_on_vectors
 
     Args:
         z_BD: float32 [B, D], of the model in training.
-        received_BD, last_BD: float32 [B, D], constants: of the model received and of the client's last one. Equal ones give log 2 and no gradient.
+        received_BD, last_BD: float32 [B, D], constants: of the model received and of the client's
+            last one. Equal ones give log 2 and no gradient.
         tau: temperature.
 
     Source: MOON (Li et al. 2021), Eq. 3.
     """
-    toward_B, away_B = F.cosine_similarity(z_BD, received_BD, dim=1), F.cosine_similarity(z_BD, last_BD, dim=1)
+    toward_B, away_B = (
+        F.cosine_similarity(z_BD, received_BD, dim=1),
+        F.cosine_similarity(z_BD, last_BD, dim=1),
+    )
     return F.softplus((away_B - toward_B) / tau).mean()
 
 
-def supervised_contrast(features_BD: torch.Tensor, labels_B: torch.Tensor, tau: float, positives: int = 1, negatives: int = 2) -> torch.Tensor:
-    """Contrast of images with images, mean over the hardest positives p and the batch; s are cosines.
+def supervised_contrast(
+    features_BD: torch.Tensor,
+    labels_B: torch.Tensor,
+    tau: float,
+    positives: int = 1,
+    negatives: int = 2,
+) -> torch.Tensor:
+    """Contrast of images with images, mean over the hardest positives p and the batch; s are
+    cosines.
 
-    Equation (supervised-contrast) [FedRCL]: - log( exp(s_p / tau) / (exp(s_p / tau) + sum_n exp(s_n / tau)) )
+    Equation (supervised-contrast) [FedRCL]: - log( exp(s_p / tau) / (exp(s_p / tau) + sum_n exp(s_n
+        / tau)) )
     Test: tests/federated/test_method_equations.py::test_supervised_contrast_on_vectors
 
-    The hardest positives are the images of the own class, itself included, that are least similar; the hardest negatives the most similar
-    images of other classes. An image alone in its class has itself as its positive (s = 1); a batch of one class gives zero.
+    The hardest positives are the images of the own class, itself included, that are least similar;
+    the hardest negatives the most similar images of other classes. An image alone in its class has
+    itself as its positive (s = 1); a batch of one class gives zero.
 
     Args:
         features_BD: float32 [B, D], of one level.
@@ -104,7 +139,11 @@ def supervised_contrast(features_BD: torch.Tensor, labels_B: torch.Tensor, tau: 
     Source: FedRCL (Seo et al. 2024), its supervised contrast as in the public code.
     """
     similar_BB, same_BB = _similarities(features_BD, labels_B)
-    s_p = similar_BB.masked_fill(~same_BB, torch.inf).topk(min(positives, len(labels_B)), largest=False).values
+    s_p = (
+        similar_BB.masked_fill(~same_BB, torch.inf)
+        .topk(min(positives, len(labels_B)), largest=False)
+        .values
+    )
     s_n = similar_BB.masked_fill(same_BB, -torch.inf).topk(min(negatives, len(labels_B))).values
     there = s_p.isfinite()
     s_p = s_p.where(there, 0.0)
@@ -112,13 +151,22 @@ def supervised_contrast(features_BD: torch.Tensor, labels_B: torch.Tensor, tau: 
     return (-logits.log_softmax(2)[:, :, 0] * there).sum(1).div(there.sum(1)).mean()
 
 
-def divergence_penalty(features_BD: torch.Tensor, labels_B: torch.Tensor, tau: float, threshold: float, positives: int = 1) -> torch.Tensor:
-    """What drives images of one class apart that are alike already: over the hardest positives p with s_p >= threshold, mean over the batch.
+def divergence_penalty(
+    features_BD: torch.Tensor,
+    labels_B: torch.Tensor,
+    tau: float,
+    threshold: float,
+    positives: int = 1,
+) -> torch.Tensor:
+    """What drives images of one class apart that are alike already: over the hardest positives p
+    with s_p >= threshold, mean over the batch.
 
-    Equation (divergence-penalty) [FedRCL]: - log( exp(1 / tau) / (exp(1 / tau) + sum_p exp(s_p / tau)) )
+    Equation (divergence-penalty) [FedRCL]: - log( exp(1 / tau) / (exp(1 / tau) + sum_p exp(s_p /
+        tau)) )
     Test: tests/federated/test_method_equations.py::test_divergence_penalty_on_vectors
 
-    The hardest positives are the least similar other images of the class: where even these are alike, the class collapses, and they are driven apart.
+    The hardest positives are the least similar other images of the class: where even these are
+    alike, the class collapses, and they are driven apart.
 
     Args:
         features_BD: float32 [B, D], of one level.
@@ -131,12 +179,20 @@ def divergence_penalty(features_BD: torch.Tensor, labels_B: torch.Tensor, tau: f
     """
     similar_BB, same_BB = _similarities(features_BD, labels_B)
     others_BB = same_BB & ~torch.eye(len(labels_B), dtype=torch.bool, device=same_BB.device)
-    s_p = similar_BB.masked_fill(~others_BB, torch.inf).topk(min(positives, len(labels_B)), largest=False).values
-    s_p = s_p.masked_fill(~s_p.isfinite() | (s_p < threshold), -1e4)  # finite, and as good as absent: a gradient at -inf would be NaN
+    s_p = (
+        similar_BB.masked_fill(~others_BB, torch.inf)
+        .topk(min(positives, len(labels_B)), largest=False)
+        .values
+    )
+    s_p = s_p.masked_fill(
+        ~s_p.isfinite() | (s_p < threshold), -1e4
+    )  # finite, and as good as absent: a gradient at -inf would be NaN
     return F.softplus(s_p.div(tau).logsumexp(1) - 1 / tau).mean()
 
 
-def _similarities(features_BD: torch.Tensor, labels_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _similarities(
+    features_BD: torch.Tensor, labels_B: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines [B, B], and which pairs are of one class: bool [B, B]."""
     unit_BD = F.normalize(features_BD, dim=1)
     return unit_BD @ unit_BD.T, labels_B[:, None] == labels_B[None]

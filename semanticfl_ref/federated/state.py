@@ -22,8 +22,10 @@ class FederatedState:
         round: rounds finished.
         row: float32 [P], the global model.
         served: bool [M], clients that have received their anchors.
-        batch_norm: float32 [M, Q], each client's own BatchNorm entries; [0, Q] under the policy "average".
-        memory: what the method and the server optimiser keep, by name; on the CPU, rows [M, P] and [P] mostly. Empty for FedAvg.
+        batch_norm: float32 [M, Q], each client's own BatchNorm entries; [0, Q] under the policy
+            "average".
+        memory: what the method and the server optimiser keep, by name; on the CPU, rows [M, P] and
+            [P] mostly. Empty for FedAvg.
     """
 
     round: int
@@ -34,17 +36,24 @@ class FederatedState:
 
 
 def save_checkpoint(path: Path, state: FederatedState, identity: dict) -> None:
-    """Replace the checkpoint at `path`; equal states give equal bytes, and a failure leaves the old file whole.
+    """Replace the checkpoint at `path`; equal states give equal bytes, and a failure leaves the old
+    file whole.
 
     Args:
-        identity: whatever must agree on loading (configuration, data, partition, anchors); plain JSON values.
+        identity: whatever must agree on loading (configuration, data, partition, anchors); plain
+            JSON values.
 
     Raises:
         DataError: the file cannot be written (disk full, permission); the message names it.
     """
     tensors = {"row": state.row, "served": state.served, "batch_norm": state.batch_norm}
     tensors |= {MEMORY + name: rows for name, rows in state.memory.items()}
-    save_tensors(path, tensors, {"round": state.round, "identity": identity}, "the previous checkpoint is untouched; free some space, then --resume")
+    save_tensors(
+        path,
+        tensors,
+        {"round": state.round, "identity": identity},
+        "the previous checkpoint is untouched; free some space, then --resume",
+    )
 
 
 def load_checkpoint(path: Path, identity: dict) -> FederatedState:
@@ -62,7 +71,13 @@ def load_checkpoint(path: Path, identity: dict) -> FederatedState:
     made_by = about["identity"]
     differing = [k for k in sorted({*made_by, *identity}) if made_by.get(k) != identity.get(k)]
     if differing:
-        listed = "; ".join(f"{k}: {made_by.get(k)!r} there, {identity.get(k)!r} here" for k in differing[:8])
+        listed = "; ".join(
+            f"{k}: {made_by.get(k)!r} there, {identity.get(k)!r} here" for k in differing[:8]
+        )
         raise MismatchError(f"the checkpoint {path} belongs to another run: {listed}")
-    memory = {name.removeprefix(MEMORY): tensors.pop(name) for name in sorted(tensors) if name.startswith(MEMORY)}
+    memory = {
+        name.removeprefix(MEMORY): tensors.pop(name)
+        for name in sorted(tensors)
+        if name.startswith(MEMORY)
+    }
     return FederatedState(round=about["round"], memory=memory, **tensors)

@@ -1,4 +1,6 @@
-"""What all figures share: matplotlib only where it is used, colours that the colour-blind can tell apart, the same bytes every time."""
+"""What all figures share: matplotlib only where it is used, colours that the colour-blind can tell
+apart, the same bytes every time.
+"""
 
 import importlib.util
 import io
@@ -8,7 +10,17 @@ from semanticfl_ref.errors import UserError
 from semanticfl_ref.storage import replace
 
 # Okabe and Ito's palette (2008), darkest last; a tenth line takes the first colour again, dashed.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D1F", "#7F7F7F", "#000000")
+COLOURS = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#8C6D1F",
+    "#7F7F7F",
+    "#000000",
+)
 SUFFIXES = (".png", ".svg")
 
 
@@ -24,13 +36,19 @@ def need_matplotlib(flag: str, path: Path) -> None:
         UserError: matplotlib is missing, or the file's name does not end in .png or .svg.
     """
     if path.suffix.lower() not in SUFFIXES:
-        raise UserError(f"{flag} {path}: give the figure a name that ends in {' or '.join(SUFFIXES)}")
+        raise UserError(
+            f"{flag} {path}: give the figure a name that ends in {' or '.join(SUFFIXES)}"
+        )
     if not can_draw():
-        raise UserError(f"{flag} needs matplotlib: pip install matplotlib, or leave the flag out: the table needs nothing")
+        raise UserError(
+            f"{flag} needs matplotlib: pip install matplotlib, or leave the flag out: the table needs nothing"
+        )
 
 
 def new_figure(rows: int = 1, columns: int = 1, *, width: float, height: float, **options):
-    """A matplotlib figure of `width` x `height` inches and its axes, an array [rows, columns]; outside pyplot, so that nothing global is touched."""
+    """A matplotlib figure of `width` x `height` inches and its axes, an array [rows, columns];
+    outside pyplot, so that nothing global is touched.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -43,13 +61,16 @@ def new_figure(rows: int = 1, columns: int = 1, *, width: float, height: float, 
 
 
 def save_figure(figure, *paths: Path) -> None:
-    """Write a figure as PNG or SVG, by the path's ending, whole or not at all; equal figures give equal files.
+    """Write a figure as PNG or SVG, by the path's ending, whole or not at all; equal figures give
+    equal files.
 
     Raises:
         DataError: a file cannot be written.
     """
     for path in paths:
-        replace(path, encoded(figure, path.suffix[1:].lower()), "choose another place for the figure")
+        replace(
+            path, encoded(figure, path.suffix[1:].lower()), "choose another place for the figure"
+        )
 
 
 def encoded(figure, kind: str) -> bytes:
@@ -58,5 +79,10 @@ def encoded(figure, kind: str) -> bytes:
 
     buffer = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "semanticfl_ref", "svg.fonttype": "none"}):
-        figure.savefig(buffer, format=kind, dpi=150, metadata={"Software": None} if kind == "png" else {"Date": None, "Creator": None})
+        figure.savefig(
+            buffer,
+            format=kind,
+            dpi=150,
+            metadata={"Software": None} if kind == "png" else {"Date": None, "Creator": None},
+        )
     return buffer.getvalue()

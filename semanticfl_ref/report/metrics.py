@@ -1,4 +1,5 @@
-"""A run's numbers, from its metrics.jsonl alone: what it reached, for whom, what it sent, which of its terms did nothing.
+"""A run's numbers, from its metrics.jsonl alone: what it reached, for whom, what it sent, which of
+its terms did nothing.
 
 Letters: M clients in all.
 """
@@ -16,18 +17,22 @@ def summarise(rows: list[dict], seconds: float, about: dict) -> dict:
     Args:
         rows: lines of metrics.jsonl, rounds 1 to R in order, R >= 1.
         seconds: wall time of the rounds.
-        about: what the summary says of the run besides (names, folder, provenance); a list under "warnings" is added to.
+        about: what the summary says of the run besides (names, folder, provenance); a list under
+            "warnings" is added to.
 
     Returns:
-        `about` with accuracies in 0 ... 1, bytes in all, the terms' gradients and the clients' drift as means over rounds, and the warnings. The accuracy is the
-        last round's and the mean of the last five, and that of the round which was best on the validation part, None without one; never the round
-        that was best on the test part.
+        `about` with accuracies in 0 ... 1, bytes in all, the terms' gradients and the clients'
+        drift as means over rounds, and the warnings. The accuracy is the last round's and the mean
+        of the last five, and that of the round which was best on the validation part, None without
+        one; never the round that was best on the test part.
     """
     last = rows[-1]
     accuracies = last["client_accuracy"]
     worst = min(range(len(accuracies)), key=accuracies.__getitem__)
     validated = [row for row in rows if row["validation_accuracy"] is not None]
-    best = max(validated, key=lambda row: row["validation_accuracy"], default=None)  # the first of equal ones
+    best = max(
+        validated, key=lambda row: row["validation_accuracy"], default=None
+    )  # the first of equal ones
     shares = over_rounds(row["gradient_share"] for row in rows)
     return {
         **about,
@@ -48,27 +53,49 @@ def summarise(rows: list[dict], seconds: float, about: dict) -> dict:
         "steps": sum(row["steps"] for row in rows),
         "bytes_down": sum(row["bytes_down"] for row in rows),
         "bytes_up": sum(row["bytes_up"] for row in rows),
-        "bytes": {way: {kind: sum(row["bytes"][way][kind] for row in rows) for kind in kinds} for way, kinds in last["bytes"].items()},
+        "bytes": {
+            way: {kind: sum(row["bytes"][way][kind] for row in rows) for kind in kinds}
+            for way, kinds in last["bytes"].items()
+        },
         "gradient_share": shares,
         "gradient_norm": over_rounds(row["gradient_norm"] for row in rows),
         "gradient_cosine": over_rounds(row["gradient_cosine"] for row in rows),
-        "drift": over_rounds({**row["drift"], "update_norm": mean(row["drift"]["update_norm"])} for row in rows),
+        "drift": over_rounds(
+            {**row["drift"], "update_norm": mean(row["drift"]["update_norm"])} for row in rows
+        ),
         "warnings": [*about.get("warnings", []), *inert_terms(shares)],
     }
 
 
 def spread(accuracies: list[float | None]) -> dict:
-    """Of clients' accuracies [M], None for a client without: their mean, the mean of the worst tenth (ceil(M / 10) clients), their standard deviation (of all M)."""
+    """Of clients' accuracies [M], None for a client without: their mean, the mean of the worst
+    tenth (ceil(M / 10) clients), their standard deviation (of all M).
+    """
     known = sorted(accuracy for accuracy in accuracies if accuracy is not None)
-    return {"mean": fmean(known), "worst_tenth": fmean(known[: -(-len(known) // 10)]), "std": pstdev(known)}
+    return {
+        "mean": fmean(known),
+        "worst_tenth": fmean(known[: -(-len(known) // 10)]),
+        "std": pstdev(known),
+    }
 
 
 def prices(rows: list[dict]) -> list[dict]:
-    """For every mark the first round whose test accuracy reached it, and the bytes that were sent both ways by then; None where none did."""
+    """For every mark the first round whose test accuracy reached it, and the bytes that were sent
+    both ways by then; None where none did.
+    """
     sent = accumulate(row["bytes_down"] + row["bytes_up"] for row in rows)
-    reached = [(row["test_accuracy"], {"round": row["round"], "bytes": total}) for row, total in zip(rows, sent, strict=True)]
+    reached = [
+        (row["test_accuracy"], {"round": row["round"], "bytes": total})
+        for row, total in zip(rows, sent, strict=True)
+    ]
     never = {"round": None, "bytes": None}
-    return [{"accuracy": mark, **next((price for accuracy, price in reached if accuracy >= mark), never)} for mark in MARKS]
+    return [
+        {
+            "accuracy": mark,
+            **next((price for accuracy, price in reached if accuracy >= mark), never),
+        }
+        for mark in MARKS
+    ]
 
 
 def over_rounds(values) -> dict[str, float | None]:
@@ -78,7 +105,9 @@ def over_rounds(values) -> dict[str, float | None]:
 
 
 def recorded_names(values: list[dict]) -> list[str]:
-    """Every name that a round has: where clients get different anchors, not every round has every term."""
+    """Every name that a round has: where clients get different anchors, not every round has every
+    term.
+    """
     return list(dict.fromkeys(name for value in values for name in value))
 
 

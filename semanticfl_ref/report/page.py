@@ -1,10 +1,14 @@
-"""The frame of every HTML page here: one file without a script or anything to load; light and dark as the reader's system is; from 360 px up."""
+"""The frame of every HTML page here: one file without a script or anything to load; light and dark
+as the reader's system is; from 360 px up.
+"""
 
 from html import escape
 from string import Template
 
-# What a body can use: <p class=lead>, <p class=note>, <div class=wide> around what may be wider than the page, <dl class=legend>, <div class=pictures> of <figure>s,
-# <div class=columns> of blocks side by side where there is room, <details>, <td class=number>, <span class=warning>. Pictures that are dark on white: <img class=paper>.
+# What a body can use: <p class=lead>, <p class=note>, <div class=wide> around what may be wider
+# than the page, <dl class=legend>, <div class=pictures> of <figure>s,
+# <div class=columns> of blocks side by side where there is room, <details>, <td class=number>,
+# <span class=warning>. Pictures that are dark on white: <img class=paper>.
 STYLE = """
 :root { color-scheme: light dark; --ground: #fcfcfa; --raised: #f3f3ef; --ink: #1d2023; --faint: #62686f; --line: #dcdcd6; --accent: #00598f; --warning: #a33c00; }
 @media (prefers-color-scheme: dark) {
@@ -60,5 +64,7 @@ $body
 
 
 def page(title: str, body: str) -> str:
-    """A whole HTML document: `title` is plain text and the heading, `body` is HTML, which may bring a <style> of its own."""
+    """A whole HTML document: `title` is plain text and the heading, `body` is HTML, which may bring
+    a <style> of its own.
+    """
     return FRAME.substitute(title=escape(title), style=STYLE, body=body)

@@ -1,1 +1,3 @@
-"""The algorithm made visible: which function computes which equation, and one round watched statement by statement while it runs."""
+"""The algorithm made visible: which function computes which equation, and one round watched
+statement by statement while it runs.
+"""

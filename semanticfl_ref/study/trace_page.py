@@ -1,4 +1,6 @@
-"""A watched round as one HTML page: source, equation and numbers side by side, with pictures. Nothing is loaded from anywhere."""
+"""A watched round as one HTML page: source, equation and numbers side by side, with pictures.
+Nothing is loaded from anywhere.
+"""
 
 from html import escape
 from itertools import groupby
@@ -29,19 +31,43 @@ reading; else the method's own publication."""
 
 def write(path: Path, document: dict, world: World, offline: bool) -> None:
     """Write the page, whole or not at all. Raises DataError where that is impossible."""
-    batch = next(value["first"] for part in document["turns"] for step in part["steps"] for value in step["values"] if value["name"] == "index_B")
-    seen, anchors = pictures.of_images(world, torch.tensor(batch[:IMAGES]), offline), pictures.of_anchors(world)
+    batch = next(
+        value["first"]
+        for part in document["turns"]
+        for step in part["steps"]
+        for value in step["values"]
+        if value["name"] == "index_B"
+    )
+    seen, anchors = (
+        pictures.of_images(world, torch.tensor(batch[:IMAGES]), offline),
+        pictures.of_anchors(world),
+    )
     title = f"One round of {document['settings']['federation.method']}, line by line"
-    replace(path, page(title, STYLE + body(document, seen, anchors)), "choose another place for the page")
+    replace(
+        path,
+        page(title, STYLE + body(document, seen, anchors)),
+        "choose another place for the page",
+    )
 
 
 def body(document: dict, seen: list[dict[str, str]], anchors: dict[str, str]) -> str:
     """Everything below the heading; pictures are data URIs by caption, `seen` of each image."""
     parts = words.parts(document)
-    legend = "".join(f"<div><dt>{escape(letter)}</dt><dd>{escape(meaning)}</dd></div>" for letter, meaning in document["letters"].items())
-    contents = "".join(f'<li><a href="#turn-{p["number"]}">{escape(p["title"])}</a></li>' for p in parts)
-    tables = "".join(f"<div><h3>{title}</h3>{table(heads, rows)}</div>" for title, heads, rows in words.books(document))
-    images = "".join(f"<div class=pictures>{figures(one)}</div>" for one in seen) + f"<div class=map>{figures(anchors)}</div>"
+    legend = "".join(
+        f"<div><dt>{escape(letter)}</dt><dd>{escape(meaning)}</dd></div>"
+        for letter, meaning in document["letters"].items()
+    )
+    contents = "".join(
+        f'<li><a href="#turn-{p["number"]}">{escape(p["title"])}</a></li>' for p in parts
+    )
+    tables = "".join(
+        f"<div><h3>{title}</h3>{table(heads, rows)}</div>"
+        for title, heads, rows in words.books(document)
+    )
+    images = (
+        "".join(f"<div class=pictures>{figures(one)}</div>" for one in seen)
+        + f"<div class=map>{figures(anchors)}</div>"
+    )
     return f"""<p class=lead>{escape(words.about(document))}</p>
 <p>{INTRODUCTION}</p>
 <h3>Letters that end the names of tensors</h3><dl class=legend>{legend}</dl>
@@ -55,23 +81,51 @@ def body(document: dict, seen: list[dict[str, str]], anchors: dict[str, str]) ->
 
 def table(heads: list[str], rows: list[list[str]]) -> str:
     """A table whose first column is text and the others numbers."""
-    lines = [(f"<{tag}{' class=number' if n else ''}>{escape(cell)}</{tag}>" for n, cell in enumerate(row)) for tag, row in [("th", heads), *(("td", row) for row in rows)]]
-    return "<div class=wide><table>" + "".join(f"<tr>{''.join(line)}</tr>" for line in lines) + "</table></div>"
+    lines = [
+        (
+            f"<{tag}{' class=number' if n else ''}>{escape(cell)}</{tag}>"
+            for n, cell in enumerate(row)
+        )
+        for tag, row in [("th", heads), *(("td", row) for row in rows)]
+    ]
+    return (
+        "<div class=wide><table>"
+        + "".join(f"<tr>{''.join(line)}</tr>" for line in lines)
+        + "</table></div>"
+    )
 
 
 def figures(by_caption: dict[str, str]) -> str:
     """Pictures with their captions."""
-    return "".join(f'<figure><img src="{source}" alt="{escape(caption)}"><figcaption>{escape(caption)}</figcaption></figure>' for caption, source in by_caption.items())
+    return "".join(
+        f'<figure><img src="{source}" alt="{escape(caption)}"><figcaption>{escape(caption)}</figcaption></figure>'
+        for caption, source in by_caption.items()
+    )
 
 
 def turn(part: dict, equations: dict) -> str:
     """One turn: its steps by function, each with the statement, its equations, what it made."""
     html = [f'<h2 id="turn-{part["number"]}">{escape(part["title"])}</h2>']
-    for (name, file), steps in groupby(part["steps"], key=lambda step: (step["function"], step["file"])):
+    for (name, file), steps in groupby(
+        part["steps"], key=lambda step: (step["function"], step["file"])
+    ):
         html.append(f"<h3><code>{escape(name)}</code> <small>{escape(file)}</small></h3>")
         for step in steps:
-            shown = "".join("<div class=equation><pre>{text}</pre><small>{tag} [{source}]</small></div>".format_map({k: escape(str(v)) for k, v in equations[tag].items()}) for tag in step["equations"])
-            values = "".join(f"<div><code>{escape(value['name'])}</code><span>{escape(words.text_of(value))}</span></div>" for value in step["values"])
-            html += [f"<div class=step><div class=source><span class=place>{escape(words.place(step))}</span><pre>{escape(step['source'])}</pre></div>", f"<div>{shown}</div>" if shown else ""]
-            html.append(f"<div class=values>{values}<span>{escape(words.more(step))}</span></div></div>")
+            shown = "".join(
+                "<div class=equation><pre>{text}</pre><small>{tag} [{source}]</small></div>".format_map(
+                    {k: escape(str(v)) for k, v in equations[tag].items()}
+                )
+                for tag in step["equations"]
+            )
+            values = "".join(
+                f"<div><code>{escape(value['name'])}</code><span>{escape(words.text_of(value))}</span></div>"
+                for value in step["values"]
+            )
+            html += [
+                f"<div class=step><div class=source><span class=place>{escape(words.place(step))}</span><pre>{escape(step['source'])}</pre></div>",
+                f"<div>{shown}</div>" if shown else "",
+            ]
+            html.append(
+                f"<div class=values>{values}<span>{escape(words.more(step))}</span></div></div>"
+            )
     return "".join(html)

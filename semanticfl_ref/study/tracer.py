@@ -1,4 +1,5 @@
-"""Watches functions run and notes each statement the first time: where it stands, its text, what it made, and the equations behind the functions that it calls.
+"""Watches functions run and notes each statement the first time: where it stands, its text, what it
+made, and the equations behind the functions that it calls.
 
 Everything is read from the files that are running; nothing of the algorithm is written down here.
 """
@@ -18,15 +19,29 @@ from semanticfl_ref.study.values import describe
 
 
 class Source:
-    """A file's statements by the lines on which they stand; of a compound statement its head. `shown` are the public functions that have a docstring."""
+    """A file's statements by the lines on which they stand; of a compound statement its head.
+    `shown` are the public functions that have a docstring.
+    """
 
     def __init__(self, path: Path):
         self.lines = path.read_text(encoding="utf-8").splitlines()
         tree = ast.parse("\n".join(self.lines))
         self.docstring = ast.get_docstring(tree) or ""
-        self.shown = {name: node for name, node in functions(tree) if ast.get_docstring(node) and not node.name.startswith("_")}
-        inside = [node for function in self.shown.values() for part in function.body[1:] for node in ast.walk(part) if isinstance(node, ast.stmt)]
-        self.statements = {line: node for node in inside for line in range(node.lineno, _last_line(node) + 1)}
+        self.shown = {
+            name: node
+            for name, node in functions(tree)
+            if ast.get_docstring(node) and not node.name.startswith("_")
+        }
+        inside = [
+            node
+            for function in self.shown.values()
+            for part in function.body[1:]
+            for node in ast.walk(part)
+            if isinstance(node, ast.stmt)
+        ]
+        self.statements = {
+            line: node for node in inside for line in range(node.lineno, _last_line(node) + 1)
+        }
 
     def text(self, statement: ast.stmt) -> str:
         """As it is written, without its indentation."""
@@ -34,19 +49,26 @@ class Source:
 
 
 class Tracer:
-    """While it is open as a context, notes the statements of the given files in the order in which they begin.
+    """While it is open as a context, notes the statements of the given files in the order in which
+    they begin.
 
     Args:
         files: paths as `equations.sources` has them.
         equations: what is shown beside a statement that calls their functions.
-        on_return: called with a watched function's qualified name, what it returns and its local variables, whenever one ends.
+        on_return: called with a watched function's qualified name, what it returns and its local
+            variables, whenever one ends.
 
     Attributes:
-        steps: one dict a statement: file, line, function, calls (of the function, in all), source, values, equations (tags), and of a loop its iterations in
-            the call that is shown.
+        steps: one dict a statement: file, line, function, calls (of the function, in all), source,
+            values, equations (tags), and of a loop its iterations in the call that is shown.
     """
 
-    def __init__(self, files: list[str], equations: list[Equation], on_return: Callable[[str, object, dict], None] = lambda name, value, known: None):
+    def __init__(
+        self,
+        files: list[str],
+        equations: list[Equation],
+        on_return: Callable[[str, object, dict], None] = lambda name, value, known: None,
+    ):
         names = {path.resolve(): file for file, path in sources().items()}
         self.sources = {file: Source(path) for path, file in names.items() if file in files}
         self.steps: list[dict] = []
@@ -66,7 +88,9 @@ class Tracer:
 
     def _enter(self, frame, _event, _argument):
         file, name = self._file(frame.f_code.co_filename), frame.f_code.co_qualname
-        tags = [e.tag for e in self._equations if (e.file, e.function) == (file, name)] if file else []
+        tags = (
+            [e.tag for e in self._equations if (e.file, e.function) == (file, name)] if file else []
+        )
         if self.calls and self.calls[-1].step:
             noted = self.calls[-1].step["equations"]
             noted += [tag for tag in tags if tag not in noted]
@@ -88,10 +112,15 @@ class _Call:
         self.loops: list[tuple[dict, ast.stmt]] = []
 
     def follow(self, frame, event, argument):
-        """Python calls this before each line and when the function returns: what the line before made is there by then."""
+        """Python calls this before each line and when the function returns: what the line before
+        made is there by then.
+        """
         source = self.tracer.sources[self.file]
         statement = source.statements.get(frame.f_lineno) if event == "line" else None
-        if event == "return" or statement not in (None, self.statement):  # a statement over several lines comes once for each
+        if event == "return" or statement not in (
+            None,
+            self.statement,
+        ):  # a statement over several lines comes once for each
             if self.step is not None:
                 self.step["values"] = list(self._made(frame, argument))
             self.statement, self.step = statement, None
@@ -103,7 +132,14 @@ class _Call:
                 step["iterations"] = self.runs[first]
         elif statement and (self.file, statement.lineno) not in self.tracer.noted:
             self.tracer.noted.add((self.file, statement.lineno))
-            self.step = {"file": self.file, "line": statement.lineno, "function": self.name, "source": source.text(statement), "values": [], "equations": self.tags}
+            self.step = {
+                "file": self.file,
+                "line": statement.lineno,
+                "function": self.name,
+                "source": source.text(statement),
+                "values": [],
+                "equations": self.tags,
+            }
             self.tags = []
             self.tracer.steps.append(self.step)
             if isinstance(statement, ast.For):
@@ -120,7 +156,11 @@ class _Call:
             if next(n.id for n in ast.walk(node) if isinstance(n, ast.Name)) in known:
                 value = eval(ast.unparse(node), frame.f_globals, known)
                 yield from describe(ast.unparse(node), value, model)
-                if isinstance(self.statement, ast.Expr) and getattr(value, "grad_fn", None) is not None and model is not None:  # backward: the model has gradients now
+                if (
+                    isinstance(self.statement, ast.Expr)
+                    and getattr(value, "grad_fn", None) is not None
+                    and model is not None
+                ):  # backward: the model has gradients now
                     yield from describe("model", model)
 
 
@@ -132,12 +172,23 @@ def _last_line(node: ast.stmt) -> int:
 
 
 def _written(node: ast.stmt) -> list[ast.expr]:
-    """What a statement assigns; of a bare call what it was called on and with, which it may have changed. Names, attributes and items only."""
+    """What a statement assigns; of a bare call what it was called on and with, which it may have
+    changed. Names, attributes and items only.
+    """
     found = getattr(node, "targets", [getattr(node, "target", None)])
     if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
         found = [getattr(node.value.func, "value", None), *node.value.args]
-    return [part for part in _flat(found) if isinstance(part, (ast.Name, ast.Attribute, ast.Subscript)) and not any(isinstance(n, ast.Call) or getattr(n, "id", "") == "_" for n in ast.walk(part))]
+    return [
+        part
+        for part in _flat(found)
+        if isinstance(part, (ast.Name, ast.Attribute, ast.Subscript))
+        and not any(isinstance(n, ast.Call) or getattr(n, "id", "") == "_" for n in ast.walk(part))
+    ]
 
 
 def _flat(nodes: list) -> list:
-    return [part for node in nodes for part in (_flat(node.elts) if isinstance(node, ast.Tuple) else [node])]
+    return [
+        part
+        for node in nodes
+        for part in (_flat(node.elts) if isinstance(node, ast.Tuple) else [node])
+    ]

@@ -32,7 +32,9 @@ def publish(monkeypatch):
     """Make a small archive the published one, served from the given addresses."""
 
     def make(content: bytes, *urls: str, name: str = "cifar10"):
-        archive = replace(fetch.ARCHIVES[name], size=len(content), sha256=sha256(content), urls=urls)
+        archive = replace(
+            fetch.ARCHIVES[name], size=len(content), sha256=sha256(content), urls=urls
+        )
         monkeypatch.setitem(fetch.ARCHIVES, name, archive)
         return archive
 
@@ -41,7 +43,9 @@ def publish(monkeypatch):
 
 @pytest.fixture
 def mirror(cifar):
-    """`mirror(kind)` is an address that serves the archive well or ill; `mirror.asked` lists (kind, Range header)."""
+    """`mirror(kind)` is an address that serves the archive well or ill; `mirror.asked` lists (kind,
+    Range header).
+    """
     asked = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -57,7 +61,11 @@ def mirror(cifar):
             if kind == "no-resume":
                 start = 0
             if kind == "elsewhere" and start:
-                return self.answer(206, body[start + 7 :], {"Content-Range": f"bytes {start + 7}-{len(body) - 1}/{len(body)}"})
+                return self.answer(
+                    206,
+                    body[start + 7 :],
+                    {"Content-Range": f"bytes {start + 7}-{len(body) - 1}/{len(body)}"},
+                )
             piece = len(cifar) // 3 if kind == "breaks" else 1000 if kind == "stingy" else None
             extra = {"Content-Range": f"bytes {start}-{len(body) - 1}/{len(body)}"} if start else {}
             self.answer(206 if start else 200, body[start:], extra, piece)

@@ -1,4 +1,6 @@
-"""Damaged and hostile archives: refused by name, nothing run, nothing written, no memory taken on an archive's word."""
+"""Damaged and hostile archives: refused by name, nothing run, nothing written, no memory taken on
+an archive's word.
+"""
 
 import gzip
 import io
@@ -42,7 +44,7 @@ class Runs:
     [
         pickle.dumps(Runs(), protocol=2),
         pickle.dumps({"data": np.zeros((1, 3072), np.uint8), "labels": [Runs()]}, protocol=4),
-        b"c__builtin__\neval\n(S'open(\"ran\", \"w\")'\ntR.",
+        b'c__builtin__\neval\n(S\'open("ran", "w")\'\ntR.',
         b"cbuiltins\ngetattr\n(cnumpy\nndarray\nS'dumps'\ntR.",
         b"cnumpy\nload\n(S'x'\ntR.",
         b"(S'touch ran'\nios\nsystem\n.",
@@ -72,30 +74,49 @@ def test_a_key_that_takes_for_ever_to_hash():
 
 
 def test_python_2_pickles_as_published():
-    """The published files were written by Python 2: byte strings, the old module's name, three-letter state."""
+    """The published files were written by Python 2: byte strings, the old module's name,
+    three-letter state.
+    """
     rows = np.arange(2 * 3072, dtype=np.uint8).reshape(2, 3072)
 
     content = python_2_pickle(rows, [6, 9])
     pickletools.dis(content, out=io.StringIO())
     read = archives.unpickle(content, "here")
-    assert np.array_equal(read["data"], rows) and read["labels"] == [6, 9] and read["batch_label"] == b"batch"
+    assert (
+        np.array_equal(read["data"], rows)
+        and read["labels"] == [6, 9]
+        and read["batch_label"] == b"batch"
+    )
 
 
 @pytest.mark.parametrize("protocol", [1, 2, 3, 4])
 def test_pickles_of_python_3(protocol):
     rows = np.arange(6, dtype=np.uint8).reshape(2, 3)
-    read = archives.unpickle(pickle.dumps({"data": rows, "labels": [1, 2]}, protocol=protocol), "here")
+    read = archives.unpickle(
+        pickle.dumps({"data": rows, "labels": [1, 2]}, protocol=protocol), "here"
+    )
     assert np.array_equal(read["data"], rows) and read["labels"] == [1, 2]
 
 
-@pytest.mark.parametrize("array", [np.array([None], object), np.zeros(3), np.zeros((2, 2), "u1", order="F"), np.zeros(2, ">i4"), np.zeros(2, "U5")])
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.array([None], object),
+        np.zeros(3),
+        np.zeros((2, 2), "u1", order="F"),
+        np.zeros(2, ">i4"),
+        np.zeros(2, "U5"),
+    ],
+)
 def test_arrays_of_other_kinds(array):
     with pytest.raises(DataError, match="refused"):
         archives.unpickle(pickle.dumps({"data": array}, protocol=2), "here")
 
 
 def test_single_bytes_of_a_pickle_damaged():
-    """A checksum would have caught these; without one, damage is a DataError or a dict, never another exception."""
+    """A checksum would have caught these; without one, damage is a DataError or a dict, never
+    another exception.
+    """
     good = bytearray(cifar_members(2)[BATCH])
     draw = np.random.default_rng(0)
     head = [*range(200), *range(len(good) - 60, len(good))]
@@ -112,7 +133,11 @@ def test_damaged_archives_are_named_or_harmless(cifar, tmp_path):
     whole = load(cifar, tmp_path).sha256
     draw = np.random.default_rng(1)
     outcomes = {"refused": 0, "harmless": 0}
-    for position in [*range(12), *draw.integers(12, len(cifar), 30).tolist(), *range(len(cifar) - 8, len(cifar))]:
+    for position in [
+        *range(12),
+        *draw.integers(12, len(cifar), 30).tolist(),
+        *range(len(cifar) - 8, len(cifar)),
+    ]:
         bad = bytearray(cifar)
         bad[position] ^= 1 << int(draw.integers(8))
         try:
@@ -120,18 +145,24 @@ def test_damaged_archives_are_named_or_harmless(cifar, tmp_path):
             outcomes["harmless"] += 1
         except DataError:
             outcomes["refused"] += 1
-    assert outcomes["refused"] >= 38 and outcomes["harmless"] <= 12, outcomes  # gzip's time and system bytes mean nothing
+    assert outcomes["refused"] >= 38 and outcomes["harmless"] <= 12, (
+        outcomes
+    )  # gzip's time and system bytes mean nothing
     for cut in (0, 5, 100, len(cifar) // 2, len(cifar) - 1, len(cifar) - 9):
         refused(cifar[:cut], tmp_path, "cifar-10-python.tar.gz")
 
 
-@pytest.mark.parametrize("name", ["../escaped", "/tmp/escaped", "cifar-10-batches-py/../../escaped", "a\\..\\b"])
+@pytest.mark.parametrize(
+    "name", ["../escaped", "/tmp/escaped", "cifar-10-batches-py/../../escaped", "a\\..\\b"]
+)
 def test_a_path_that_leaves_the_archive(name, tmp_path):
     refused(tar_gz({**cifar_members(2), name: b"x"}), tmp_path, "leaves the archive")
     assert not (tmp_path.parent / "escaped").exists()
 
 
-@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE])
+@pytest.mark.parametrize(
+    "kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE]
+)
 def test_links_and_devices(kind, tmp_path):
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w") as tar:
@@ -161,16 +192,35 @@ def tar_plain(members) -> bytes:
         ({"cifar-10-batches-py/batches.meta": None}, "lacks batches.meta"),
         ({BATCH: pickle.dumps([1])}, "list where a dict"),
         ({BATCH: pickle.dumps({"labels": [1]})}, "no data of shape"),
-        ({BATCH: pickle.dumps({"data": np.zeros((2, 3071), np.uint8), "labels": [1, 2]}, 2)}, "no data of shape"),
-        ({BATCH: pickle.dumps({"data": np.zeros((2, 3072), np.uint8), "labels": [1]}, 2)}, "no 2 labels"),
-        ({BATCH: pickle.dumps({"data": np.zeros((2, 3072), np.uint8), "labels": [1, 10]}, 2)}, "between 0 and 9"),
-        ({BATCH: pickle.dumps({"data": np.zeros((2, 3072), np.uint8), "labels": [1, True]}, 2)}, "between 0 and 9"),
-        ({"cifar-10-batches-py/batches.meta": pickle.dumps({"label_names": ["a"]})}, "no 10 label_names"),
+        (
+            {BATCH: pickle.dumps({"data": np.zeros((2, 3071), np.uint8), "labels": [1, 2]}, 2)},
+            "no data of shape",
+        ),
+        (
+            {BATCH: pickle.dumps({"data": np.zeros((2, 3072), np.uint8), "labels": [1]}, 2)},
+            "no 2 labels",
+        ),
+        (
+            {BATCH: pickle.dumps({"data": np.zeros((2, 3072), np.uint8), "labels": [1, 10]}, 2)},
+            "between 0 and 9",
+        ),
+        (
+            {BATCH: pickle.dumps({"data": np.zeros((2, 3072), np.uint8), "labels": [1, True]}, 2)},
+            "between 0 and 9",
+        ),
+        (
+            {"cifar-10-batches-py/batches.meta": pickle.dumps({"label_names": ["a"]})},
+            "no 10 label_names",
+        ),
     ],
 )
 def test_archives_of_another_content(change, words, tmp_path):
     members = {**cifar_members(2), **change}
-    refused(tar_gz({name: content for name, content in members.items() if content is not None}), tmp_path, words)
+    refused(
+        tar_gz({name: content for name, content in members.items() if content is not None}),
+        tmp_path,
+        words,
+    )
 
 
 def zipped(path, entries):
@@ -194,7 +244,9 @@ def test_zip_members(tmp_path, monkeypatch):
         path.write_bytes(bad)
         try:
             names = every(path)
-            assert all(content in (b"one", b"two" * 1000) for content in names.values())  # a name may change; content may not
+            assert all(
+                content in (b"one", b"two" * 1000) for content in names.values()
+            )  # a name may change; content may not
         except DataError:
             pass
     with pytest.raises(DataError, match="leaves the archive"):
@@ -233,9 +285,17 @@ def test_images(tmp_path):
     wide = png(Image.fromarray(np.tile(np.arange(40, dtype=np.uint8)[None, :, None], (20, 1, 3))))
     assert archives.decode_image(wide, "w", None).shape == (20, 40, 3)
     assert archives.decode_image(wide, "w", 8).shape == (8, 8, 3)
-    assert archives.decode_image(png(Image.new("L", (8, 8), 7)), "g", None).tolist() == np.full((8, 8, 3), 7).tolist()
+    assert (
+        archives.decode_image(png(Image.new("L", (8, 8), 7)), "g", None).tolist()
+        == np.full((8, 8, 3), 7).tolist()
+    )
     assert archives.decode_image(png(Image.new("LA", (8, 8))), "g", 4).shape == (4, 4, 3)
-    for bad, words in ((wide[:60], "readable"), (b"", "readable"), (b"%!PS-Adobe-3.0 EPSF-3.0\n", "readable"), (png(Image.new("I;16", (4, 4))), "8 bits")):
+    for bad, words in (
+        (wide[:60], "readable"),
+        (b"", "readable"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n", "readable"),
+        (png(Image.new("I;16", (4, 4))), "8 bits"),
+    ):
         with pytest.raises(DataError, match=f"the file.*{words}"):
             archives.decode_image(bad, "the file", None)
 

@@ -32,7 +32,14 @@ def test_a_good_mirror(mirror, publish, cifar, cache):
 
 
 def test_the_next_mirror_is_tried(mirror, publish, cifar):
-    publish(cifar, "http://127.0.0.1:9/refused", mirror("missing"), mirror("wrong"), "not an address", mirror("good"))
+    publish(
+        cifar,
+        "http://127.0.0.1:9/refused",
+        mirror("missing"),
+        mirror("wrong"),
+        "not an address",
+        mirror("good"),
+    )
     assert located().read_bytes() == cifar
     assert [kind for kind, _ in mirror.asked] == ["missing", "wrong", "good"]
 
@@ -41,7 +48,11 @@ def test_a_connection_that_breaks_is_resumed(mirror, publish, cifar):
     publish(cifar, mirror("breaks"))
     assert located().read_bytes() == cifar
     third = len(cifar) // 3
-    assert [wanted for _, wanted in mirror.asked][:3] == [None, f"bytes={third}-", f"bytes={2 * third}-"]
+    assert [wanted for _, wanted in mirror.asked][:3] == [
+        None,
+        f"bytes={third}-",
+        f"bytes={2 * third}-",
+    ]
 
 
 def test_what_one_mirror_sent_serves_the_next(mirror, publish, cifar):
@@ -65,11 +76,19 @@ def test_no_mirror_says_why_for_each(mirror, publish, cifar, cache):
     with pytest.raises(DownloadError) as caught:
         located()
     text = str(caught.value)
-    assert "HTTP 404" in text and "content has SHA-256" in text and "--data-dir" in text and "SEMANTICFL_URL_CIFAR10" in text and "\n" not in text
+    assert (
+        "HTTP 404" in text
+        and "content has SHA-256" in text
+        and "--data-dir" in text
+        and "SEMANTICFL_URL_CIFAR10" in text
+        and "\n" not in text
+    )
     assert not (cache / "cifar-10-python.tar.gz").exists()
 
 
-def test_the_environment_replaces_the_mirrors_but_not_the_checksum(mirror, publish, cifar, monkeypatch):
+def test_the_environment_replaces_the_mirrors_but_not_the_checksum(
+    mirror, publish, cifar, monkeypatch
+):
     publish(cifar, mirror("missing"))
     monkeypatch.setenv("SEMANTICFL_URL_CIFAR10", mirror("wrong"))
     with pytest.raises(DownloadError):
@@ -147,7 +166,9 @@ def test_a_full_disk(mirror, publish, cifar, cache):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(cifar) // 2, limits[1]))
     try:
-        with pytest.raises(DownloadError, match="part: File too large; free space there or set SEMANTICFL_CACHE"):
+        with pytest.raises(
+            DownloadError, match="part: File too large; free space there or set SEMANTICFL_CACHE"
+        ):
             located()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

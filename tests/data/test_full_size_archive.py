@@ -28,7 +28,14 @@ def test_sixty_thousand_images(tmp_path):
     content = tar_gz(cifar_members(10_000))
     (tmp_path / "cifar-10-python.tar.gz").write_bytes(content)
     for share in ("0", "0.1"):
-        out = subprocess.run([sys.executable, "-c", CHILD, str(tmp_path), sha256(content), share], capture_output=True, text=True, check=True).stdout
+        out = subprocess.run(
+            [sys.executable, "-c", CHILD, str(tmp_path), sha256(content), share],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
         seconds, before, peak = map(float, out.split())
-        print(f"{len(content) / 1e6:.0f} MB archive, validation share {share}: {seconds:.1f} s, peak {peak:.0f} MiB, of which {before:.0f} MiB before reading")
+        print(
+            f"{len(content) / 1e6:.0f} MB archive, validation share {share}: {seconds:.1f} s, peak {peak:.0f} MiB, of which {before:.0f} MiB before reading"
+        )
         assert peak - before < 900 and seconds < 60

@@ -13,18 +13,34 @@ LABELS = torch.arange(1000) % 10
 
 
 def split(scenario="nid1", labels=LABELS, clients=10, classes=10, alpha=0.3, seed=0, **options):
-    return make_partition(labels, scenario=scenario, clients=clients, classes=classes, alpha=alpha, seed=seed, **options)
+    return make_partition(
+        labels,
+        scenario=scenario,
+        clients=clients,
+        classes=classes,
+        alpha=alpha,
+        seed=seed,
+        **options,
+    )
 
 
-@pytest.mark.parametrize("scenario, clients", [("iid", 1), ("iid", 7), ("nid1", 1), ("nid1", 10), ("nid1", 500), ("nid2", 6)])
+@pytest.mark.parametrize(
+    "scenario, clients",
+    [("iid", 1), ("iid", 7), ("nid1", 1), ("nid1", 10), ("nid1", 500), ("nid2", 6)],
+)
 @pytest.mark.parametrize("alpha", [1e-6, 0.05, 0.3, 1e6])
 def test_complete_disjoint_repeatable(scenario, clients, alpha):
     p = split(scenario, clients=clients, alpha=alpha)
     assert torch.cat(p.indices).sort().values.equal(torch.arange(1000))
     assert all(i.dtype == torch.int64 and i.equal(i.sort().values) for i in p.indices)
     assert p.sizes == tuple(len(i) for i in p.indices) and min(p.sizes) >= 2
-    assert [list(row) for row in p.histograms] == [LABELS[i].bincount(minlength=10).tolist() for i in p.indices]
-    again, other = split(scenario, clients=clients, alpha=alpha), split(scenario, clients=clients, alpha=alpha, seed=1)
+    assert [list(row) for row in p.histograms] == [
+        LABELS[i].bincount(minlength=10).tolist() for i in p.indices
+    ]
+    again, other = (
+        split(scenario, clients=clients, alpha=alpha),
+        split(scenario, clients=clients, alpha=alpha, seed=1),
+    )
     assert p.sha256 == again.sha256 and (clients == 1 or p.sha256 != other.sha256)
     assert 0 <= p.skew <= 1
     json.dumps(p.manifest())
@@ -42,7 +58,10 @@ def test_iid_sizes_differ_by_one():
 
 
 def test_skew_falls_with_alpha():
-    skews = [sum(split(alpha=alpha, seed=seed).skew for seed in range(5)) / 5 for alpha in (0.01, 0.1, 1.0, 100.0)]
+    skews = [
+        sum(split(alpha=alpha, seed=seed).skew for seed in range(5)) / 5
+        for alpha in (0.01, 0.1, 1.0, 100.0)
+    ]
     assert skews == sorted(skews, reverse=True) and skews[0] > 0.75 and skews[-1] < 0.1
 
 
@@ -102,7 +121,10 @@ def test_many_clients_is_quick():
         ({"clients": 501}, "501 clients need at least 1002 training images .* there are 1000"),
         ({"labels": LABELS[:0]}, "there are 0"),
         ({"scenario": "nid2", "clients": 10}, "6 clients .* not 10: use --clients 6"),
-        ({"scenario": "nid2", "clients": 6, "classes": 4, "labels": LABELS % 4}, "this data set has 4 classes"),
+        (
+            {"scenario": "nid2", "clients": 6, "classes": 4, "labels": LABELS % 4},
+            "this data set has 4 classes",
+        ),
     ],
 )
 def test_refusals(options, words):
@@ -112,7 +134,10 @@ def test_refusals(options, words):
 
 def test_describe():
     text = describe(split("nid2", clients=6), tuple("abcdefghij"))
-    assert text.splitlines()[0].startswith("nid2, seed 0: 1000 images, 6 clients, skew 0.66") and "a 83, b 83" in text
+    assert (
+        text.splitlines()[0].startswith("nid2, seed 0: 1000 images, 6 clients, skew 0.66")
+        and "a 83, b 83" in text
+    )
     assert "alpha 0.3" in describe(split(), tuple("abcdefghij"))
 
 
@@ -122,5 +147,9 @@ def test_what_clients_keep_for_a_test_of_their_own():
         assert torch.cat([trains, keeps]).sort().values.equal(all_of_it)
         assert len(keeps) == len(all_of_it) * 29 // 100
     assert p.sizes == tuple(len(i) for i in p.indices) and p.sha256 != whole.sha256
-    assert [list(row) for row in p.histograms] == [LABELS[i].bincount(minlength=10).tolist() for i in p.indices]
-    assert p.manifest()["held_out_sizes"] == [len(i) for i in p.held_out] and not any(len(i) for i in whole.held_out)
+    assert [list(row) for row in p.histograms] == [
+        LABELS[i].bincount(minlength=10).tolist() for i in p.indices
+    ]
+    assert p.manifest()["held_out_sizes"] == [len(i) for i in p.held_out] and not any(
+        len(i) for i in whole.held_out
+    )

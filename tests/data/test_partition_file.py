@@ -15,15 +15,33 @@ DATASET = SimpleNamespace(name="digits", sha256="a" * 64)
 
 
 def split(scenario="nid1", clients=3, data_sha256=DATASET.sha256, **options):
-    return make_partition(LABELS, scenario=scenario, clients=clients, classes=4, alpha=0.5, seed=1, data_sha256=data_sha256, **options)
+    return make_partition(
+        LABELS,
+        scenario=scenario,
+        clients=clients,
+        classes=4,
+        alpha=0.5,
+        seed=1,
+        data_sha256=data_sha256,
+        **options,
+    )
 
 
-@pytest.mark.parametrize("options", [{}, {"held_out_share": 0.3}, {"imbalance": 4.0, "held_out_share": 0.3}])
+@pytest.mark.parametrize(
+    "options", [{}, {"held_out_share": 0.3}, {"imbalance": 4.0, "held_out_share": 0.3}]
+)
 def test_what_is_saved_comes_back(tmp_path, options):
     drawn = split(**options)
     save(drawn, DATASET, tmp_path / "p.json")
-    again = split("nid2", file=tmp_path / "p.json", held_out_share=options.get("held_out_share", 0.0))
-    assert (again.scenario, again.sha256, again.histograms, again.dropped) == ("file", drawn.sha256, drawn.histograms, drawn.dropped)
+    again = split(
+        "nid2", file=tmp_path / "p.json", held_out_share=options.get("held_out_share", 0.0)
+    )
+    assert (again.scenario, again.sha256, again.histograms, again.dropped) == (
+        "file",
+        drawn.sha256,
+        drawn.histograms,
+        drawn.dropped,
+    )
     assert again.manifest()["alpha"] is None
 
 
@@ -32,29 +50,54 @@ def test_lists_alone_and_a_tail_over_them(tmp_path):
     p = split(clients=2, file=tmp_path / "p.json")
     assert p.sizes == (20, 16) and p.dropped == (1, 1, 1, 1)
     tail = split(clients=2, file=tmp_path / "p.json", imbalance=2.0)
-    assert set(tail.owned.tolist()) < set(p.owned.tolist()) and sum(tail.histograms[m][0] for m in (0, 1)) == 9
-    with pytest.raises(DataError, match="client 1 has 0 images, of those that partition.imbalance leaves; at least 2 are needed"):
+    assert (
+        set(tail.owned.tolist()) < set(p.owned.tolist())
+        and sum(tail.histograms[m][0] for m in (0, 1)) == 9
+    )
+    with pytest.raises(
+        DataError,
+        match="client 1 has 0 images, of those that partition.imbalance leaves; at least 2 are needed",
+    ):
         (tmp_path / "p.json").write_text(json.dumps([[0, 4, 8], [1, 3]]))
         split(clients=2, file=tmp_path / "p.json", imbalance=1e4)
 
 
-@pytest.mark.parametrize(("content", "kind", "words"), [
-    ("[[0, 1], [2", DataError, "is not JSON"),
-    ("[" * 100_000, DataError, "is not JSON"),
-    ('{"lists": []}', DataError, "expected .*a list of whole numbers for every client"),
-    ("[[0, 1], [2, 3.0], [4, 5]]", DataError, "a list of whole numbers"),
-    ("[[0, 1], [2, true], [4, 5]]", DataError, "a list of whole numbers"),
-    ("[[0, 1], 7, [4, 5]]", DataError, "a list of whole numbers"),
-    ("3", DataError, "a list of whole numbers"),
-    ("[[0, 1], [2, 40], [4, 5]]", DataError, "client 1 holds image 40; there are 40 training images, counted from 0"),
-    ("[[0, 1], [2, -1], [4, 5]]", DataError, "client 1 holds image -1"),
-    (f"[[0, 1], [2, {10**30}], [4, 5]]", DataError, "client 1 holds image 1000"),
-    ("[[0, 1], [2, 1], [4, 5]]", DataError, "image 1 is held 2 times; clients' lists must be disjoint"),
-    ("[[0, 1], [2, 3], [4]]", DataError, "client 2 has 1 images; at least 2 are needed"),
-    ("[[], [], []]", DataError, "client 0 has 0 images"),
-    ("[[0, 1], [2, 3]]", MismatchError, "has 2 clients, partition.clients = 3: use --clients 2"),
-    ('{"indices": [[0, 1], [2, 3], [4, 5]], "dataset_sha256": "bbb"}', MismatchError, "was made of other training images: it records bbb, these are aaa"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("content", "kind", "words"),
+    [
+        ("[[0, 1], [2", DataError, "is not JSON"),
+        ("[" * 100_000, DataError, "is not JSON"),
+        ('{"lists": []}', DataError, "expected .*a list of whole numbers for every client"),
+        ("[[0, 1], [2, 3.0], [4, 5]]", DataError, "a list of whole numbers"),
+        ("[[0, 1], [2, true], [4, 5]]", DataError, "a list of whole numbers"),
+        ("[[0, 1], 7, [4, 5]]", DataError, "a list of whole numbers"),
+        ("3", DataError, "a list of whole numbers"),
+        (
+            "[[0, 1], [2, 40], [4, 5]]",
+            DataError,
+            "client 1 holds image 40; there are 40 training images, counted from 0",
+        ),
+        ("[[0, 1], [2, -1], [4, 5]]", DataError, "client 1 holds image -1"),
+        (f"[[0, 1], [2, {10**30}], [4, 5]]", DataError, "client 1 holds image 1000"),
+        (
+            "[[0, 1], [2, 1], [4, 5]]",
+            DataError,
+            "image 1 is held 2 times; clients' lists must be disjoint",
+        ),
+        ("[[0, 1], [2, 3], [4]]", DataError, "client 2 has 1 images; at least 2 are needed"),
+        ("[[], [], []]", DataError, "client 0 has 0 images"),
+        (
+            "[[0, 1], [2, 3]]",
+            MismatchError,
+            "has 2 clients, partition.clients = 3: use --clients 2",
+        ),
+        (
+            '{"indices": [[0, 1], [2, 3], [4, 5]], "dataset_sha256": "bbb"}',
+            MismatchError,
+            "was made of other training images: it records bbb, these are aaa",
+        ),
+    ],
+)
 def test_a_file_that_is_wrong(tmp_path, content, kind, words):
     (tmp_path / "p.json").write_text(content)
     with pytest.raises(kind, match=words) as caught:

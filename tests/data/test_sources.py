@@ -19,8 +19,14 @@ from semanticfl_ref.randomness import generator
 def test_digits():
     d = load_dataset("digits")
     sizes = [len(x) for x in (d.train_labels, d.validation_labels, d.test_labels)]
-    assert sum(sizes) == 1797 and sizes == pytest.approx([share * 1797 for share in sources.DIGITS_SHARES], abs=5)
-    assert d.train_images.shape == (sizes[0], 32, 32, 3) and d.train_images.dtype == torch.uint8 and d.train_labels.dtype == torch.int64
+    assert sum(sizes) == 1797 and sizes == pytest.approx(
+        [share * 1797 for share in sources.DIGITS_SHARES], abs=5
+    )
+    assert (
+        d.train_images.shape == (sizes[0], 32, 32, 3)
+        and d.train_images.dtype == torch.uint8
+        and d.train_labels.dtype == torch.int64
+    )
     assert d.class_names[3] == "three" and d.image_size == 32
     for labels in (d.train_labels, d.validation_labels, d.test_labels):
         counts = labels.bincount(minlength=10).double() / len(labels)
@@ -33,10 +39,18 @@ def test_digits():
 def test_digit_scenes():
     plain, d = load_dataset("digits"), load_dataset("digit-scenes", seed=7)
     for part, repeats in sources.SCENES_PER_DIGIT.items():
-        images, labels, digits = getattr(d, f"{part}_images"), getattr(d, f"{part}_labels"), getattr(plain, f"{part}_labels")
+        images, labels, digits = (
+            getattr(d, f"{part}_images"),
+            getattr(d, f"{part}_labels"),
+            getattr(plain, f"{part}_labels"),
+        )
         assert labels.equal(digits.repeat(repeats)) and images.shape == (len(labels), 32, 32, 3)
-        assert len(images.flatten(1).unique(dim=0)) == len(images), "every repeat is a scene of its own"
-    assert d.sha256 == load_dataset("digit-scenes", seed=8).sha256, "the run's seed does not move the data"
+        assert len(images.flatten(1).unique(dim=0)) == len(images), (
+            "every repeat is a scene of its own"
+        )
+    assert d.sha256 == load_dataset("digit-scenes", seed=8).sha256, (
+        "the run's seed does not move the data"
+    )
 
 
 def test_a_damaged_asset(monkeypatch, tmp_path):
@@ -60,12 +74,23 @@ def test_the_asset_is_remade_byte_for_byte(tmp_path):
 def test_cifar10(tmp_path, cifar):
     (tmp_path / "cifar-10-python.tar.gz").write_bytes(cifar)
     d = load_dataset("cifar10", data_dir=tmp_path, data_sha256=sha256(cifar))
-    assert d.train_images.shape == (100, 32, 32, 3) and d.test_images.shape == (20, 32, 32, 3) and len(d.validation_labels) == 0
+    assert (
+        d.train_images.shape == (100, 32, 32, 3)
+        and d.test_images.shape == (20, 32, 32, 3)
+        and len(d.validation_labels) == 0
+    )
     rows = np.random.default_rng(0).integers(0, 256, (20, 3072), dtype=np.uint8)  # the first batch
-    assert d.train_images[7, 3, 5].tolist() == [int(rows[7, 1024 * channel + 32 * 3 + 5]) for channel in range(3)]
+    assert d.train_images[7, 3, 5].tolist() == [
+        int(rows[7, 1024 * channel + 32 * 3 + 5]) for channel in range(3)
+    ]
     assert d.class_names == tuple(NAMES) and d.train_labels[:12].tolist() == [*range(10), 0, 1]
-    held = load_dataset("cifar10", data_dir=tmp_path, data_sha256=sha256(cifar), validation_share=0.2, seed=3)
-    assert held.validation_labels.bincount().tolist() == [2] * 10 and held.train_labels.bincount().tolist() == [8] * 10
+    held = load_dataset(
+        "cifar10", data_dir=tmp_path, data_sha256=sha256(cifar), validation_share=0.2, seed=3
+    )
+    assert (
+        held.validation_labels.bincount().tolist() == [2] * 10
+        and held.train_labels.bincount().tolist() == [8] * 10
+    )
     assert held.test_images.equal(d.test_images) and held.sha256 != d.sha256
     seen = torch.cat([held.train_images, held.validation_images]).flatten(1)
     assert seen.unique(dim=0).equal(d.train_images.flatten(1).unique(dim=0))
@@ -85,7 +110,10 @@ def test_an_unpacked_folder(tmp_path):
     unpacked = load_dataset("cifar10", data_dir=tmp_path, data_sha256=digest)
     packed = tar_gz(members)
     (tmp_path / "cifar-10-python.tar.gz").write_bytes(packed)
-    assert unpacked.sha256 == load_dataset("cifar10", data_dir=tmp_path, data_sha256=sha256(packed)).sha256
+    assert (
+        unpacked.sha256
+        == load_dataset("cifar10", data_dir=tmp_path, data_sha256=sha256(packed)).sha256
+    )
 
 
 def test_cifar100(tmp_path):
@@ -94,12 +122,21 @@ def test_cifar100(tmp_path):
     names = [f"class_{c}" for c in range(100)]
     members = {"cifar-100-python/meta": pickle.dumps({"fine_label_names": names}, 2)}
     for part, n in (("train", 200), ("test", 100)):
-        content = {"data": np.zeros((n, 3072), np.uint8), "fine_labels": [i % 100 for i in range(n)], "coarse_labels": [0] * n}
+        content = {
+            "data": np.zeros((n, 3072), np.uint8),
+            "fine_labels": [i % 100 for i in range(n)],
+            "coarse_labels": [0] * n,
+        }
         members[f"cifar-100-python/{part}"] = pickle.dumps(content, 2)
     content = tar_gz(members)
     (tmp_path / "cifar-100-python.tar.gz").write_bytes(content)
     d = load_dataset("cifar100", data_dir=tmp_path, data_sha256=sha256(content))
-    assert len(d.class_names) == 100 and d.class_names[99] == "class 99" and d.train_labels[-1] == 99 and len(d.test_labels) == 100
+    assert (
+        len(d.class_names) == 100
+        and d.class_names[99] == "class 99"
+        and d.train_labels[-1] == 99
+        and len(d.test_labels) == 100
+    )
 
 
 def jpeg(value: int) -> bytes:
@@ -122,8 +159,13 @@ def tiny_zip(path, per_class: int = 50, drop: str = "") -> str:
                 archive.writestr(f"{root}/val/images/val_{c * per_class + i}.JPEG", images[c])
                 annotations.append(f"val_{c * per_class + i}.JPEG\t{synset}\t0\t0\t1\t1")
         archive.writestr(f"{root}/test/images/test_0.JPEG", b"never read")
-        lists = {"val/val_annotations.txt": "\n".join(annotations[::-1]), "wnids.txt": "\n".join(synsets[::-1])}
-        lists["words.txt"] = "\n".join(f"{synset}\tthing {c}, other name" for c, synset in enumerate(synsets))
+        lists = {
+            "val/val_annotations.txt": "\n".join(annotations[::-1]),
+            "wnids.txt": "\n".join(synsets[::-1]),
+        }
+        lists["words.txt"] = "\n".join(
+            f"{synset}\tthing {c}, other name" for c, synset in enumerate(synsets)
+        )
         for name, text in lists.items():
             if name != drop:
                 archive.writestr(f"{root}/{name}", text)
@@ -133,13 +175,20 @@ def tiny_zip(path, per_class: int = 50, drop: str = "") -> str:
 def test_tinyimagenet(tmp_path):
     path = tmp_path / "tiny-imagenet-200.zip"
     d = load_dataset("tinyimagenet", data_dir=tmp_path, image_size=8, data_sha256=tiny_zip(path))
-    assert d.train_images.shape == (400, 8, 8, 3) and d.test_images.shape == (10000, 8, 8, 3) and d.class_names[7] == "thing 7"
+    assert (
+        d.train_images.shape == (400, 8, 8, 3)
+        and d.test_images.shape == (10000, 8, 8, 3)
+        and d.class_names[7] == "thing 7"
+    )
     assert (d.test_labels.bincount() == 50).all() and (d.train_labels.bincount() == 2).all()
     red = d.test_images[:, 4, 4, 0].double()
     assert (red - d.test_labels).abs().max() <= 4, "each image keeps its own label"
 
 
-@pytest.mark.parametrize("options, words", [({"per_class": 1}, "200 classes"), ({"per_class": 1, "drop": "words.txt"}, "words.txt")])
+@pytest.mark.parametrize(
+    "options, words",
+    [({"per_class": 1}, "200 classes"), ({"per_class": 1, "drop": "words.txt"}, "words.txt")],
+)
 def test_tinyimagenet_incomplete(options, words, tmp_path):
     digest = tiny_zip(tmp_path / "tiny-imagenet-200.zip", **options)
     with pytest.raises(DataError, match=words):
@@ -158,9 +207,15 @@ def test_folder_split_by_seed(tmp_path):
     class_folders(tmp_path / "all")
     (tmp_path / "all" / "kind_0" / "notes.txt").write_text("not an image")
     d = load_dataset("folder", data_dir=tmp_path / "all", seed=1)
-    assert d.class_names == ("kind 0", "kind 1") and d.train_images.shape == (12, 32, 32, 3) and d.test_labels.tolist() == [0, 0, 1]
+    assert (
+        d.class_names == ("kind 0", "kind 1")
+        and d.train_images.shape == (12, 32, 32, 3)
+        and d.test_labels.tolist() == [0, 0, 1]
+    )
     assert (d.train_images[:, 0, 0, 0] == 100 * d.train_labels).all()
-    again, other = (load_dataset("folder", data_dir=tmp_path / "all", seed=seed).sha256 for seed in (1, 2))
+    again, other = (
+        load_dataset("folder", data_dir=tmp_path / "all", seed=seed).sha256 for seed in (1, 2)
+    )
     assert again == d.sha256 != other
 
 
@@ -168,7 +223,11 @@ def test_folder_with_train_and_test(tmp_path):
     class_folders(tmp_path / "train", (3, 4))
     class_folders(tmp_path / "test", (2, 1))
     d = load_dataset("folder", data_dir=tmp_path, image_size=8)
-    assert d.train_labels.tolist() == [0] * 3 + [1] * 4 and d.test_labels.tolist() == [0, 0, 1] and d.image_size == 8
+    assert (
+        d.train_labels.tolist() == [0] * 3 + [1] * 4
+        and d.test_labels.tolist() == [0, 0, 1]
+        and d.image_size == 8
+    )
 
 
 def test_folder_bad_input(tmp_path):
@@ -208,8 +267,14 @@ def test_options_are_refused(name, options, words):
 def test_stratified():
     labels = torch.tensor([0] * 10 + [1] * 5 + [2])
     parts = stratified(labels, (0.5, 0.2, 0.3), generator(0, "test"))
-    assert torch.cat(parts).sort().values.equal(torch.arange(16)) and all(p.equal(p.sort().values) for p in parts)
-    assert [labels[p].bincount(minlength=3).tolist() for p in parts] == [[5, 2, 1], [2, 2, 0], [3, 1, 0]]
+    assert torch.cat(parts).sort().values.equal(torch.arange(16)) and all(
+        p.equal(p.sort().values) for p in parts
+    )
+    assert [labels[p].bincount(minlength=3).tolist() for p in parts] == [
+        [5, 2, 1],
+        [2, 2, 0],
+        [3, 1, 0],
+    ]
 
 
 def test_the_hash_covers_everything(tmp_path):
@@ -218,5 +283,8 @@ def test_the_hash_covers_everything(tmp_path):
     assert sources.content_sha256(d.class_names, tensors) == d.sha256
     for name in tensors:
         changed = replace(d, **{name: tensors[name].flip(0)})
-        assert sources.content_sha256(d.class_names, {n: getattr(changed, n) for n in tensors}) != d.sha256
+        assert (
+            sources.content_sha256(d.class_names, {n: getattr(changed, n) for n in tensors})
+            != d.sha256
+        )
     assert sources.content_sha256(d.class_names[::-1], tensors) != d.sha256

@@ -14,7 +14,11 @@ def contents(path) -> dict[str, bytes]:
 
 
 def same(one, other) -> bool:
-    return one.widths == other.widths and torch.equal(one.text, other.text) and all(torch.equal(one.read(tap), other.read(tap)) for tap in one.widths)
+    return (
+        one.widths == other.widths
+        and torch.equal(one.text, other.text)
+        and all(torch.equal(one.read(tap), other.read(tap)) for tap in one.widths)
+    )
 
 
 def no_extraction(monkeypatch):

@@ -1,4 +1,6 @@
-"""A random model in Stable Diffusion's folder layout, made once for all tests of this folder, and images to describe."""
+"""A random model in Stable Diffusion's folder layout, made once for all tests of this folder, and
+images to describe.
+"""
 
 import copy
 import shutil
@@ -39,20 +41,35 @@ def model_folder(tmp_path_factory):
         )
         tokenizer = make_tiny.make_tokenizer(folder / "words")
         scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
-        make_tiny.save(folder, vae, make_tiny.new_unet(), make_tiny.new_text_encoder(tokenizer), tokenizer, scheduler)
+        make_tiny.save(
+            folder,
+            vae,
+            make_tiny.new_unet(),
+            make_tiny.new_text_encoder(tokenizer),
+            tokenizer,
+            scheduler,
+        )
     return folder
 
 
 @pytest.fixture(scope="session")
 def deep_folder(model_folder, tmp_path_factory):
-    """The same but for the U-Net, which has Stable Diffusion 1.5's blocks (two layers each, attention in three of four levels) at small widths."""
+    """The same but for the U-Net, which has Stable Diffusion 1.5's blocks (two layers each,
+    attention in three of four levels) at small widths.
+    """
     from diffusers import UNet2DConditionModel
 
     folder = tmp_path_factory.mktemp("deep") / "model"
     shutil.copytree(model_folder, folder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        unet = UNet2DConditionModel(sample_size=8, block_out_channels=(8, 8, 16, 16), cross_attention_dim=64, attention_head_dim=2, norm_num_groups=4)
+        unet = UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(8, 8, 16, 16),
+            cross_attention_dim=64,
+            attention_head_dim=2,
+            norm_num_groups=4,
+        )
     unet.half().save_pretrained(folder / "unet", variant="fp16")
     (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     return folder
@@ -80,7 +97,9 @@ def backbone(loaded):
 
 @pytest.fixture(scope="session")
 def images():
-    return torch.randint(0, 256, (12, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    return torch.randint(
+        0, 256, (12, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +123,17 @@ def want(model_folder, images, small_shards):
     def want(cache_dir, **options):
         given = {"source": str(model_folder), **RECIPE} | options
         chosen = given.pop("images", images)
-        return plan(chosen, given.pop("labels", LABELS), given.pop("names", NAMES), "data", Recipe(**given), cache_dir=cache_dir, offline=True, device="cpu", remedy="remake it")
+        return plan(
+            chosen,
+            given.pop("labels", LABELS),
+            given.pop("names", NAMES),
+            "data",
+            Recipe(**given),
+            cache_dir=cache_dir,
+            offline=True,
+            device="cpu",
+            remedy="remake it",
+        )
 
     return want
 

@@ -18,8 +18,20 @@ def draw(*shape, seed=0):
 @pytest.fixture
 def bank():
     means = draw(CLASSES, 30, seed=1) * 2
-    features = {"mid": (means[LABELS] + draw(N, 30)).half(), "up.0": (draw(N, 20, seed=2) * 100 + 7).half()}
-    meta = {"source": "tiny", "condition": "null", "taps": list(features), "timestep": 50, "pool": 1, "prompt": "a {}", "dataset_sha256": "d", "images": N}
+    features = {
+        "mid": (means[LABELS] + draw(N, 30)).half(),
+        "up.0": (draw(N, 20, seed=2) * 100 + 7).half(),
+    }
+    meta = {
+        "source": "tiny",
+        "condition": "null",
+        "taps": list(features),
+        "timestep": 50,
+        "pool": 1,
+        "prompt": "a {}",
+        "dataset_sha256": "d",
+        "images": N,
+    }
     return in_memory(features, draw(CLASSES, 16, seed=3), "bank-id", meta)
 
 
@@ -34,7 +46,9 @@ def test_pca_closed_form():
     mean, directions, variances = pca(lambda: [points], 2)
     torch.testing.assert_close(mean, torch.tensor([10.0, 10.0]).double())
     torch.testing.assert_close(variances, torch.tensor([8.0, 2.0]).double() / 3)
-    torch.testing.assert_close(directions, torch.tensor([[0.6, 0.8], [0.8, -0.6]]).double())  # the larger entry is positive in both
+    torch.testing.assert_close(
+        directions, torch.tensor([[0.6, 0.8], [0.8, -0.6]]).double()
+    )  # the larger entry is positive in both
 
 
 def test_pca_sign_and_value_do_not_depend_on_the_images_order(bank):
@@ -46,7 +60,9 @@ def test_pca_sign_and_value_do_not_depend_on_the_images_order(bank):
 
 
 def test_pca_in_pieces_is_pca_of_the_whole(bank):
-    """Also far from zero, where the sum of squares minus the squared mean would have nothing left in fp32."""
+    """Also far from zero, where the sum of squares minus the squared mean would have nothing left
+    in fp32.
+    """
     values = bank.read("up.0").float() + 1e4
     whole, pieces = pca(lambda: [values], 6), pca(lambda: values.split(7), 6)
     for one, other in zip(whole, pieces, strict=True):
@@ -56,38 +72,73 @@ def test_pca_in_pieces_is_pca_of_the_whole(bank):
 
 
 def test_fisher_ratio_closed_form():
-    """Classes at 0 and 4, two points each at distance 1 from their mean: between 4 * 2^2, within 4 * 1."""
+    """Classes at 0 and 4, two points each at distance 1 from their mean: between 4 * 2^2, within 4
+    * 1.
+    """
     values = torch.tensor([[-1.0], [1.0], [3.0], [5.0]])
     assert fisher_ratio(values, torch.tensor([0, 0, 1, 1]), 2) == pytest.approx(4.0)
-    assert fisher_ratio(values, torch.tensor([0, 0, 2, 2]), 5) == pytest.approx(4.0), "classes without images do not count"
+    assert fisher_ratio(values, torch.tensor([0, 0, 2, 2]), 5) == pytest.approx(4.0), (
+        "classes without images do not count"
+    )
     assert fisher_ratio(values * 7 + 3, torch.tensor([0, 0, 1, 1]), 2) == pytest.approx(4.0)
 
 
 def test_separability_lengthens_the_level_that_tells_classes_apart(bank):
-    """`mid` holds the classes, `up.0` is noise: their mean squared lengths stand as their Fisher ratios do, and sum to the width."""
+    """`mid` holds the classes, `up.0` is noise: their mean squared lengths stand as their Fisher
+    ratios do, and sum to the width.
+    """
     equal, weighted = make(bank), make(bank, aggregation="separability")
     strengths = weighted.provenance["level_strengths"]
-    ratios = [fisher_ratio(equal.visual[:, part], LABELS, CLASSES) for part in (slice(0, 6), slice(6, 12))]
-    assert strengths["mid"] / strengths["up.0"] == pytest.approx(ratios[0] / ratios[1], rel=1e-3) and ratios[0] > 5 * ratios[1]
-    assert sum(strengths.values()) == pytest.approx(2, abs=1e-5) and equal.provenance["level_strengths"] is None
-    torch.testing.assert_close(weighted.visual[:, :6], equal.visual[:, :6] * strengths["mid"] ** 0.5)
-    torch.testing.assert_close(weighted.visual[:, 6:], equal.visual[:, 6:] * strengths["up.0"] ** 0.5)
+    ratios = [
+        fisher_ratio(equal.visual[:, part], LABELS, CLASSES) for part in (slice(0, 6), slice(6, 12))
+    ]
+    assert (
+        strengths["mid"] / strengths["up.0"] == pytest.approx(ratios[0] / ratios[1], rel=1e-3)
+        and ratios[0] > 5 * ratios[1]
+    )
+    assert (
+        sum(strengths.values()) == pytest.approx(2, abs=1e-5)
+        and equal.provenance["level_strengths"] is None
+    )
+    torch.testing.assert_close(
+        weighted.visual[:, :6], equal.visual[:, :6] * strengths["mid"] ** 0.5
+    )
+    torch.testing.assert_close(
+        weighted.visual[:, 6:], equal.visual[:, 6:] * strengths["up.0"] ** 0.5
+    )
 
 
 def own_class_bank(bank, **meta):
     features = {tap: bank.read(tap)[:25] * 2 + 1 for tap in bank.widths}
-    return in_memory(features, bank.text, "text-id", {**bank.meta, "condition": "own-class", **meta})
+    return in_memory(
+        features, bank.text, "text-id", {**bank.meta, "condition": "own-class", **meta}
+    )
 
 
 @pytest.mark.parametrize("aggregation", ["equal", "separability"])
 def test_texts_from_the_unet_lie_in_the_visual_anchors_space(bank, aggregation):
-    """A bank that says of its images what the visual bank says gives the class means of the visual anchors themselves."""
-    copy = in_memory({tap: bank.read(tap) for tap in bank.widths}, bank.text, "text-id", {**bank.meta, "condition": "own-class"})
+    """A bank that says of its images what the visual bank says gives the class means of the visual
+    anchors themselves.
+    """
+    copy = in_memory(
+        {tap: bank.read(tap) for tap in bank.widths},
+        bank.text,
+        "text-id",
+        {**bank.meta, "condition": "own-class"},
+    )
     anchors = make(bank, text_bank=copy, text_labels=LABELS, aggregation=aggregation)
-    assert anchors.text.shape == (CLASSES, 12) and anchors.provenance["text"] == "unet" and anchors.provenance["text_bank"] == "text-id"
-    torch.testing.assert_close(anchors.text, make(bank, per="class", aggregation=aggregation).visual)
+    assert (
+        anchors.text.shape == (CLASSES, 12)
+        and anchors.provenance["text"] == "unet"
+        and anchors.provenance["text_bank"] == "text-id"
+    )
+    torch.testing.assert_close(
+        anchors.text, make(bank, per="class", aggregation=aggregation).visual
+    )
     other = make(bank, text_bank=own_class_bank(bank), text_labels=LABELS[:25])
-    assert torch.equal(other.visual, make(bank).visual) and not torch.allclose(other.text, anchors.text)
+    assert torch.equal(other.visual, make(bank).visual) and not torch.allclose(
+        other.text, anchors.text
+    )
     assert make(bank).provenance["text"] == "clip"
 
 
@@ -95,7 +146,13 @@ def test_a_text_bank_must_fit(bank):
     with pytest.raises(UserError, match="own class's caption"):
         make(bank, text_bank=own_class_bank(bank, condition="null"), text_labels=LABELS[:25])
     with pytest.raises(UserError, match="same taps"):
-        make(bank, text_bank=in_memory({"mid": bank.read("mid")}, bank.text, "id", {"condition": "own-class"}), text_labels=LABELS)
+        make(
+            bank,
+            text_bank=in_memory(
+                {"mid": bank.read("mid")}, bank.text, "id", {"condition": "own-class"}
+            ),
+            text_labels=LABELS,
+        )
     with pytest.raises(UserError, match="class 3 has no image"):
         make(bank, text_bank=own_class_bank(bank), text_labels=LABELS[:25] % 3)
 
@@ -107,16 +164,24 @@ def test_anchors_are_whitened_levels_side_by_side(bank):
     torch.testing.assert_close(covariance[:7, :7], torch.eye(7), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(covariance[7:, 7:], torch.eye(6), rtol=1e-4, atol=1e-4)
     assert anchors.provenance["widths"] == [7, 6] and anchors.provenance["bank"] == "bank-id"
-    assert anchors.provenance["images"] == "train" and anchors.provenance["source"] == "tiny" and anchors.provenance["condition"] == "null"
+    assert (
+        anchors.provenance["images"] == "train"
+        and anchors.provenance["source"] == "tiny"
+        and anchors.provenance["condition"] == "null"
+    )
     total = torch.linalg.eigvalsh(bank.read("mid").double().T.cov()).flip(0)
-    assert anchors.provenance["explained_variance"]["mid"] == pytest.approx(float(total[:7].sum() / total.sum()), abs=1e-5)
+    assert anchors.provenance["explained_variance"]["mid"] == pytest.approx(
+        float(total[:7].sum() / total.sum()), abs=1e-5
+    )
     assert torch.equal(anchors.text, bank.text)
 
 
 def test_without_whitening_levels_keep_their_shape_but_not_their_scale(bank):
     visual = make(bank, whiten=False).visual
     variances = visual.var(0)
-    assert variances[:6].mean() == pytest.approx(1, rel=1e-4) and variances[6:].mean() == pytest.approx(1, rel=1e-4)
+    assert variances[:6].mean() == pytest.approx(1, rel=1e-4) and variances[
+        6:
+    ].mean() == pytest.approx(1, rel=1e-4)
     assert variances[0] > 2 * variances[5]
 
 
@@ -128,7 +193,9 @@ def test_aggregation_by_widths(bank):
 
 
 def test_a_width_that_the_levels_cannot_give_is_refused(bank):
-    with pytest.raises(UserError, match=r"tap up\.0 gives 20 components of 120 images, 30 were asked"):
+    with pytest.raises(
+        UserError, match=r"tap up\.0 gives 20 components of 120 images, 30 were asked"
+    ):
         make(bank, width=60)
     with pytest.raises(UserError, match="below one component"):
         make(bank, width=1)
@@ -141,7 +208,7 @@ def test_class_anchors_are_the_classes_means(bank):
     each, means = make(bank), make(bank, per="class")
     assert means.visual.shape == (CLASSES, 12)
     for label in range(CLASSES):
-        torch.testing.assert_close(means.visual[label], each.visual[LABELS == label].mean(0))
+        torch.testing.assert_close(means.visual[label], each.visual[label == LABELS].mean(0))
     with pytest.raises(UserError, match="class 5 has no image"):
         make(bank, per="class", classes=6)
 
@@ -149,17 +216,25 @@ def test_class_anchors_are_the_classes_means(bank):
 def test_visual_for(bank):
     labels, indices = torch.tensor([1, 0, 4]), torch.tensor([11, 5, 119])
     assert torch.equal(make(bank).visual_for(labels, indices), make(bank).visual[indices])
-    assert torch.equal(make(bank, per="class").visual_for(labels, indices), make(bank, per="class").visual[labels])
+    assert torch.equal(
+        make(bank, per="class").visual_for(labels, indices), make(bank, per="class").visual[labels]
+    )
 
 
 @pytest.mark.parametrize("per", ["image", "class"])
 @pytest.mark.parametrize("control", ["shuffled", "permuted", "random", "onehot"])
 def test_controls_keep_shapes_and_lengths_and_are_seeded(bank, control, per):
     true, other = make(bank, per=per), make(bank, per=per, control=control)
-    assert other.visual.shape == true.visual.shape and other.text.shape == true.text.shape and other.visual.dtype == torch.float32
+    assert (
+        other.visual.shape == true.visual.shape
+        and other.text.shape == true.text.shape
+        and other.visual.dtype == torch.float32
+    )
     lengths = [anchors.visual.norm(dim=1).sort().values for anchors in (true, other)]
     torch.testing.assert_close(*lengths)
-    torch.testing.assert_close(true.text.norm(dim=1).sort().values, other.text.norm(dim=1).sort().values)
+    torch.testing.assert_close(
+        true.text.norm(dim=1).sort().values, other.text.norm(dim=1).sort().values
+    )
     assert not torch.allclose(true.visual, other.visual)
     again = make(bank, per=per, control=control)
     assert torch.equal(again.visual, other.visual) and torch.equal(again.text, other.text)
@@ -194,9 +269,13 @@ def test_permuted_with_unequal_and_absent_classes(bank):
     true = make_anchors(bank, labels, width=12, classes=CLASSES)
     permuted = make_anchors(bank, labels, width=12, classes=CLASSES, control="permuted")
     taken = labels[rows_of(permuted.visual, true.visual)]
-    assert (taken != labels).all() and all(len(taken[labels == label].unique()) == 1 for label in range(3))
+    assert (taken != labels).all() and all(
+        len(taken[labels == label].unique()) == 1 for label in range(3)
+    )
     with pytest.raises(UserError, match="two classes"):
-        make_anchors(bank, torch.zeros(N, dtype=torch.long), width=12, classes=CLASSES, control="permuted")
+        make_anchors(
+            bank, torch.zeros(N, dtype=torch.long), width=12, classes=CLASSES, control="permuted"
+        )
 
 
 def test_onehot_tells_the_label_and_nothing_else(bank):

@@ -1,4 +1,6 @@
-"""The backbone against diffusers' own forward, and against what must not happen to images, hooks and generators."""
+"""The backbone against diffusers' own forward, and against what must not happen to images, hooks
+and generators.
+"""
 
 import copy
 import subprocess
@@ -8,7 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from semanticfl_ref.diffusion.backbone import Backbone, _content, _noise, settled_precision, settled_taps, vae_dtype
+from semanticfl_ref.diffusion.backbone import (
+    Backbone,
+    _content,
+    _noise,
+    settled_precision,
+    settled_taps,
+    vae_dtype,
+)
 from semanticfl_ref.diffusion.parts import layers, parameters
 from semanticfl_ref.diffusion.text import captions
 from semanticfl_ref.errors import NonFiniteError, UserError
@@ -23,13 +32,26 @@ def hook_count(backbone):
 @pytest.mark.parametrize("size", [32, 40], ids=["even", "odd"])
 @pytest.mark.parametrize(
     "taps",
-    [["down.0.resnets.0"], ["down.1.attentions.1", "down.2"], ["mid.attentions.0"], ["vae", "down.3", "mid"], ["up.0"], ["up.1", "up.2", "up.3"],
-     ["up.2.attentions.1", "up.1.resnets.2"]],
+    [
+        ["down.0.resnets.0"],
+        ["down.1.attentions.1", "down.2"],
+        ["mid.attentions.0"],
+        ["vae", "down.3", "mid"],
+        ["up.0"],
+        ["up.1", "up.2", "up.3"],
+        ["up.2.attentions.1", "up.1.resnets.2"],
+    ],
     ids=lambda taps: taps[-1],
-)  # fmt: skip
-def test_early_stop_behind_a_pruned_unet_is_bitwise_the_full_forward(deep_folder, whole_unet, taps, size):
-    """Stable Diffusion's blocks; at 40 pixels the levels are 10, 5, 3 and 2 a side, where diffusers treats the last up-block differently."""
-    images = torch.randint(0, 256, (2, size, size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+)
+def test_early_stop_behind_a_pruned_unet_is_bitwise_the_full_forward(
+    deep_folder, whole_unet, taps, size
+):
+    """Stable Diffusion's blocks; at 40 pixels the levels are 10, 5, 3 and 2 a side, where diffusers
+    treats the last up-block differently.
+    """
+    images = torch.randint(
+        0, 256, (2, size, size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(2)
+    )
     early = Backbone.load(deep_folder, taps=taps, offline=True)
     full = copy.copy(whole_unet)
     full.stop_early = False
@@ -74,40 +96,76 @@ def test_the_pruned_unet_is_smaller_by_what_lies_behind(deep_folder, whole_unet)
     blocks = {f"up.{i}": parameters(block) for i, block in enumerate(whole_unet.unet.up_blocks)}
     assert sizes["up.3"] - sizes["up.0"] == blocks["up.1"] + blocks["up.2"] + blocks["up.3"]
     alone = Backbone.load(deep_folder, taps=["vae"], offline=True)
-    assert all(parameter.is_meta for parameter in alone.unet.parameters()) and "0.0 of" in alone.memory()
+    assert (
+        all(parameter.is_meta for parameter in alone.unet.parameters())
+        and "0.0 of" in alone.memory()
+    )
 
 
 def test_early_stop_leaves_out_what_lies_beyond(model_folder, images):
     backbone = Backbone.load(model_folder, taps=["mid"], offline=True, pruned=False)
-    backbone.unet.up_blocks[0].register_forward_pre_hook(lambda *_: pytest.fail("a block beyond the deepest tap ran"))
+    backbone.unet.up_blocks[0].register_forward_pre_hook(
+        lambda *_: pytest.fail("a block beyond the deepest tap ran")
+    )
     assert backbone.features(images, **OPTIONS)["mid"].shape == (12, 112)
     backbone = Backbone.load(model_folder, taps=["vae"], offline=True)
-    backbone.unet.register_forward_pre_hook(lambda *_: pytest.fail("the latent alone needs no U-Net"))
+    backbone.unet.register_forward_pre_hook(
+        lambda *_: pytest.fail("the latent alone needs no U-Net")
+    )
     assert backbone.features(images, pool=2, **OPTIONS)["vae"].shape == (12, 16)
 
 
 @torch.no_grad()
 def test_taps_equal_hooks_on_diffusers_own_pipeline_parts(model_folder, backbone, images):
-    """The whole chain once more with diffusers' own loading and plain calls; the noise is taken from the backbone, at the size of its passes."""
+    """The whole chain once more with diffusers' own loading and plain calls; the noise is taken
+    from the backbone, at the size of its passes.
+    """
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextModel
 
-    vae, unet = AutoencoderKL.from_pretrained(model_folder / "vae"), UNet2DConditionModel.from_pretrained(model_folder / "unet")
+    vae, unet = (
+        AutoencoderKL.from_pretrained(model_folder / "vae"),
+        UNet2DConditionModel.from_pretrained(model_folder / "unet"),
+    )
     fill = torch.arange(backbone.batch).clamp(max=len(images) - 1)
-    latent = vae.encode(images[fill].permute(0, 3, 1, 2).float() / 255 * 2 - 1).latent_dist.mean * 0.7
+    latent = (
+        vae.encode(images[fill].permute(0, 3, 1, 2).float() / 255 * 2 - 1).latent_dist.mean * 0.7
+    )
     noise = _noise([_content(image) for image in images[fill]], latent.shape[1:], 3, "noise/150")
-    share = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64).square().neg().add(1).cumprod(0)[150]
-    assert float(share) == pytest.approx(float(backbone.scheduler.alphas_cumprod[150]), rel=1e-5), "t is the noise level"
+    share = (
+        torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64)
+        .square()
+        .neg()
+        .add(1)
+        .cumprod(0)[150]
+    )
+    assert float(share) == pytest.approx(float(backbone.scheduler.alphas_cumprod[150]), rel=1e-5), (
+        "t is the noise level"
+    )
     tokens = torch.full((1, 32), backbone_tokens(model_folder)[1])
     tokens[0, 0] = backbone_tokens(model_folder)[0]
-    hidden = CLIPTextModel.from_pretrained(model_folder / "text_encoder").float()(tokens).last_hidden_state.expand(len(fill), -1, -1)
+    hidden = (
+        CLIPTextModel.from_pretrained(model_folder / "text_encoder")
+        .float()(tokens)
+        .last_hidden_state.expand(len(fill), -1, -1)
+    )
     seen = {}
-    for tap, module in {"down.1": unet.down_blocks[1], "mid": unet.mid_block, "up.0": unet.up_blocks[0]}.items():
-        module.register_forward_hook(lambda _m, _i, out, tap=tap: seen.__setitem__(tap, out[0] if isinstance(out, tuple) else out))
+    for tap, module in {
+        "down.1": unet.down_blocks[1],
+        "mid": unet.mid_block,
+        "up.0": unet.up_blocks[0],
+    }.items():
+        module.register_forward_hook(
+            lambda _m, _i, out, tap=tap: seen.__setitem__(
+                tap, out[0] if isinstance(out, tuple) else out
+            )
+        )
     unet(latent * share.sqrt().float() + noise * (1 - share).sqrt().float(), 150, hidden)
     features = backbone.features(images, **OPTIONS)
     for tap, values in {"vae": latent, **seen}.items():
-        torch.testing.assert_close(features[tap], values[: len(images)].mean((2, 3)), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            features[tap], values[: len(images)].mean((2, 3)), rtol=1e-4, atol=1e-4
+        )
 
 
 def backbone_tokens(folder) -> tuple[int, int]:
@@ -119,23 +177,43 @@ def backbone_tokens(folder) -> tuple[int, int]:
 
 
 def test_the_noise_level_is_the_timestep(backbone, images, monkeypatch):
-    """What enters the U-Net correlates with the clean latent as sqrt(alphas_cumprod[t]) says: nearly all of it at 0, next to nothing at 999."""
+    """What enters the U-Net correlates with the clean latent as sqrt(alphas_cumprod[t]) says:
+    nearly all of it at 0, next to nothing at 999.
+    """
     seen = []
-    monkeypatch.setattr(backbone.unet, "forward", lambda noisy, *_args, **_options: seen.append(noisy) or (noisy,))
+    monkeypatch.setattr(
+        backbone.unet, "forward", lambda noisy, *_args, **_options: seen.append(noisy) or (noisy,)
+    )
     latent = []
     encode = backbone.vae.encode
-    monkeypatch.setattr(backbone.vae, "encode", lambda values: latent.append(encode(values)) or latent[-1])
+    monkeypatch.setattr(
+        backbone.vae, "encode", lambda values: latent.append(encode(values)) or latent[-1]
+    )
     for timestep in (0, 150, 999):
-        backbone._pass(images, backbone.null_prompt.expand(12, -1, -1), timestep, 3, 1, None, "mean")
+        backbone._pass(
+            images, backbone.null_prompt.expand(12, -1, -1), timestep, 3, 1, None, "mean"
+        )
         clean = latent[-1].latent_dist.mean * 0.7
-        noise = _noise([_content(image) for image in images], clean.shape[1:], 3, f"noise/{timestep}")
+        noise = _noise(
+            [_content(image) for image in images], clean.shape[1:], 3, f"noise/{timestep}"
+        )
         share = backbone.scheduler.alphas_cumprod[timestep]
-        torch.testing.assert_close(seen[-1], share.sqrt() * clean + (1 - share).sqrt() * noise, rtol=1e-5, atol=1e-5)
-        assert share > 0.999 if timestep == 0 else share < 0.01 if timestep == 999 else 0.7 < share < 0.9
+        torch.testing.assert_close(
+            seen[-1], share.sqrt() * clean + (1 - share).sqrt() * noise, rtol=1e-5, atol=1e-5
+        )
+        assert (
+            share > 0.999
+            if timestep == 0
+            else share < 0.01
+            if timestep == 999
+            else 0.7 < share < 0.9
+        )
 
 
 def test_features_do_not_depend_on_batch_or_order(backbone, images):
-    """Every pass has the same size, so what is left is rounding by place (none where this was written): below 2e-6 of the largest value."""
+    """Every pass has the same size, so what is left is rounding by place (none where this was
+    written): below 2e-6 of the largest value.
+    """
     whole = backbone.features(images, **OPTIONS)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     shuffled = backbone.features(images[order], **OPTIONS)
@@ -155,8 +233,12 @@ def test_own_prompts_reach_the_unet_in_their_order(backbone, text_encoder, image
     mixed = backbone.features(images, prompt_embedding=hidden[labels], **OPTIONS)
     for label in (0, 1):
         single = backbone.features(images, prompt_embedding=hidden[label], **OPTIONS)
-        torch.testing.assert_close(mixed["up.0"][labels == label], single["up.0"][labels == label], rtol=1e-5, atol=1e-5)
-        assert not torch.allclose(mixed["up.0"][labels != label], single["up.0"][labels != label], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            mixed["up.0"][labels == label], single["up.0"][labels == label], rtol=1e-5, atol=1e-5
+        )
+        assert not torch.allclose(
+            mixed["up.0"][labels != label], single["up.0"][labels != label], rtol=1e-4, atol=1e-4
+        )
 
 
 def test_noise_follows_content_seed_and_timestep(backbone, images):
@@ -170,14 +252,24 @@ def test_noise_follows_content_seed_and_timestep(backbone, images):
 def test_the_vae_sees_minus_one_to_one_once(backbone, monkeypatch):
     seen = []
     encode = backbone.vae.encode
-    monkeypatch.setattr(backbone.vae, "encode", lambda values: seen.append(values) or encode(values))
+    monkeypatch.setattr(
+        backbone.vae, "encode", lambda values: seen.append(values) or encode(values)
+    )
     images = torch.zeros(3, 32, 32, 3, dtype=torch.uint8)
     images[1], images[2] = 255, 128
     backbone.features(images, **OPTIONS)
     assert seen[0].shape == (16, 3, 32, 32) and seen[0].dtype == torch.float32
-    assert [float(value) for value in seen[0][:3, 0, 0, 0]] == [-1.0, 1.0, pytest.approx(128 / 127.5 - 1, abs=1e-6)]
+    assert [float(value) for value in seen[0][:3, 0, 0, 0]] == [
+        -1.0,
+        1.0,
+        pytest.approx(128 / 127.5 - 1, abs=1e-6),
+    ]
     backbone.features(images[:, ::2, ::2], input_size=32, **OPTIONS)  # resized, and still in range
-    assert seen[1].shape == (16, 3, 32, 32) and float(seen[1].min()) == -1 and float(seen[1].max()) == 1
+    assert (
+        seen[1].shape == (16, 3, 32, 32)
+        and float(seen[1].min()) == -1
+        and float(seen[1].max()) == 1
+    )
 
 
 def test_hooks_are_gone_after_an_exception(backbone, images, monkeypatch):
@@ -206,27 +298,41 @@ def test_a_non_finite_image_is_named_with_its_first_layer(model_folder, images, 
 
 
 def test_a_sampled_latent_is_keyed_by_content_and_seed(backbone, images):
-    mean, sample = (backbone.features(images, latent=latent, **OPTIONS) for latent in ("mean", "sample"))
+    mean, sample = (
+        backbone.features(images, latent=latent, **OPTIONS) for latent in ("mean", "sample")
+    )
     assert not torch.equal(mean["vae"], sample["vae"])
     again = backbone.features(images[3:5], latent="sample", **OPTIONS)
     assert (again["vae"] - sample["vae"][3:5]).abs().max() <= sample["vae"].abs().max() * 2e-6
-    assert not torch.equal(backbone.features(images, latent="sample", timestep=150, seed=4)["vae"], sample["vae"])
+    assert not torch.equal(
+        backbone.features(images, latent="sample", timestep=150, seed=4)["vae"], sample["vae"]
+    )
     found = backbone.vae.encode(backbone._scaled(images, None)).latent_dist
     noise = _noise([_content(image) for image in images], found.mean.shape[1:], 3, "vae-sample")
-    torch.testing.assert_close(sample["vae"], ((found.mean + found.std * noise) * 0.7).mean((2, 3)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        sample["vae"], ((found.mean + found.std * noise) * 0.7).mean((2, 3)), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_text_is_the_pooled_output_of_the_caption(text_encoder):
     hidden, pooled = text_encoder.encode(captions("a photo of a {}", ["one", "letter_a"]))
-    tokens = text_encoder.tokenizer(["a photo of a letter a"], padding="max_length", max_length=32, return_tensors="pt").input_ids
+    tokens = text_encoder.tokenizer(
+        ["a photo of a letter a"], padding="max_length", max_length=32, return_tensors="pt"
+    ).input_ids
     torch.testing.assert_close(pooled[1:], text_encoder.model(tokens).pooler_output)
-    assert hidden.shape == (2, 32, 64) and pooled.shape == (2, 64) and pooled.dtype == hidden.dtype == torch.float32
+    assert (
+        hidden.shape == (2, 32, 64)
+        and pooled.shape == (2, 64)
+        and pooled.dtype == hidden.dtype == torch.float32
+    )
     many = text_encoder.encode(["zero"] * 65)[1]
     torch.testing.assert_close(many[64], many[0])
 
 
 def test_bf16_is_near_fp32(model_folder, backbone, images):
-    half = Backbone.load(model_folder, taps=["mid"], precision="bf16", offline=True).features(images, **OPTIONS)["mid"]
+    half = Backbone.load(model_folder, taps=["mid"], precision="bf16", offline=True).features(
+        images, **OPTIONS
+    )["mid"]
     full = backbone.features(images, **OPTIONS)["mid"]
     assert half.dtype == torch.float32
     assert (half - full).norm() / full.norm() < 0.03
@@ -263,13 +369,23 @@ def test_unknown_tap_and_prompt_without_a_place(model_folder):
     assert captions("a {class}, {}", ["sea_lion"]) == ["a sea lion, sea lion"]
     with pytest.raises(UserError, match="at least one"):
         Backbone.load(model_folder, taps=[], offline=True)
-    assert settled_taps(["all"], ["vae", "down.0.resnets.0", "down.0", "mid.attentions.0", "mid"]) == ("vae", "down.0", "mid")
+    assert settled_taps(
+        ["all"], ["vae", "down.0.resnets.0", "down.0", "mid.attentions.0", "mid"]
+    ) == ("vae", "down.0", "mid")
 
 
 def test_precisions():
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert settled_precision("auto", cuda) == "fp16" and settled_precision("auto", cpu) in ("bf16", "fp32") and settled_precision("fp32", cuda) == "fp32"
-    assert (vae_dtype("fp32", cpu), vae_dtype("bf16", cpu), vae_dtype("fp32", cuda)) == (torch.float32, torch.bfloat16, torch.float32)
+    assert (
+        settled_precision("auto", cuda) == "fp16"
+        and settled_precision("auto", cpu) in ("bf16", "fp32")
+        and settled_precision("fp32", cuda) == "fp32"
+    )
+    assert (vae_dtype("fp32", cpu), vae_dtype("bf16", cpu), vae_dtype("fp32", cuda)) == (
+        torch.float32,
+        torch.bfloat16,
+        torch.float32,
+    )
     assert vae_dtype("fp16", cuda) != torch.float16, "the VAE overflows there"
     with pytest.raises(UserError, match="unknown precision 'fp8'"):
         settled_precision("fp8", cpu)
@@ -277,18 +393,34 @@ def test_precisions():
 
 def test_modules_import_neither_library():
     code = "import sys; from semanticfl_ref.diffusion import backbone, bank, anchors; print([m for m in ('diffusers', 'transformers') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "[]"
+    )
 
 
 def test_pooling_is_the_mean_of_cells(backbone, images):
     fine = backbone.features(images, pool=4, **OPTIONS)["mid"].view(12, 112, 4, 4)
-    torch.testing.assert_close(F.avg_pool2d(fine, 2).flatten(1), backbone.features(images, pool=2, **OPTIONS)["mid"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        F.avg_pool2d(fine, 2).flatten(1),
+        backbone.features(images, pool=2, **OPTIONS)["mid"],
+        rtol=1e-5,
+        atol=1e-5,
+    )
 
 
-@pytest.mark.parametrize("precision, layout", [("bf16", torch.channels_last), ("fp32", torch.contiguous_format)])
+@pytest.mark.parametrize(
+    "precision, layout", [("bf16", torch.channels_last), ("fp32", torch.contiguous_format)]
+)
 def test_half_precision_is_channels_last(model_folder, precision, layout):
     """fp32 on a CPU gains nothing by it."""
     backbone = Backbone.load(model_folder, taps=["mid"], precision=precision, offline=True)
     for part in (backbone.unet, backbone.vae):
-        kernels = [weight for weight in part.parameters() if weight.ndim == 4 and min(weight.shape[1], weight.shape[2]) > 1]
+        kernels = [
+            weight
+            for weight in part.parameters()
+            if weight.ndim == 4 and min(weight.shape[1], weight.shape[2]) > 1
+        ]
         assert kernels and all(weight.is_contiguous(memory_format=layout) for weight in kernels)

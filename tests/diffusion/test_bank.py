@@ -16,21 +16,38 @@ from semanticfl_ref.errors import UserError
 def test_a_bank_holds_the_backbones_features(made, model_folder, images, text_encoder):
     bank = open_bank(made)
     assert made.path.name == f"bank-{bank.id}"
-    assert set(contents(made.path)) == {"bank.json", "text.safetensors", *(f"shard-0000{i}.safetensors" for i in range(3))}
-    features = Backbone.load(model_folder, taps=["down.1", "mid"], offline=True).features(images, timestep=50, seed=0)
+    assert set(contents(made.path)) == {
+        "bank.json",
+        "text.safetensors",
+        *(f"shard-0000{i}.safetensors" for i in range(3)),
+    }
+    features = Backbone.load(model_folder, taps=["down.1", "mid"], offline=True).features(
+        images, timestep=50, seed=0
+    )
     assert list(bank.widths.items()) == [("mid", 112), ("down.1", 112)], "in the order asked for"
     assert all(torch.equal(bank.read(tap), features[tap].half()) for tap in bank.widths)
-    assert torch.equal(bank.text, text_encoder.encode([f"a photo of a {name}" for name in NAMES])[1]) and bank.text.dtype == torch.float32
-    assert bank.meta["timestep"] == 50 and bank.meta["condition"] == "null" and bank.meta["vae_precision"] == "float32"
+    assert (
+        torch.equal(bank.text, text_encoder.encode([f"a photo of a {name}" for name in NAMES])[1])
+        and bank.text.dtype == torch.float32
+    )
+    assert (
+        bank.meta["timestep"] == 50
+        and bank.meta["condition"] == "null"
+        and bank.meta["vae_precision"] == "float32"
+    )
 
 
 @pytest.mark.parametrize("rows", [1, 3, 4, 5, 8, 12, 100])
 def test_chunks_are_the_whole_in_pieces(made, rows):
     bank = open_bank(made)
     chunks = list(bank.chunks("mid", rows))
-    assert torch.equal(torch.cat(chunks), bank.read("mid")) and [len(chunk) for chunk in chunks] == [rows] * (12 // rows) + ([12 % rows] if 12 % rows else [])
+    assert torch.equal(torch.cat(chunks), bank.read("mid")) and [
+        len(chunk) for chunk in chunks
+    ] == [rows] * (12 // rows) + ([12 % rows] if 12 % rows else [])
     whole = in_memory({"mid": bank.read("mid")}, bank.text, "id", {})
-    assert [chunk.tolist() for chunk in whole.chunks("mid", rows)] == [chunk.tolist() for chunk in chunks]
+    assert [chunk.tolist() for chunk in whole.chunks("mid", rows)] == [
+        chunk.tolist() for chunk in chunks
+    ]
 
 
 def test_a_hit_is_equal_and_makes_nothing(made, cached, monkeypatch):
@@ -59,19 +76,40 @@ print([name for name in ("diffusers", "transformers") if name in sys.modules])
 
 @pytest.mark.parametrize(
     "change",
-    [{"timestep": 51}, {"seed": 1}, {"pool": 2}, {"prompt": "a {}"}, {"condition": "own-class"}, {"input_size": 16}, {"precision": "bf16"}, {"taps": ("mid",)},
-     {"taps": ("down.1", "mid")}, {"latent": "sample"}, {"names": ("one", "two", "four")}],
+    [
+        {"timestep": 51},
+        {"seed": 1},
+        {"pool": 2},
+        {"prompt": "a {}"},
+        {"condition": "own-class"},
+        {"input_size": 16},
+        {"precision": "bf16"},
+        {"taps": ("mid",)},
+        {"taps": ("down.1", "mid")},
+        {"latent": "sample"},
+        {"names": ("one", "two", "four")},
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_every_option_makes_another_bank(made, want, change):
     assert want(made.path.parent, **change).id != made.id
 
 
-def test_images_weights_and_labels_make_another_bank_where_they_matter(made, want, images, monkeypatch):
+def test_images_weights_and_labels_make_another_bank_where_they_matter(
+    made, want, images, monkeypatch
+):
     folder = made.path.parent
-    assert want(folder, images=images.flip(0)).id != made.id and want(folder, images=images[:11]).id != made.id
-    assert want(folder, labels=LABELS.flip(0)).id == made.id, "nothing of a label enters under the empty caption"
-    assert want(folder, labels=LABELS.flip(0), condition="own-class").id != want(folder, condition="own-class").id
+    assert (
+        want(folder, images=images.flip(0)).id != made.id
+        and want(folder, images=images[:11]).id != made.id
+    )
+    assert want(folder, labels=LABELS.flip(0)).id == made.id, (
+        "nothing of a label enters under the empty caption"
+    )
+    assert (
+        want(folder, labels=LABELS.flip(0), condition="own-class").id
+        != want(folder, condition="own-class").id
+    )
     monkeypatch.setattr(bank_module, "fingerprint", lambda *_: "other weights")
     assert want(folder).id != made.id
 
@@ -80,12 +118,18 @@ def test_own_class_depends_on_the_label(want, tmp_path, images, made, model_fold
     own = open_or_build(want(tmp_path, condition="own-class"))
     assert not torch.equal(own.read("mid"), open_bank(made).read("mid"))
     hidden = text_encoder.encode([f"a photo of a {name}" for name in NAMES])[0]
-    expected = Backbone.load(model_folder, taps=["mid"], offline=True).features(images, timestep=50, seed=0, prompt_embedding=hidden[LABELS])["mid"]
+    expected = Backbone.load(model_folder, taps=["mid"], offline=True).features(
+        images, timestep=50, seed=0, prompt_embedding=hidden[LABELS]
+    )["mid"]
     assert torch.equal(own.read("mid"), expected.half())
 
 
 def test_unknown_names(want, tmp_path):
-    for change, words in (({"condition": "own-clas"}, "did you mean 'own-class'"), ({"precision": "fp8"}, "unknown precision 'fp8'"), ({"latent": "men"}, "'mean'")):
+    for change, words in (
+        ({"condition": "own-clas"}, "did you mean 'own-class'"),
+        ({"precision": "fp8"}, "unknown precision 'fp8'"),
+        ({"latent": "men"}, "'mean'"),
+    ):
         with pytest.raises(UserError, match=words):
             want(tmp_path, **change)
     with pytest.raises(UserError, match="fp16 needs a CUDA device"):
@@ -98,7 +142,11 @@ def test_size_progress_and_speed_are_told(want, tmp_path, capsys):
     said = []
     open_or_build(want(tmp_path / "a"), said.append)
     assert capsys.readouterr() == ("", "")
-    assert "feature bank of 12 images: 0.0 MiB at" in said[0] and "U-Net up to mid" in said[1] and len(said) == 2
+    assert (
+        "feature bank of 12 images: 0.0 MiB at" in said[0]
+        and "U-Net up to mid" in said[1]
+        and len(said) == 2
+    )
     open_or_build(want(tmp_path / "b"), progress=True)
     out, err = capsys.readouterr()
     assert out == "" and "12/12" in err and " images/s]" in err

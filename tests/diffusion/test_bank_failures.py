@@ -50,12 +50,20 @@ def test_killed_at_every_write_it_ends_with_the_same_bytes(made, want, tmp_path,
 def test_a_resumed_extraction_describes_only_what_is_missing(made, cached, monkeypatch):
     (cached.path / "bank.json").unlink(), (cached.path / "shard-00001.safetensors").unlink()
     real, firsts, said = Backbone.features, [], []
-    monkeypatch.setattr(Backbone, "features", lambda self, part, **options: firsts.append(options["first"]) or real(self, part, **options))
+    monkeypatch.setattr(
+        Backbone,
+        "features",
+        lambda self, part, **options: (
+            firsts.append(options["first"]) or real(self, part, **options)
+        ),
+    )
     open_or_build(cached, said.append)
     assert firsts == [4] and contents(cached.path) == contents(made.path)
     assert any("feature bank of 12 images, 8 of them done before" in text for text in said)
     (cached.path / "bank.json").unlink()
-    monkeypatch.setattr(Backbone, "load", lambda *_a, **_k: pytest.fail("no image is missing: no model is needed"))
+    monkeypatch.setattr(
+        Backbone, "load", lambda *_a, **_k: pytest.fail("no image is missing: no model is needed")
+    )
     open_or_build(cached)
     assert contents(cached.path) == contents(made.path)
 
@@ -72,20 +80,29 @@ def test_a_damaged_or_foreign_shard_of_an_unfinished_bank_is_made_again(made, ca
 
 
 def test_every_damaged_byte_is_detected_or_harmless(made, cached, monkeypatch):
-    """300 bytes over all files: a damage names the file and the command, or changes nothing that is read."""
+    """300 bytes over all files: a damage names the file and the command, or changes nothing that is
+    read.
+    """
     no_extraction(monkeypatch)
     whole, detected, places = open_bank(made), 0, 0
     for file in sorted(cached.path.glob("[bst]*")):
         good = file.read_bytes()
         header = 8 + int.from_bytes(good[:8], "little") if file.suffix == ".safetensors" else 0
-        for place in {*range(0, header, max(1, header // 30)), *torch.linspace(header, len(good) - 1, 30).long().tolist()}:
+        for place in {
+            *range(0, header, max(1, header // 30)),
+            *torch.linspace(header, len(good) - 1, 30).long().tolist(),
+        }:
             file.write_bytes(good[:place] + bytes([good[place] ^ 0x15]) + good[place + 1 :])
             places += 1
             try:
                 again = open_or_build(cached)
             except MismatchError as error:
                 detected += 1
-                assert str(cached.path) in str(error) and "; remake it" in str(error) and error.exit_code == 4
+                assert (
+                    str(cached.path) in str(error)
+                    and "; remake it" in str(error)
+                    and error.exit_code == 4
+                )
             else:
                 assert same(again, whole)
         file.write_bytes(good)
@@ -128,7 +145,9 @@ def test_two_processes_take_turns(made, want, tmp_path, monkeypatch):
     monkeypatch.setattr(extract, "_make", lambda *_: pytest.fail("it was made twice"))
     extract.build(wanted, said.append)
     first.join()
-    assert any("waiting for it" in text for text in said) and contents(wanted.path) == contents(made.path)
+    assert any("waiting for it" in text for text in said) and contents(wanted.path) == contents(
+        made.path
+    )
 
 
 def test_a_full_disk_keeps_what_was_done(made, want, tmp_path, monkeypatch):
@@ -142,15 +161,24 @@ def test_a_full_disk_keeps_what_was_done(made, want, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        with pytest.raises(DataError, match=r"cannot write .*shard-00002.safetensors: No space left on device; free space there, or set SEMANTICFL_CACHE") as caught:
+        with pytest.raises(
+            DataError,
+            match=r"cannot write .*shard-00002.safetensors: No space left on device; free space there, or set SEMANTICFL_CACHE",
+        ) as caught:
             open_or_build(wanted)
-    assert caught.value.exit_code == 3 and not list(wanted.path.glob("*.part")) and len(extract.done_already(wanted)) == 3
+    assert (
+        caught.value.exit_code == 3
+        and not list(wanted.path.glob("*.part"))
+        and len(extract.done_already(wanted)) == 3
+    )
     open_or_build(wanted)
     assert contents(wanted.path) == contents(made.path)
 
 
 def test_a_disk_that_is_too_small_is_refused_before_the_work(want, tmp_path, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda _path: shutil._ntuple_diskusage(10**6, 10**6, 1000))
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda _path: shutil._ntuple_diskusage(10**6, 10**6, 1000)
+    )
     monkeypatch.setattr(Backbone, "features", lambda *_a, **_k: pytest.fail("work was done"))
     with pytest.raises(DataError, match="needs 0 MiB, 0 MiB are free"):
         open_or_build(want(tmp_path))
@@ -171,7 +199,9 @@ def test_what_does_not_fit_fp16_is_named(want, tmp_path, monkeypatch):
         open_or_build(want(tmp_path))
 
 
-def test_weights_that_changed_under_their_remembered_digest_are_refused(want, tmp_path, model_folder):
+def test_weights_that_changed_under_their_remembered_digest_are_refused(
+    want, tmp_path, model_folder
+):
     """Same path, size and time, other bytes: found when the weights are about to be used."""
     folder = tmp_path / "model"
     shutil.copytree(model_folder, folder)

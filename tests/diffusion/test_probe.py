@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from semanticfl_ref.diffusion.probe import describe_layer, effective_rank, linear_probe, nearest_neighbours, standardised, text_alignment
+from semanticfl_ref.diffusion.probe import (
+    describe_layer,
+    effective_rank,
+    linear_probe,
+    nearest_neighbours,
+    standardised,
+    text_alignment,
+)
 
 LABELS, TEST_LABELS = torch.arange(400) % 4, torch.arange(200) % 4
 
@@ -21,7 +28,10 @@ def informed():
 
 def test_readers_read_what_is_there_and_nothing_else(informed):
     blind = draw(400, 10), draw(200, 10, seed=5)
-    assert linear_probe(informed[0], LABELS, informed[1], TEST_LABELS) > 0.97 and linear_probe(blind[0], LABELS, blind[1], TEST_LABELS) < 0.4
+    assert (
+        linear_probe(informed[0], LABELS, informed[1], TEST_LABELS) > 0.97
+        and linear_probe(blind[0], LABELS, blind[1], TEST_LABELS) < 0.4
+    )
     for features, low, high in ((informed, 0.97, 1), (blind, 0.1, 0.4)):
         train, test = standardised(*features)
         assert low <= nearest_neighbours(train, LABELS, test, TEST_LABELS) <= high
@@ -37,13 +47,31 @@ def test_standardised_by_the_first_set_alone(informed):
 
 def test_nearest_by_majority_then_by_cosine():
     known = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]])
-    assert nearest_neighbours(known, torch.tensor([0, 0, 1]), torch.tensor([[1.0, 0.2], [0.1, 1.0]]), torch.tensor([0, 0])) == 1.0, "two against one"
-    assert nearest_neighbours(known[[0, 2]], torch.tensor([0, 1]), torch.tensor([[1.0, 0.9], [0.9, 1.0]]), torch.tensor([0, 1])) == 1.0, "a tie goes to the nearer"
+    assert (
+        nearest_neighbours(
+            known,
+            torch.tensor([0, 0, 1]),
+            torch.tensor([[1.0, 0.2], [0.1, 1.0]]),
+            torch.tensor([0, 0]),
+        )
+        == 1.0
+    ), "two against one"
+    assert (
+        nearest_neighbours(
+            known[[0, 2]],
+            torch.tensor([0, 1]),
+            torch.tensor([[1.0, 0.9], [0.9, 1.0]]),
+            torch.tensor([0, 1]),
+        )
+        == 1.0
+    ), "a tie goes to the nearer"
 
 
 @pytest.mark.parametrize("shape", [(200, 8), (8, 200)])
 def test_effective_rank_closed_forms(shape):
-    """r orthogonal directions of equal variance count r; a single one counts 1; scale and shift do not matter."""
+    """r orthogonal directions of equal variance count r; a single one counts 1; scale and shift do
+    not matter.
+    """
     directions = torch.linalg.qr(draw(*shape).T if shape[0] < shape[1] else draw(*shape))[0]
     points = directions.T if shape[0] < shape[1] else directions
     points = torch.cat([points, -points])
@@ -52,17 +80,28 @@ def test_effective_rank_closed_forms(shape):
 
 
 def test_text_alignment_closed_forms():
-    """Features that are a turned, scaled, shifted copy of the class texts align fully; mirrored cosines align negatively; unrelated ones hardly."""
+    """Features that are a turned, scaled, shifted copy of the class texts align fully; mirrored
+    cosines align negatively; unrelated ones hardly.
+    """
     text = draw(10, 40, seed=1)
     labels = torch.arange(100) % 10
     turn = torch.linalg.qr(draw(40, 40, seed=2))[0]
     assert text_alignment((text @ turn * 3 + 5)[labels], labels, text) == pytest.approx(1, abs=1e-5)
     chance = [text_alignment(draw(10, 4000, seed=10 + i)[labels], labels, text) for i in range(20)]
-    assert abs(sum(chance) / 20) < 0.15 and max(map(abs, chance)) < 0.6, "wide features of few classes do not align by their width"
+    assert abs(sum(chance) / 20) < 0.15 and max(map(abs, chance)) < 0.6, (
+        "wide features of few classes do not align by their width"
+    )
     assert text_alignment(text[labels][:2], labels[:2], text) is None
 
 
 def test_a_layers_numbers(informed):
     numbers = describe_layer(informed[0], LABELS, informed[1], TEST_LABELS, 4, draw(4, 6))
-    assert set(numbers) == {"linear_probe", "nearest", "fisher_ratio", "effective_rank", "text_alignment"} and numbers["fisher_ratio"] > 1
-    assert describe_layer(informed[0], LABELS, informed[1], TEST_LABELS, 4, None)["text_alignment"] is None
+    assert (
+        set(numbers)
+        == {"linear_probe", "nearest", "fisher_ratio", "effective_rank", "text_alignment"}
+        and numbers["fisher_ratio"] > 1
+    )
+    assert (
+        describe_layer(informed[0], LABELS, informed[1], TEST_LABELS, 4, None)["text_alignment"]
+        is None
+    )

@@ -1,4 +1,6 @@
-"""Where weights come from: folders whole and damaged, variants, the hub and its absence; what they hash to."""
+"""Where weights come from: folders whole and damaged, variants, the hub and its absence; what they
+hash to.
+"""
 
 import fnmatch
 import hashlib
@@ -28,9 +30,18 @@ def folder(model_folder, tmp_path):
     return tmp_path / "model"
 
 
-@pytest.mark.parametrize("name", ["runwayml/stable-diffusion-v1-5", "stabilityai/stable-diffusion-2-1", "stabilityai/stable-diffusion-2-1-base"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "runwayml/stable-diffusion-v1-5",
+        "stabilityai/stable-diffusion-2-1",
+        "stabilityai/stable-diffusion-2-1-base",
+    ],
+)
 def test_vanished_ids_name_their_successor(name):
-    with pytest.raises(UserError, match="withdrawn.*--sd (stable-diffusion-v1-5|sd2-community)/") as caught:
+    with pytest.raises(
+        UserError, match="withdrawn.*--sd (stable-diffusion-v1-5|sd2-community)/"
+    ) as caught:
         Backbone.load(name, taps=["mid"])
     assert caught.value.exit_code == 2
 
@@ -46,7 +57,10 @@ def forbid_sockets(monkeypatch):
 def test_missing_weights_offline_name_the_command_and_open_no_socket(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     forbid_sockets(monkeypatch)
-    with pytest.raises(DownloadError, match=r"hf download somebody/model .*--include .unet/diffusion_pytorch_model.fp16") as caught:
+    with pytest.raises(
+        DownloadError,
+        match=r"hf download somebody/model .*--include .unet/diffusion_pytorch_model.fp16",
+    ) as caught:
         Backbone.load("somebody/model", taps=["mid"], offline=True)
     assert "--sd tiny" in str(caught.value) and caught.value.exit_code == 5
 
@@ -58,14 +72,30 @@ def test_a_local_folder_opens_no_socket(model_folder, images, monkeypatch):
 
 def test_no_network_is_a_download_error(monkeypatch, tmp_path):
     def unreachable(*_arguments, local_files_only=False, **_options):
-        raise FileNotFoundError("not cached") if local_files_only else ConnectionError("Name or service not known")
+        raise (
+            FileNotFoundError("not cached")
+            if local_files_only
+            else ConnectionError("Name or service not known")
+        )
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
-    with pytest.raises(DownloadError, match="could not be fetched .Name or service not known.*: hf download somebody/model"):
+    with pytest.raises(
+        DownloadError,
+        match="could not be fetched .Name or service not known.*: hf download somebody/model",
+    ):
         Backbone.load("somebody/model", taps=["mid"])
 
 
-@pytest.mark.parametrize("part", ["unet/config.json", "vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors", "tokenizer", "scheduler"])
+@pytest.mark.parametrize(
+    "part",
+    [
+        "unet/config.json",
+        "vae/diffusion_pytorch_model.safetensors",
+        "text_encoder/model.safetensors",
+        "tokenizer",
+        "scheduler",
+    ],
+)
 def test_a_folder_without_a_part_is_named(folder, part):
     target = folder / part
     shutil.rmtree(target) if target.is_dir() else target.unlink()
@@ -74,7 +104,9 @@ def test_a_folder_without_a_part_is_named(folder, part):
 
 
 def test_a_pickled_weight_is_not_read(folder):
-    (folder / "unet" / "diffusion_pytorch_model.safetensors").rename(folder / "unet" / "diffusion_pytorch_model.bin")
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").rename(
+        folder / "unet" / "diffusion_pytorch_model.bin"
+    )
     with pytest.raises(DataError, match="only safetensors are read"):
         Backbone.load(folder, taps=["mid"], offline=True)
 
@@ -84,7 +116,9 @@ def test_damaged_or_partial_weights_are_refused(folder):
     stored = load_file(file)
     stored.pop("conv_in.weight")
     save_file(stored, file, metadata={"format": "pt"})
-    with pytest.raises(DataError, match=r"unet of model folder .* has no weights for conv_in\.weight \(1 such\)"):
+    with pytest.raises(
+        DataError, match=r"unet of model folder .* has no weights for conv_in\.weight \(1 such\)"
+    ):
         Backbone.load(folder, taps=["mid"], offline=True)
     file.write_bytes(file.read_bytes()[:-1000])
     with pytest.raises(DataError, match="unet of model folder .* cannot be read"):
@@ -129,7 +163,11 @@ def test_weights_in_several_files(folder, images, expected):
     stored = load_file(file)
     halves = dict(list(stored.items())[::2]), dict(list(stored.items())[1::2])
     for i, half in enumerate(halves, start=1):
-        save_file(half, folder / "unet" / f"diffusion_pytorch_model-0000{i}-of-00002.safetensors", metadata={"format": "pt"})
+        save_file(
+            half,
+            folder / "unet" / f"diffusion_pytorch_model-0000{i}-of-00002.safetensors",
+            metadata={"format": "pt"},
+        )
     file.unlink()
     assert same(features_of(folder, images), expected)
     (folder / "unet" / "diffusion_pytorch_model-00001-of-00002.safetensors").unlink()
@@ -141,18 +179,34 @@ def test_the_vaes_old_names_are_known(folder, images, expected):
     """Stable Diffusion 1.5's VAE file names its attention as diffusers did before 2023."""
     file = folder / "vae" / "diffusion_pytorch_model.safetensors"
     old = {new: name for name, new in RENAMED.items()}
-    renamed = {re.sub(r"(to_q|to_k|to_v|to_out\.0)(?=\.(weight|bias)$)", lambda found: old[found[0]], name): value for name, value in load_file(file).items()}
-    assert any(".query.weight" in name for name in renamed) and not any("to_q" in name for name in renamed)
+    renamed = {
+        re.sub(
+            r"(to_q|to_k|to_v|to_out\.0)(?=\.(weight|bias)$)", lambda found: old[found[0]], name
+        ): value
+        for name, value in load_file(file).items()
+    }
+    assert any(".query.weight" in name for name in renamed) and not any(
+        "to_q" in name for name in renamed
+    )
     save_file(renamed, file, metadata={"format": "pt"})
     assert same(features_of(folder, images), expected)
 
 
 def test_nothing_of_the_decoder_or_behind_the_last_tap_is_read(folder, images):
     """With those weights gone from the files, loading succeeds all the same."""
-    for part, cut in (("vae", ("decoder.", "post_quant_conv.")), ("unet", ("mid_block.", "up_blocks.", "conv_out.", "conv_norm_out."))):
+    for part, cut in (
+        ("vae", ("decoder.", "post_quant_conv.")),
+        ("unet", ("mid_block.", "up_blocks.", "conv_out.", "conv_norm_out.")),
+    ):
         file = folder / part / "diffusion_pytorch_model.safetensors"
-        save_file({name: value for name, value in load_file(file).items() if not name.startswith(cut)}, file, metadata={"format": "pt"})
-    assert Backbone.load(folder, taps=["down.1"], offline=True).features(images[:1], **OPTIONS)["down.1"].shape == (1, 112)
+        save_file(
+            {name: value for name, value in load_file(file).items() if not name.startswith(cut)},
+            file,
+            metadata={"format": "pt"},
+        )
+    assert Backbone.load(folder, taps=["down.1"], offline=True).features(images[:1], **OPTIONS)[
+        "down.1"
+    ].shape == (1, 112)
     with pytest.raises(DataError, match=r"has no weights for mid_block\."):
         Backbone.load(folder, taps=["mid"], offline=True)
 
@@ -163,7 +217,11 @@ def test_a_remembered_fingerprint_reads_no_weights(folder, tmp_path, monkeypatch
     assert fingerprint(folder, known) == full and known.is_file()
     reads = []
     digest = weights.hashlib.file_digest
-    monkeypatch.setattr(weights.hashlib, "file_digest", lambda file, kind: reads.append(file.name) or digest(file, kind))
+    monkeypatch.setattr(
+        weights.hashlib,
+        "file_digest",
+        lambda file, kind: reads.append(file.name) or digest(file, kind),
+    )
     assert fingerprint(folder, known) == full and reads == []
     assert fingerprint(folder) == full and len(reads) >= 7, "without a memory every byte is read"
     reads.clear()
@@ -172,10 +230,14 @@ def test_a_remembered_fingerprint_reads_no_weights(folder, tmp_path, monkeypatch
     assert fingerprint(folder, known) != full and reads == [str(file)]
     reads.clear()
     fingerprint(folder, known)
-    assert reads == [str(file)], "a file changed just now is not remembered: it may change again within the same time stamp"
+    assert reads == [str(file)], (
+        "a file changed just now is not remembered: it may change again within the same time stamp"
+    )
 
 
-def test_a_memory_of_fingerprints_that_is_damaged_or_cannot_be_written_is_harmless(folder, tmp_path, monkeypatch):
+def test_a_memory_of_fingerprints_that_is_damaged_or_cannot_be_written_is_harmless(
+    folder, tmp_path, monkeypatch
+):
     full = fingerprint(folder)
     for content in ("", "[]", "[1]", '{"a": 1}', '{"x|1|2": "abc"}', '{"x|1|2": 3}', "\x00"):
         (tmp_path / "weights.json").write_text(content)
@@ -198,14 +260,19 @@ def test_the_hubs_own_hash_of_a_file_is_checked(folder):
 
 
 def test_a_hub_model_is_fetched_in_fp16_where_it_has_that(folder, tmp_path, monkeypatch):
-    """A stand-in for the hub that hands out the files that match; the second model has no fp16 files."""
+    """A stand-in for the hub that hands out the files that match; the second model has no fp16
+    files.
+    """
     for with_half in (True, False):
         served, cache = tmp_path / f"served{with_half}", tmp_path / f"cache{with_half}"
         shutil.copytree(folder, served)
         for part, stem in weights.WEIGHTS.items():
             (served / part / f"{stem}.bin").write_bytes(b"pickled")
             if with_half:
-                shutil.copy(served / part / f"{stem}.safetensors", served / part / f"{stem}.fp16.safetensors")
+                shutil.copy(
+                    served / part / f"{stem}.safetensors",
+                    served / part / f"{stem}.fp16.safetensors",
+                )
         (served / "safety_checker").mkdir()
         (served / "safety_checker" / "model.safetensors").write_bytes(b"not used")
 
@@ -214,21 +281,33 @@ def test_a_hub_model_is_fetched_in_fp16_where_it_has_that(folder, tmp_path, monk
                 raise FileNotFoundError("not cached")
             for file in served.rglob("*"):
                 name = file.relative_to(served).as_posix()
-                if file.is_file() and not local_files_only and any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns):
+                if (
+                    file.is_file()
+                    and not local_files_only
+                    and any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns)
+                ):
                     (cache / name).parent.mkdir(parents=True, exist_ok=True)
                     shutil.copy(file, cache / name)
             return str(cache)
 
         monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
         found = weights.locate("somebody/model")
-        got = sorted(file.relative_to(found).as_posix() for file in found.rglob("*.*") if file.is_file() and file.suffix != ".json" and file.suffix != ".txt")
+        got = sorted(
+            file.relative_to(found).as_posix()
+            for file in found.rglob("*.*")
+            if file.is_file() and file.suffix != ".json" and file.suffix != ".txt"
+        )
         ending = ".fp16.safetensors" if with_half else ".safetensors"
         assert got == sorted(f"{part}/{stem}{ending}" for part, stem in weights.WEIGHTS.items())
-        assert weights.locate("somebody/model", offline=True) == found, "the second time nothing is fetched"
+        assert weights.locate("somebody/model", offline=True) == found, (
+            "the second time nothing is fetched"
+        )
 
 
 def hub_cache(tmp_path, monkeypatch, folder, listed: list[str]):
-    """huggingface_hub's own cache as it lies on the disk: the folder's files, and the list of what the hub has."""
+    """huggingface_hub's own cache as it lies on the disk: the folder's files, and the list of what
+    the hub has.
+    """
     from huggingface_hub import constants
 
     cache, commit = tmp_path / "hub", "a" * 40
@@ -239,7 +318,10 @@ def hub_cache(tmp_path, monkeypatch, folder, listed: list[str]):
     (kept / "refs" / "main").write_text(commit)
     (kept / "trees").mkdir()
     here = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
-    entries = {name: {"size": 1, "blob_id": "b", "lfs_sha256": None, "lfs_size": None, "xet_hash": None} for name in [*here, *listed]}
+    entries = {
+        name: {"size": 1, "blob_id": "b", "lfs_sha256": None, "lfs_size": None, "xet_hash": None}
+        for name in [*here, *listed]
+    }
     return kept, commit, entries
 
 
@@ -248,7 +330,11 @@ def test_full_files_that_another_program_fetched_are_found_offline(folder, tmp_p
     tree_cache = pytest.importorskip("huggingface_hub._tree_cache")
     half = [f"{part}/{stem}.fp16.safetensors" for part, stem in weights.WEIGHTS.items()]
     kept, commit, entries = hub_cache(tmp_path, monkeypatch, folder, half)
-    tree_cache.write_tree_cache(str(kept), commit, {name: tree_cache.TreeCacheEntry(**entry) for name, entry in entries.items()})
+    tree_cache.write_tree_cache(
+        str(kept),
+        commit,
+        {name: tree_cache.TreeCacheEntry(**entry) for name, entry in entries.items()},
+    )
     forbid_sockets(monkeypatch)
     assert weights.locate("somebody/model", offline=True) == kept / "snapshots" / commit
     (kept / "snapshots" / commit / "unet" / "diffusion_pytorch_model.safetensors").unlink()

@@ -1,4 +1,6 @@
-"""Federations small enough to play in a second: random 32x32 images, or quadratic losses whose every number is known; three clients."""
+"""Federations small enough to play in a second: random 32x32 images, or quadratic losses whose
+every number is known; three clients.
+"""
 
 import pytest
 import torch
@@ -22,39 +24,110 @@ def small_world():
     def make(**settings):
         source = torch.Generator().manual_seed(0)
         labels = torch.arange(TRAIN) % CLASSES
-        images = torch.randint(0, 256, (TRAIN + TEST, 32, 32, 3), dtype=torch.uint8, generator=source)
+        images = torch.randint(
+            0, 256, (TRAIN + TEST, 32, 32, 3), dtype=torch.uint8, generator=source
+        )
         dataset = Dataset(
-            name="synthetic", class_names=("a", "b", "c"), train_images=images[:TRAIN], train_labels=labels, validation_images=images[:0],
-            validation_labels=labels[:0], test_images=images[TRAIN:], test_labels=torch.arange(TEST) % CLASSES, sha256="0" * 64,
-        )  # fmt: skip
-        values = {"data.name": "digits", "model.width": 2, "partition.clients": 3, "federation.clients_per_round": 2, "federation.local_epochs": 1,
-                  "federation.batch_size": 8, "run.precision": "fp32"}  # fmt: skip
-        config = build(values | {name.replace("__", "."): value for name, value in settings.items()})
-        partition = make_partition(labels, scenario="iid", clients=config.partition.clients, classes=CLASSES, alpha=1.0, seed=0)
-        visual, text = torch.randn(TRAIN, 8, generator=source), torch.randn(CLASSES, 6, generator=source)
-        return make_world(config, dataset, partition, Anchors(visual=visual, text=text, per="image", provenance={}))
+            name="synthetic",
+            class_names=("a", "b", "c"),
+            train_images=images[:TRAIN],
+            train_labels=labels,
+            validation_images=images[:0],
+            validation_labels=labels[:0],
+            test_images=images[TRAIN:],
+            test_labels=torch.arange(TEST) % CLASSES,
+            sha256="0" * 64,
+        )
+        values = {
+            "data.name": "digits",
+            "model.width": 2,
+            "partition.clients": 3,
+            "federation.clients_per_round": 2,
+            "federation.local_epochs": 1,
+            "federation.batch_size": 8,
+            "run.precision": "fp32",
+        }
+        config = build(
+            values | {name.replace("__", "."): value for name, value in settings.items()}
+        )
+        partition = make_partition(
+            labels,
+            scenario="iid",
+            clients=config.partition.clients,
+            classes=CLASSES,
+            alpha=1.0,
+            seed=0,
+        )
+        visual, text = (
+            torch.randn(TRAIN, 8, generator=source),
+            torch.randn(CLASSES, 6, generator=source),
+        )
+        return make_world(
+            config,
+            dataset,
+            partition,
+            Anchors(visual=visual, text=text, per="image", provenance={}),
+        )
 
     return make
 
 
 @pytest.fixture
 def quadratic_world(monkeypatch):
-    """A function: settings -> a world of three clients with the loss |w - t_k|^2 / 2 and no randomness. t_k is `TARGETS[k]`; each client
-    holds `images[k]` copies of it, one batch an epoch unless the batch size is set. Learning rate 1/2, two epochs, no momentum."""
+    """A function: settings -> a world of three clients with the loss |w - t_k|^2 / 2 and no
+    randomness. t_k is `TARGETS[k]`; each client holds `images[k]` copies of it, one batch an epoch
+    unless the batch size is set. Learning rate 1/2, two epochs, no momentum."""
     monkeypatch.setattr(client_module, "cross_entropy", lambda logits, labels: logits.mean())
 
     def make(images=(4, 4, 4), **settings):
-        values = {"data.name": "digits", "partition.clients": 3, "federation.clients_per_round": 3, "federation.local_epochs": 2, "federation.learning_rate": 0.5,
-                  "federation.momentum": 0.0, "federation.weight_decay": 0.0, "run.precision": "fp32"}  # fmt: skip
-        config = build(values | {name.replace("__", "."): value for name, value in settings.items()})
+        values = {
+            "data.name": "digits",
+            "partition.clients": 3,
+            "federation.clients_per_round": 3,
+            "federation.local_epochs": 2,
+            "federation.learning_rate": 0.5,
+            "federation.momentum": 0.0,
+            "federation.weight_decay": 0.0,
+            "run.precision": "fp32",
+        }
+        config = build(
+            values | {name.replace("__", "."): value for name, value in settings.items()}
+        )
         owner = torch.repeat_interleave(torch.arange(3), torch.tensor(images))
         pixels = ((TARGETS + 1) * 127.5).round().to(torch.uint8)[owner][:, None, None]
         empty = pixels[:0], owner[:0]
-        dataset = Dataset(name="targets", class_names=("a", "b", "c"), train_images=pixels, train_labels=owner, validation_images=empty[0],
-                          validation_labels=empty[1], test_images=pixels, test_labels=owner, sha256="0" * 64)  # fmt: skip
-        partition = Partition(scenario="iid", alpha=None, seed=0, indices=tuple((owner == k).nonzero()[:, 0] for k in range(3)), held_out=(owner[:0],) * 3, sizes=tuple(images),
-                              histograms=tuple(tuple(images[k] if c == k else 0 for c in range(3)) for k in range(3)), skew=1.0, sha256="0" * 64)  # fmt: skip
+        dataset = Dataset(
+            name="targets",
+            class_names=("a", "b", "c"),
+            train_images=pixels,
+            train_labels=owner,
+            validation_images=empty[0],
+            validation_labels=empty[1],
+            test_images=pixels,
+            test_labels=owner,
+            sha256="0" * 64,
+        )
+        partition = Partition(
+            scenario="iid",
+            alpha=None,
+            seed=0,
+            indices=tuple((owner == k).nonzero()[:, 0] for k in range(3)),
+            held_out=(owner[:0],) * 3,
+            sizes=tuple(images),
+            histograms=tuple(tuple(images[k] if c == k else 0 for c in range(3)) for k in range(3)),
+            skew=1.0,
+            sha256="0" * 64,
+        )
         model = Quadratic()
-        return World(config=config, dataset=dataset, partition=partition, anchors=None, model=model, layout=layout_of(model), device=torch.device("cpu"), precision="fp32")
+        return World(
+            config=config,
+            dataset=dataset,
+            partition=partition,
+            anchors=None,
+            model=model,
+            layout=layout_of(model),
+            device=torch.device("cpu"),
+            precision="fp32",
+        )
 
     return make

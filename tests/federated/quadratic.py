@@ -1,16 +1,22 @@
-"""Playing rounds; and three clients with the losses |w - t_k|^2 / 2 over three parameters: every number of a round can be redone on paper."""
+"""Playing rounds; and three clients with the losses |w - t_k|^2 / 2 over three parameters: every
+number of a round can be redone on paper.
+"""
 
 import torch
 
 from semanticfl_ref.federated.round import play_round
 from semanticfl_ref.federated.world import new_state
 
-TARGETS = torch.tensor([[1.0, -1.0, 0.2], [-1.0, -0.6, 0.2], [0.6, 0.2, 1.0]])  # t_k: what a byte of an image can say exactly
+TARGETS = torch.tensor(
+    [[1.0, -1.0, 0.2], [-1.0, -0.6, 0.2], [0.6, 0.2, 1.0]]
+)  # t_k: what a byte of an image can say exactly
 MEAN = TARGETS.mean(0)
 
 
 class Quadratic(torch.nn.Module):
-    """Three parameters w; an image is one pixel whose channels are a target t in -1 ... 1, and its loss |w - t|^2 / 2: the gradient is w - t."""
+    """Three parameters w; an image is one pixel whose channels are a target t in -1 ... 1, and its
+    loss |w - t|^2 / 2: the gradient is w - t.
+    """
 
     def __init__(self):
         super().__init__()

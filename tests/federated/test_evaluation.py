@@ -22,9 +22,14 @@ def test_a_client_is_judged_by_its_own_mix_of_labels(small_world):
     line = evaluate(AlwaysFirst(), world)
     mix_MC = torch.tensor(world.partition.histograms, dtype=torch.float64)
     assert line["test_accuracy"] == 4 / 12
-    assert torch.tensor(line["client_accuracy"], dtype=torch.float64).allclose(mix_MC[:, 0] / mix_MC.sum(1))
+    assert torch.tensor(line["client_accuracy"], dtype=torch.float64).allclose(
+        mix_MC[:, 0] / mix_MC.sum(1)
+    )
     assert "own_accuracy" not in line and line["validation_accuracy"] is None
-    assert line["class_accuracy"] == [1.0, 0.0, 0.0] and confusion(AlwaysFirst(), world) == [[4, 0, 0]] * 3
+    assert (
+        line["class_accuracy"] == [1.0, 0.0, 0.0]
+        and confusion(AlwaysFirst(), world) == [[4, 0, 0]] * 3
+    )
 
 
 class ByBrightness(torch.nn.Module):
@@ -37,12 +42,21 @@ class ByBrightness(torch.nn.Module):
 
 
 def test_classes_and_their_confusion_on_numbers(small_world):
-    """Seven test images of classes 0 and 1, none of class 2. A client of class 2 alone has nothing to be judged by."""
+    """Seven test images of classes 0 and 1, none of class 2. A client of class 2 alone has nothing
+    to be judged by.
+    """
     world = small_world()
-    bytes_N, labels_N = torch.tensor([0, 0, 128, 255, 128, 128, 0]), torch.tensor([0, 0, 0, 0, 1, 1, 1])
+    bytes_N, labels_N = (
+        torch.tensor([0, 0, 128, 255, 128, 128, 0]),
+        torch.tensor([0, 0, 0, 0, 1, 1, 1]),
+    )
     images = bytes_N.to(torch.uint8)[:, None, None, None].expand(7, 32, 32, 3)
     partition = replace(world.partition, histograms=((3, 1, 0), (0, 2, 8), (0, 0, 5)))
-    world = replace(world, dataset=replace(world.dataset, test_images=images, test_labels=labels_N), partition=partition)
+    world = replace(
+        world,
+        dataset=replace(world.dataset, test_images=images, test_labels=labels_N),
+        partition=partition,
+    )
     assert confusion(ByBrightness(), world) == [[2, 1, 1], [1, 2, 0], [0, 0, 0]]
     line = evaluate(ByBrightness(), world)
     assert line["class_accuracy"] == [2 / 4, 2 / 3, None] and line["test_accuracy"] == 4 / 7
@@ -52,8 +66,12 @@ def test_classes_and_their_confusion_on_numbers(small_world):
 def test_a_client_is_judged_by_the_images_it_kept(small_world):
     world = small_world()
     labels = world.dataset.train_labels
-    partition = make_partition(labels, scenario="iid", clients=3, classes=3, alpha=1.0, seed=0, held_out_share=0.3)
+    partition = make_partition(
+        labels, scenario="iid", clients=3, classes=3, alpha=1.0, seed=0, held_out_share=0.3
+    )
     partition = replace(partition, held_out=(*partition.held_out[:2], partition.held_out[2][:0]))
     line = evaluate(AlwaysFirst(), replace(world, partition=partition))
-    assert line["own_accuracy"][:2] == [(labels[i] == 0).double().mean().item() for i in partition.held_out[:2]]
+    assert line["own_accuracy"][:2] == [
+        (labels[i] == 0).double().mean().item() for i in partition.held_out[:2]
+    ]
     assert line["own_accuracy"][2] is None, "a client that kept nothing has no test of its own"

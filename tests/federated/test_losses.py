@@ -32,16 +32,25 @@ def test_kl_by_its_sum(kind, temperature):
     expected = 0.0
     for fb, ab in zip(f, a, strict=True):
         fb, ab = (fb / fb.norm(), ab / ab.norm()) if kind == "kl-unit" else (fb, ab)
-        q, p = [math.exp(v / temperature) for v in fb.tolist()], [math.exp(v / temperature) for v in ab.tolist()]
+        q, p = (
+            [math.exp(v / temperature) for v in fb.tolist()],
+            [math.exp(v / temperature) for v in ab.tolist()],
+        )
         q, p = [v / sum(q) for v in q], [v / sum(p) for v in p]
         expected += sum(pi * math.log(pi / qi) for pi, qi in zip(p, q, strict=True)) / 3
     assert consistency(f, a, kind, temperature).item() == pytest.approx(expected, rel=1e-9)
-    assert consistency(f, a, kind, temperature, squared=True).item() == pytest.approx(expected * temperature**2, rel=1e-9)
+    assert consistency(f, a, kind, temperature, squared=True).item() == pytest.approx(
+        expected * temperature**2, rel=1e-9
+    )
 
 
 def test_the_literal_reading_is_inert():
-    """Why the paper's KL needs a temperature: between random unit vectors of 512 entries it is 0.002 nats."""
-    assert consistency(draw(256, 512), draw(256, 512, seed=1), "kl-unit", 1.0).item() == pytest.approx(0.002, rel=0.05)
+    """Why the paper's KL needs a temperature: between random unit vectors of 512 entries it is
+    0.002 nats.
+    """
+    assert consistency(
+        draw(256, 512), draw(256, 512, seed=1), "kl-unit", 1.0
+    ).item() == pytest.approx(0.002, rel=0.05)
 
 
 def test_unknown_reading_is_refused():
@@ -51,5 +60,8 @@ def test_unknown_reading_is_refused():
 
 def test_contrast_prefers_the_own_class():
     text = torch.eye(3, dtype=torch.float64)
-    right, wrong = contrast(text, text, torch.arange(3), 0.05), contrast(text, text, torch.tensor([1, 2, 0]), 0.05)
+    right, wrong = (
+        contrast(text, text, torch.arange(3), 0.05),
+        contrast(text, text, torch.tensor([1, 2, 0]), 0.05),
+    )
     assert right.item() < 1e-7 and wrong.item() == pytest.approx(20, rel=1e-6)

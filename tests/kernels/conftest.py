@@ -1,4 +1,6 @@
-"""Where the kernels' tests run: natively on a GPU, through Triton's interpreter elsewhere; and guards around their buffers."""
+"""Where the kernels' tests run: natively on a GPU, through Triton's interpreter elsewhere; and
+guards around their buffers.
+"""
 
 from collections.abc import Callable
 
@@ -16,7 +18,9 @@ def device() -> torch.device:
 
 @pytest.fixture(params=["torch", "triton"])
 def impl(request) -> str:
-    """Both implementations. The second is really Triton's: no test passes because it fell back to torch."""
+    """Both implementations. The second is really Triton's: no test passes because it fell back to
+    torch.
+    """
     from semanticfl_ref.kernels.dispatch import implementation
 
     if request.param == "triton":
@@ -28,7 +32,8 @@ def impl(request) -> str:
 
 @pytest.fixture
 def guarded() -> Callable[..., torch.Tensor]:
-    """Makes a copy of a tensor that lies in the middle of a buffer of NaN (of a sentinel, for integers); afterwards every buffer's guard must be untouched.
+    """Makes a copy of a tensor that lies in the middle of a buffer of NaN (of a sentinel, for
+    integers); afterwards every buffer's guard must be untouched.
 
     What reads outside the tensor meets NaN, and what writes outside it is found when the test ends.
     """
@@ -36,7 +41,9 @@ def guarded() -> Callable[..., torch.Tensor]:
 
     def place(tensor: torch.Tensor) -> torch.Tensor:
         sentinel = float("nan") if tensor.is_floating_point() else -(2**30)
-        buffer = torch.full((tensor.numel() + 2 * GUARD,), sentinel, dtype=tensor.dtype, device=tensor.device)
+        buffer = torch.full(
+            (tensor.numel() + 2 * GUARD,), sentinel, dtype=tensor.dtype, device=tensor.device
+        )
         inner = buffer[GUARD : GUARD + tensor.numel()].view(tensor.shape).copy_(tensor)
         buffers.append((buffer, tensor.numel()))
         return inner

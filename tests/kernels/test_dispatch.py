@@ -61,7 +61,15 @@ def test_cpu_tensors_by_name_need_the_interpreter(triton_here, monkeypatch):
     assert implementation("auto", CPU) == "torch"
 
 
-@pytest.mark.parametrize(("word", "tensor", "expected"), [("torch", CUDA, "torch"), ("triton", CUDA, "triton"), ("auto", CUDA, "triton"), ("", CPU, "torch")])
+@pytest.mark.parametrize(
+    ("word", "tensor", "expected"),
+    [
+        ("torch", CUDA, "torch"),
+        ("triton", CUDA, "triton"),
+        ("auto", CUDA, "triton"),
+        ("", CPU, "torch"),
+    ],
+)
 def test_the_environment_variable_replaces_auto(triton_here, monkeypatch, word, tensor, expected):
     monkeypatch.setenv("SEMANTICFL_KERNELS", word)
     assert implementation("auto", tensor) == expected
@@ -115,12 +123,16 @@ def test_triton_too_old(monkeypatch, version):
     assert chosen == "torch" and f"version is {version}" in said[0] and "3.6" in said[0]
 
 
-@pytest.mark.parametrize(("capability", "expected"), [((7, 5), "torch"), ((8, 0), "triton"), ((12, 0), "triton")])
+@pytest.mark.parametrize(
+    ("capability", "expected"), [((7, 5), "torch"), ((8, 0), "triton"), ((12, 0), "triton")]
+)
 def test_the_device_is_too_old(triton_here, monkeypatch, capability, expected):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     chosen, said = chosen_with_warnings("auto", CUDA)
-    assert chosen == expected and [("7.5" in text) for text in said] == [True] * (expected == "torch")
+    assert chosen == expected and [("7.5" in text) for text in said] == [True] * (
+        expected == "torch"
+    )
 
 
 def test_rocm_is_left_to_torch(triton_here, monkeypatch):
@@ -139,7 +151,9 @@ def raising(error: Exception):
 @pytest.mark.parametrize(
     "error",
     [
-        type("CompilationError", (Exception,), {"__module__": "triton.compiler.errors"})("at 3:4: bad\nmore"),
+        type("CompilationError", (Exception,), {"__module__": "triton.compiler.errors"})(
+            "at 3:4: bad\nmore"
+        ),
         subprocess.CalledProcessError(1, ["gcc"]),
         ImportError("cuda_utils.so"),
         RuntimeError("Failed to find C compiler. Please specify via CC environment variable."),
@@ -151,12 +165,25 @@ def test_a_failed_compilation_is_warned_of_once_and_replaced_for_good(triton_her
     assert implementation("auto", CUDA) == "triton"
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        assert [with_fallback(raising(error), lambda: "reference") for _ in range(2)] == ["reference"] * 2
-    assert len(caught) == 1 and type(error).__name__ in str(caught[0].message) and "more" not in str(caught[0].message)
+        assert [with_fallback(raising(error), lambda: "reference") for _ in range(2)] == [
+            "reference"
+        ] * 2
+    assert (
+        len(caught) == 1
+        and type(error).__name__ in str(caught[0].message)
+        and "more" not in str(caught[0].message)
+    )
     assert chosen_with_warnings("auto", CUDA) == ("torch", [])
 
 
-@pytest.mark.parametrize("error", [ValueError("weights"), RuntimeError("CUDA error: an illegal memory access was encountered"), torch.OutOfMemoryError("CUDA out of memory")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("weights"),
+        RuntimeError("CUDA error: an illegal memory access was encountered"),
+        torch.OutOfMemoryError("CUDA out of memory"),
+    ],
+)
 def test_other_errors_are_raised(triton_here, error):
     with pytest.raises(type(error), match=str(error)):
         with_fallback(raising(error), lambda: "reference")
@@ -174,15 +201,23 @@ def test_a_launch_that_works():
 
 def test_in_a_compiled_function():
     torch.compiler.reset()
-    compiled = torch.compile(lambda x: x + 1 if implementation("auto", x) == "torch" else x - 1, fullgraph=True, backend="eager")
+    compiled = torch.compile(
+        lambda x: x + 1 if implementation("auto", x) == "torch" else x - 1,
+        fullgraph=True,
+        backend="eager",
+    )
     assert compiled(torch.zeros(2)).tolist() == [1.0, 1.0]
 
 
 def test_the_cpu_path_needs_no_triton():
-    """Neither at import nor in a call, nor a word about it: in a process where it cannot be imported and a warning is an error."""
+    """Neither at import nor in a call, nor a word about it: in a process where it cannot be
+    imported and a warning is an error.
+    """
     code = (
         "import sys; sys.modules['triton'] = None; import torch; from semanticfl_ref.kernels.weighted_average import RunningAverage, weighted_average;"
         "weighted_average(torch.ones(2, 3), torch.ones(2)); average = RunningAverage(3); average.add(torch.ones(3), 1.0); average.finish()"
     )
-    done = subprocess.run([sys.executable, "-W", "error::RuntimeWarning", "-c", code], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-W", "error::RuntimeWarning", "-c", code], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,6 @@
-"""InfoNCE's Triton kernels against float64, by the rule that torch's own error sets; and their bits: guards, repeats, cuts."""
+"""InfoNCE's Triton kernels against float64, by the rule that torch's own error sets; and their
+bits: guards, repeats, cuts.
+"""
 
 import weakref
 
@@ -34,7 +36,9 @@ def test_as_exact_as_eager(shape, dtype, learn, device):
 @pytest.mark.parametrize("learn", [False, True], ids=["frozen keys", "keys and temperature learn"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_as_exact_as_eager_on_hard_inputs(dtype, learn, tau, device):
-    """A query that is its own key, one that is opposite to it, equal queries and equal keys, a row for whom another key dominates; lengths from 0.01 to 100."""
+    """A query that is its own key, one that is opposite to it, equal queries and equal keys, a row
+    for whom another key dominates; lengths from 0.01 to 100.
+    """
     q, k, y = inputs((None, 19, 21, 48), dtype, device)
     k[7] = k[3]
     q[0], q[1], q[2] = k[y[0]], -k[y[1]], k[(y[2] + 1) % 21]
@@ -49,25 +53,54 @@ def test_forms_and_reductions(options, reduction, device):
     q, k, y = inputs((2, 37, 37, 20), device=device, shared=options == "raw")
     weights = draw(2, 37, seed=3, device=device).abs() if reduction != "none" else None
     labels, normalize = (y, False) if options == "raw" else (None, True)
-    check(q, k, labels, 1.5, True, normalize=normalize, weights=weights, reduction=reduction, symmetric=options == "symmetric")
+    check(
+        q,
+        k,
+        labels,
+        1.5,
+        True,
+        normalize=normalize,
+        weights=weights,
+        reduction=reduction,
+        symmetric=options == "symmetric",
+    )
     if options != "symmetric":
         check(q, k, labels, 1.5, False, normalize=normalize, weights=weights, reduction=reduction)
 
 
 def test_tf32_is_near(device):
     q, k, y = inputs((None, 40, 50, 64), device=device)
-    for ours, exact in zip(results(info_nce, q, k, y, 0.1, True, impl="triton", precision="tf32"), results(eager, q.double(), k.double(), y, 0.1, True), strict=True):
-        torch.testing.assert_close(ours.double(), exact, rtol=0, atol=5e-3 * exact.abs().max().item())
+    for ours, exact in zip(
+        results(info_nce, q, k, y, 0.1, True, impl="triton", precision="tf32"),
+        results(eager, q.double(), k.double(), y, 0.1, True),
+        strict=True,
+    ):
+        torch.testing.assert_close(
+            ours.double(), exact, rtol=0, atol=5e-3 * exact.abs().max().item()
+        )
 
 
 @pytest.mark.parametrize("learn", [False, True])
-@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float16, torch.bfloat16), (torch.float32, torch.float16)], ids=str)
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.bfloat16),
+        (torch.float32, torch.float16),
+    ],
+    ids=str,
+)
 def test_two_dtypes_are_taken_in_the_wider_one(dtypes, learn, device):
     (q, k, y), wider = inputs((None, 9, 7, 20), device=device), torch.promote_types(*dtypes)
     q, k = q.to(dtypes[0]), k.to(dtypes[1])
-    ours, expected = results(info_nce, q, k, y, 0.1, learn, impl="triton"), results(info_nce, q.to(wider), k.to(wider), y, 0.1, learn, impl="triton")
+    ours, expected = (
+        results(info_nce, q, k, y, 0.1, learn, impl="triton"),
+        results(info_nce, q.to(wider), k.to(wider), y, 0.1, learn, impl="triton"),
+    )
     assert ours[1].dtype == dtypes[0] and (not learn or ours[2].dtype == dtypes[1])
-    assert all(torch.equal(our, other.to(our.dtype)) for our, other in zip(ours, expected, strict=True))
+    assert all(
+        torch.equal(our, other.to(our.dtype)) for our, other in zip(ours, expected, strict=True)
+    )
 
 
 @pytest.mark.parametrize("learn", [False, True])
@@ -78,9 +111,21 @@ def test_strides_do_not_matter(learn, device):
     strided_k[:, :, :24] = k
     strided = (strided_q, strided_k[:, :, :24], y.T.contiguous().T)
     assert not any(tensor.is_contiguous() for tensor in strided)
-    leaves = (lambda q, k: info_nce(q, k, strided[2], 0.1, impl="triton")), (lambda q, k: info_nce(q, k, y, 0.1, impl="triton"))
-    given = [[t.detach().requires_grad_(learn or i == 0) for i, t in enumerate(pair)] for pair in (strided[:2], (q, k))]
-    for ours, expected in zip(*(torch.autograd.grad(loss(*pair).sum(), pair if learn else pair[:1]) for loss, pair in zip(leaves, given, strict=True)), strict=True):
+    leaves = (
+        (lambda q, k: info_nce(q, k, strided[2], 0.1, impl="triton")),
+        (lambda q, k: info_nce(q, k, y, 0.1, impl="triton")),
+    )
+    given = [
+        [t.detach().requires_grad_(learn or i == 0) for i, t in enumerate(pair)]
+        for pair in (strided[:2], (q, k))
+    ]
+    for ours, expected in zip(
+        *(
+            torch.autograd.grad(loss(*pair).sum(), pair if learn else pair[:1])
+            for loss, pair in zip(leaves, given, strict=True)
+        ),
+        strict=True,
+    ):
         assert torch.equal(ours, expected)
     shared = info_nce(q, k[:1].expand(3, 13, 24), y, 0.1, impl="triton")
     assert torch.equal(shared, info_nce(q, k[0], y, 0.1, impl="triton"))
@@ -89,7 +134,9 @@ def test_strides_do_not_matter(learn, device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("learn", [False, True])
 def test_guards_stay_and_every_entry_is_written(learn, dtype, guarded, device, monkeypatch):
-    """What is read lies between NaN, what is written too and is NaN before: results without a NaN were read and written where they should be."""
+    """What is read lies between NaN, what is written too and is NaN before: results without a NaN
+    were read and written where they should be.
+    """
     q, k, y = inputs((2, 35, 18, 21), dtype, device)
     w, tau = draw(2, 35, seed=3, device=device).abs(), torch.tensor(0.1, device=device)
     expected = results(info_nce, q, k, y, tau, learn, impl="triton", weights=w)
@@ -105,7 +152,9 @@ def test_guards_stay_and_every_entry_is_written(learn, dtype, guarded, device, m
     monkeypatch.setattr(torch.Tensor, "new_empty", guarded_new_empty)
     leaves = [tensor.requires_grad_() for tensor in ((q, k, tau) if learn else (q,))]
     loss = info_nce(q, k, y, tau, weights=w, impl="triton")
-    gradients = torch.autograd.grad((loss * torch.linspace(0.5, 2.5, 2, device=device)).sum(), leaves)
+    gradients = torch.autograd.grad(
+        (loss * torch.linspace(0.5, 2.5, 2, device=device)).sum(), leaves
+    )
     monkeypatch.undo()
     assert len(counted) >= (8 if learn else 2)
     for our, other in zip((loss, *gradients), expected, strict=True):
@@ -134,7 +183,9 @@ def test_how_the_residuals_are_cut_changes_no_bit(dtype, device, monkeypatch):
             assert len(info_nce_gradient.cuts(2, 140, 130, 4)) == 8
             cut = results(info_nce, q, k, y, 0.05, True, impl="triton")
         assert all(torch.equal(one, other) for one, other in zip(whole[:3], cut[:3], strict=True))
-        torch.testing.assert_close(whole[3], cut[3], rtol=1e-6, atol=0)  # summed in float64 over the blocks
+        torch.testing.assert_close(
+            whole[3], cut[3], rtol=1e-6, atol=0
+        )  # summed in float64 over the blocks
 
 
 def test_one_block_of_residuals_is_held_at_a_time(device, monkeypatch):
@@ -159,11 +210,24 @@ def test_one_block_of_residuals_is_held_at_a_time(device, monkeypatch):
 def test_cuts_cover_every_pair_once():
     from semanticfl_ref.kernels import info_nce_gradient
 
-    for G, B, N in ((5, 64, 200), (2, 9000, 5000), (1, 65536, 65536), (3, 40000, 1000), (700, 300, 300), (2, 3_000_000, 1), (0, 4, 4), (4, 0, 4)):
+    for G, B, N in (
+        (5, 64, 200),
+        (2, 9000, 5000),
+        (1, 65536, 65536),
+        (3, 40000, 1000),
+        (700, 300, 300),
+        (2, 3_000_000, 1),
+        (0, 4, 4),
+        (4, 0, 4),
+    ):
         blocks = info_nce_gradient.cuts(G, B, N, 2)
         sizes = [(g.stop - g.start) * (b.stop - b.start) * (n.stop - n.start) for g, b, n in blocks]
         assert sum(sizes) == G * B * N
-        assert all((g.stop - g.start) * (b.stop - b.start) * info_nce_gradient.padded(n.stop - n.start) * 2 <= info_nce_gradient.SPACE for g, b, n in blocks)
+        assert all(
+            (g.stop - g.start) * (b.stop - b.start) * info_nce_gradient.padded(n.stop - n.start) * 2
+            <= info_nce_gradient.SPACE
+            for g, b, n in blocks
+        )
         assert len({(g.start, b.start, n.start) for g, b, n in blocks}) == len(blocks)
         assert all(b.start % 128 == 0 and n.start % 128 == 0 for _, b, n in blocks)
 
@@ -175,10 +239,17 @@ def test_an_unchecked_bad_label_gives_nan_in_its_row_alone(learn, device):
 
     q, k, y = inputs((None, 20, 7, 9), device=device)
     y[3], y[8] = 7, -1
-    rows, dq, *dk = derive(lambda q, k=k: info_nce_triton(q, k, y, 0.1, True, None, "none", False, "ieee"), *((q, k) if learn else (q,)))
+    rows, dq, *dk = derive(
+        lambda q, k=k: info_nce_triton(q, k, y, 0.1, True, None, "none", False, "ieee"),
+        *((q, k) if learn else (q,)),
+    )
     bad = torch.zeros(20, dtype=torch.bool, device=device)
     bad[3] = bad[8] = True
-    assert torch.equal(rows.isnan(), bad) and torch.equal(dq.isnan().all(1), bad) and torch.equal(dq.isnan().any(1), bad)
+    assert (
+        torch.equal(rows.isnan(), bad)
+        and torch.equal(dq.isnan().all(1), bad)
+        and torch.equal(dq.isnan().any(1), bad)
+    )
     assert not dk or dk[0].isnan().all()
 
 
@@ -190,14 +261,21 @@ def test_a_zero_vector_has_a_finite_gradient(dtype, learn, device):
     ours = results(info_nce, q, k, y, 0.1, learn, impl="triton")
     assert ours[0].isfinite() and ours[1][[0, 1, 3, 4, 5]].isfinite().all()
     exact = results(eager, q.double(), k.double(), y, 0.1, learn)
-    torch.testing.assert_close(ours[1][[0, 1, 3, 4, 5]].double(), exact[1][[0, 1, 3, 4, 5]], rtol=0.02, atol=1e-3)
+    torch.testing.assert_close(
+        ours[1][[0, 1, 3, 4, 5]].double(), exact[1][[0, 1, 3, 4, 5]], rtol=0.02, atol=1e-3
+    )
     if dtype != torch.float16:  # divided by 1e-12, as F.normalize does: out of fp16's range
         torch.testing.assert_close(ours[1][2].double(), exact[1][2], rtol=0.02, atol=1e9)
 
 
 def check(q, k, labels, tau, learn: bool, **options) -> None:
-    """The kernels' loss and gradients have no larger errors than K7 allows: see `assert_as_exact_as_eager`."""
-    ours, eagers = results(info_nce, q, k, labels, tau, learn, impl="triton", **options), results(eager, q, k, labels, tau, learn, **options)
+    """The kernels' loss and gradients have no larger errors than K7 allows: see
+    `assert_as_exact_as_eager`.
+    """
+    ours, eagers = (
+        results(info_nce, q, k, labels, tau, learn, impl="triton", **options),
+        results(eager, q, k, labels, tau, learn, **options),
+    )
     exact = results(eager, q.double(), k.double(), labels, tau, learn, **options)
     scales = {"d temperature": sum_of_magnitudes(q, k, labels, tau, **options)} if learn else None
     assert_as_exact_as_eager(ours, eagers, exact, NAMES[: len(ours)], scales)
@@ -207,15 +285,26 @@ def results(loss, q, k, labels, tau, learn: bool, **options) -> tuple[torch.Tens
     """Loss and d queries; with learn d keys and d temperature as well."""
     if not learn:
         return derive(lambda q: loss(q, k, labels, tau, **options), q)
-    tau = torch.as_tensor(tau, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32, device=q.device)
+    tau = torch.as_tensor(
+        tau, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32, device=q.device
+    )
     return derive(lambda q, k, tau: loss(q, k, labels, tau, **options), q, k, tau)
 
 
-def sum_of_magnitudes(q, k, labels, tau, normalize=True, weights=None, reduction="mean", symmetric=False) -> float:
-    """Of the rows' contributions to the temperature's gradient, which cancel: the rounding of any one of them stays in the sum."""
+def sum_of_magnitudes(
+    q, k, labels, tau, normalize=True, weights=None, reduction="mean", symmetric=False
+) -> float:
+    """Of the rows' contributions to the temperature's gradient, which cancel: the rounding of any
+    one of them stays in the sum.
+    """
     tau = torch.full((), tau, dtype=torch.float64, device=q.device)
-    slopes = torch.autograd.functional.jacobian(lambda tau: eager(q.double(), k.double(), labels, tau, normalize, None, "none", symmetric), tau)
+    slopes = torch.autograd.functional.jacobian(
+        lambda tau: eager(q.double(), k.double(), labels, tau, normalize, None, "none", symmetric),
+        tau,
+    )
     weights = torch.ones_like(slopes) if weights is None else weights.double()
     shares = weights / weights.sum(-1, keepdim=True) if reduction == "mean" else weights
-    contributions = shares * slopes.abs() if reduction == "none" else (shares * slopes.abs()).sum(-1)
+    contributions = (
+        shares * slopes.abs() if reduction == "none" else (shares * slopes.abs()).sum(-1)
+    )
     return (contributions * factors_of(contributions)).sum().item()

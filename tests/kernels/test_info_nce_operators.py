@@ -1,4 +1,6 @@
-"""InfoNCE's kernels as torch operators: registration, tracing without a break, autocast, CUDA graphs."""
+"""InfoNCE's kernels as torch operators: registration, tracing without a break, autocast, CUDA
+graphs.
+"""
 
 import pytest
 import torch
@@ -7,24 +9,63 @@ from info_nce_cases import derive, draw, inputs
 from semanticfl_ref.kernels.info_nce import info_nce
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NumPy's, where the interpreter meets what a mask leaves out
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:invalid value:RuntimeWarning"
+)  # NumPy's, where the interpreter meets what a mask leaves out
 
 
-@pytest.mark.parametrize(("reduction", "clients", "dtype"), [("mean", None, torch.float32), ("none", 2, torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("reduction", "clients", "dtype"), [("mean", None, torch.float32), ("none", 2, torch.bfloat16)]
+)
 def test_opcheck(reduction, clients, dtype, device):
-    from semanticfl_ref.kernels.info_nce_operators import info_nce_frozen, info_nce_streaming, info_nce_streaming_backward
+    from semanticfl_ref.kernels.info_nce_operators import (
+        info_nce_frozen,
+        info_nce_streaming,
+        info_nce_streaming_backward,
+    )
 
     q, k, y = inputs((clients, 6, 5, 9), dtype, device)
     w, tau = draw(*y.shape, seed=3, device=device).abs(), torch.tensor(0.1, device=device)
     for gradient in (True, False):
-        torch.library.opcheck(info_nce_frozen, (q, k, y, w, tau, 1.0, True, reduction, "ieee", gradient))
-    registered = ("test_schema", "test_autograd_registration", "test_faketensor")  # the other test derives all outputs, and d(query) has no derivative
-    torch.library.opcheck(info_nce_frozen, (q.clone().requires_grad_(), k, y, w, tau, 1.0, True, reduction, "ieee", True), test_utils=registered)
+        torch.library.opcheck(
+            info_nce_frozen, (q, k, y, w, tau, 1.0, True, reduction, "ieee", gradient)
+        )
+    registered = (
+        "test_schema",
+        "test_autograd_registration",
+        "test_faketensor",
+    )  # the other test derives all outputs, and d(query) has no derivative
+    torch.library.opcheck(
+        info_nce_frozen,
+        (q.clone().requires_grad_(), k, y, w, tau, 1.0, True, reduction, "ieee", True),
+        test_utils=registered,
+    )
     for normalize in (True, False):
         learnt = [tensor.clone().requires_grad_() for tensor in (q, k, tau)]
-        torch.library.opcheck(info_nce_streaming, (*learnt[:2], y, w, None, learnt[2], 1.0, normalize, reduction, "ieee"))
+        torch.library.opcheck(
+            info_nce_streaming,
+            (*learnt[:2], y, w, None, learnt[2], 1.0, normalize, reduction, "ieee"),
+        )
         loss, *saved = info_nce_streaming(q, k, y, w, None, tau, 1.0, normalize, reduction, "ieee")
-        torch.library.opcheck(info_nce_streaming_backward, (torch.ones_like(loss), q, k, y, w, None, tau, *saved, 1.0, normalize, "ieee", True, False, True))
+        torch.library.opcheck(
+            info_nce_streaming_backward,
+            (
+                torch.ones_like(loss),
+                q,
+                k,
+                y,
+                w,
+                None,
+                tau,
+                *saved,
+                1.0,
+                normalize,
+                "ieee",
+                True,
+                False,
+                True,
+            ),
+        )
 
 
 @pytest.mark.parametrize("form", ["frozen", "learn", "symmetric"])
@@ -35,11 +76,23 @@ def test_in_a_compiled_function_with_its_gradients(form, impl, device):
 
     def loss(q, *learnt):
         keys, tau = learnt or (k, 0.1)
-        return 2 * info_nce(q, keys, None if form == "symmetric" else y, tau, weights=w, symmetric=form == "symmetric", impl=impl)
+        return 2 * info_nce(
+            q,
+            keys,
+            None if form == "symmetric" else y,
+            tau,
+            weights=w,
+            symmetric=form == "symmetric",
+            impl=impl,
+        )
 
     given = (q,) if form == "frozen" else (q, k, torch.tensor(0.1, device=device))
     torch.compiler.reset()
-    for ours, expected in zip(derive(torch.compile(loss, fullgraph=True, backend="aot_eager"), *given), derive(loss, *given), strict=True):
+    for ours, expected in zip(
+        derive(torch.compile(loss, fullgraph=True, backend="aot_eager"), *given),
+        derive(loss, *given),
+        strict=True,
+    ):
         torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-7)
 
 
@@ -55,7 +108,10 @@ def test_autocast_changes_nothing(learn, impl, device):
             return loss(q, *keys)
 
     given = (q, k) if learn else (q,)
-    assert all(torch.equal(ours, expected) for ours, expected in zip(derive(under_autocast, *given), derive(loss, *given), strict=True))
+    assert all(
+        torch.equal(ours, expected)
+        for ours, expected in zip(derive(under_autocast, *given), derive(loss, *given), strict=True)
+    )
 
 
 @pytest.mark.parametrize("keys", [5, 300])
@@ -99,7 +155,9 @@ def test_in_a_cuda_graph_without_waiting(learn, device):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_small_calls_run(dtype, device):
-    """What compute-sanitizer watches in `bench/gpu.sh`. It has no time to compile: this leaves the kernels in Triton's cache for it."""
+    """What compute-sanitizer watches in `bench/gpu.sh`. It has no time to compile: this leaves the
+    kernels in Triton's cache for it.
+    """
     from bench.gpu_checks import small_calls
 
     small_calls(device, (dtype,))

@@ -16,11 +16,23 @@ from semanticfl_ref.kernels.weighted_average import RunningAverage, weighted_ave
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("as_list", "groups", "diagnostics"), [(False, 1, True), (True, 1, False), (False, 3, False)])
+@pytest.mark.parametrize(
+    ("as_list", "groups", "diagnostics"), [(False, 1, True), (True, 1, False), (False, 3, False)]
+)
 def test_opcheck(impl, device, dtype, as_list, groups, diagnostics):
     rows = torch.randn(3, 40, device=device, dtype=dtype)
     weights = torch.ones(groups, 3, dtype=torch.float64, device=device)
-    torch.library.opcheck(torch.ops.semanticfl_ref.weighted_average, (list(rows) if as_list else [rows], weights, rows[0] if diagnostics else None, diagnostics, False, impl))
+    torch.library.opcheck(
+        torch.ops.semanticfl_ref.weighted_average,
+        (
+            list(rows) if as_list else [rows],
+            weights,
+            rows[0] if diagnostics else None,
+            diagnostics,
+            False,
+            impl,
+        ),
+    )
 
 
 def test_fake_tensors_have_the_shapes_and_dtypes_of_real_ones():
@@ -28,7 +40,11 @@ def test_fake_tensors_have_the_shapes_and_dtypes_of_real_ones():
         rows, weights = torch.empty(3, 40, dtype=torch.bfloat16), torch.empty(3)
         average, seen = weighted_average(rows, weights, diagnostics=True)
         assert (average.shape, average.dtype) == ((40,), torch.bfloat16)
-        assert [(t.shape, t.dtype) for t in seen] == [((3,), torch.int64), ((3,), torch.float64), ((3,), torch.float64)]
+        assert [(t.shape, t.dtype) for t in seen] == [
+            ((3,), torch.int64),
+            ((3,), torch.float64),
+            ((3,), torch.float64),
+        ]
         assert weighted_average(list(rows), torch.empty(2, 3)).shape == (2, 40)
         with pytest.raises(ValueError, match="weights"):
             weighted_average(rows, torch.empty(2))
@@ -39,7 +55,13 @@ def test_in_a_compiled_function(impl, device, as_list):
     """Without a break in the graph, for two lengths of row."""
 
     def update(rows, weights):
-        average, seen = weighted_average(list(rows) if as_list else rows, weights, reference=rows[0] if as_list else None, diagnostics=True, impl=impl)
+        average, seen = weighted_average(
+            list(rows) if as_list else rows,
+            weights,
+            reference=rows[0] if as_list else None,
+            diagnostics=True,
+            impl=impl,
+        )
         return 2 * average, seen.squared_update_norm.sqrt()
 
     torch.compiler.reset()
@@ -55,18 +77,28 @@ def test_autocast_changes_nothing(impl, device):
     with torch.autocast(device.type, dtype=torch.bfloat16):
         average, seen = weighted_average(rows, weights, diagnostics=True, impl=impl)
     expected, seen_without = weighted_average(rows, weights, diagnostics=True, impl=impl)
-    assert torch.equal(average, expected) and torch.equal(seen.dot_with_average, seen_without.dot_with_average)
+    assert torch.equal(average, expected) and torch.equal(
+        seen.dot_with_average, seen_without.dot_with_average
+    )
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_in_a_cuda_graph_without_waiting(device):
-    rows, weights, reference = torch.randn(5, 5001, device=device), torch.arange(1.0, 6.0, device=device), torch.randn(5001, device=device)
+    rows, weights, reference = (
+        torch.randn(5, 5001, device=device),
+        torch.arange(1.0, 6.0, device=device),
+        torch.randn(5001, device=device),
+    )
 
     def work() -> list[torch.Tensor]:
         average = RunningAverage(5001, device)
         for row, weight in zip(rows, (1.0, 2.0, 3.0, 4.0, 5.0), strict=True):
             seen = average.add(row, weight, reference)
-        return [*weighted_average(rows, weights, reference=reference, diagnostics=True)[1], average.finish(), seen.squared_update_norm]
+        return [
+            *weighted_average(rows, weights, reference=reference, diagnostics=True)[1],
+            average.finish(),
+            seen.squared_update_norm,
+        ]
 
     work()  # compiles
     torch.cuda.synchronize()
@@ -78,7 +110,10 @@ def test_in_a_cuda_graph_without_waiting(device):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         results = work()
-    with pytest.raises(RuntimeError, match="list of rows"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+    with (
+        pytest.raises(RuntimeError, match="list of rows"),
+        torch.cuda.graph(torch.cuda.CUDAGraph()),
+    ):
         weighted_average(list(rows), weights)
     rows.copy_(torch.randn(5, 5001, device=device))
     graph.replay()
@@ -147,17 +182,32 @@ print(json.dumps(found))
 
 
 def test_loads_take_128_bits():
-    """Of an aligned row; 64 bits where the stride is a multiple of 8 bytes only. Compiled for an H100 that need not be here."""
+    """Of an aligned row; 64 bits where the stride is a multiple of 8 bytes only. Compiled for an
+    H100 that need not be here.
+    """
     pytest.importorskip("triton")
-    names = ["weighted_average/matrix-fp32", "weighted_average/table-bf16", "weighted_average/diagnostics-bf16", "weighted_average/add-fp32"]
+    names = [
+        "weighted_average/matrix-fp32",
+        "weighted_average/table-bf16",
+        "weighted_average/diagnostics-bf16",
+        "weighted_average/add-fp32",
+    ]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", COMPILE, *names], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE, *names], env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     found = {name: " ".join(instructions) for name, instructions in json.loads(done.stdout).items()}
     assert len(found) == 7
     for name, instructions in found.items():
-        wide, narrow = "ld.global.v4.b32" in instructions, "ld.global.v2.b32" in instructions or "ld.global.b64" in instructions
+        wide, narrow = (
+            "ld.global.v4.b32" in instructions,
+            "ld.global.v2.b32" in instructions or "ld.global.b64" in instructions,
+        )
         assert wide if name.endswith("16") else narrow, (name, instructions)
         if "matrix-fp32 8" in name:
             assert not wide, instructions  # otherwise this test could not tell
-        assert "st.global.v4.b32" in instructions or "st.global.v2.b64" in instructions, (name, instructions)
+        assert "st.global.v4.b32" in instructions or "st.global.v2.b64" in instructions, (
+            name,
+            instructions,
+        )

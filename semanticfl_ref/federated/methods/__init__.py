@@ -5,13 +5,11 @@
 | fedavg | | | | images |
 | fedprox | mu/2 distance to the model received, squared | | | images |
 | scaffold | | c - c_i | controls [M, P], [P] | images |
-| moon | contrast: towards the model received, away from the last own | | last own rows [M, P] | images |
-| fedrcl | supervised contrast and divergence penalty, at every level | | | images |
-| feddisco | | | | images and label discrepancy |
-| fedcda | | | last own rows [M, memory, P] | images, of the least divergent rows |
-| feddifrc | consistency and contrast with diffusion features | | | images |
-| semanticfl | consistency and contrast with diffusion anchors | | | images |
-"""
+| moon | contrast: towards the model received, away from the last own | | last own rows [M, P] |
+images | | fedrcl | supervised contrast and divergence penalty, at every level | | | images | |
+feddisco | | | | images and label discrepancy | | fedcda | | | last own rows [M, memory, P] |
+images, of the least divergent rows | | feddifrc | consistency and contrast with diffusion features
+| | | images | | semanticfl | consistency and contrast with diffusion anchors | | | images |"""
 
 from semanticfl_ref import config
 from semanticfl_ref.errors import UserError
@@ -44,7 +42,8 @@ def add_method(name: str, method: Method, section: type[config.Section] | None =
 
     Args:
         name: what the user writes.
-        section: a frozen dataclass of `schema.option` fields, its own settings; they appear as `name.field`. Call the class as the method, in any case.
+        section: a frozen dataclass of `schema.option` fields, its own settings; they appear as
+            `name.field`. Call the class as the method, in any case.
 
     Raises:
         UserError: the name is taken.

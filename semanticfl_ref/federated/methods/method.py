@@ -1,6 +1,7 @@
 """What a federated method is: a handful of functions, each with FedAvg's behaviour as its default.
 
-Letters: B batch, C classes, D feature width, K clients in the round, M clients in all, P entries of a row.
+Letters: B batch, C classes, D feature width, K clients in the round, M clients in all, P entries of
+    a row.
 """
 
 from collections.abc import Callable
@@ -15,7 +16,9 @@ from semanticfl_ref.diffusion.anchors import Anchors
 from semanticfl_ref.federated.flat import beside_parameters
 
 Terms = dict[str, tuple[float, torch.Tensor]]  # name -> (weight, unweighted value)
-Memory = dict[str, torch.Tensor]  # what outlives a round, by name: rows, mostly; on the CPU, since it may be M times the model
+Memory = dict[
+    str, torch.Tensor
+]  # what outlives a round, by name: rows, mostly; on the CPU, since it may be M times the model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +29,8 @@ class Visit:
         world: the run's constants (see world.py).
         client, round: which client, in which round.
         start_P: float32 [P], the row received.
-        memory: what the method keeps, as it was before the round: nothing of this round's other clients is in it.
+        memory: what the method keeps, as it was before the round: nothing of this round's other
+            clients is in it.
     """
 
     world: object
@@ -53,9 +57,11 @@ class LocalBatch:
         model: the client's model in training.
         features_BD: float32 [B, D].
         levels: float32 [B, width] of every level, for a method with `needs_levels`; else empty.
-        frozen: name -> (model, its features [B, D] of the same images), for each row of the method's `frozen`.
+        frozen: name -> (model, its features [B, D] of the same images), for each row of the
+            method's `frozen`.
         labels_B: int64 [B].
-        visual_BD: float32 [B, width of a visual anchor], this batch's anchors; None for a method or a client without.
+        visual_BD: float32 [B, width of a visual anchor], this batch's anchors; None for a method or
+            a client without.
         text_CD: float32 [C, width of a text anchor]; None for a method or a client without.
     """
 
@@ -75,7 +81,9 @@ class LocalBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class Participants:
-    """The clients of a round, as the server weighs them. counts_K: int64 [K], images; histograms_KC: int64 [K, C], images of each class."""
+    """The clients of a round, as the server weighs them. counts_K: int64 [K], images;
+    histograms_KC: int64 [K, C], images of each class.
+    """
 
     config: Config
     counts_K: torch.Tensor
@@ -101,27 +109,35 @@ class Method:
     """One federated method; every default is FedAvg's.
 
     Attributes, each a function unless said otherwise:
-        keeps, remember: the rows it keeps across rounds: what they are at the start (from configuration and initial row), and how a finished
-            visit changes them (the copy that the round is writing, the visit, the client's row, its report; in place).
+        keeps, remember: the rows it keeps across rounds: what they are at the start (from
+            configuration and initial row), and how a finished visit changes them (the copy that the
+            round is writing, the visit, the client's row, its report; in place).
         local_terms: what it adds to the client's cross-entropy.
         correction: a row [P] added to every gradient of a visit, or None.
         weights: the aggregation weights [K], not normalised.
-        choose: (world, the memory that the round is writing, clients that returned, round) -> other rows to average than the round's own, as (client,
-            row [P], weight) in ascending client number; or None.
+        choose: (world, the memory that the round is writing, clients that returned, round) -> other
+            rows to average than the round's own, as (client, row [P], weight) in ascending client
+            number; or None.
         heads: the model's heads besides the classifier, as arguments of ResNet10: width by name.
         frozen: rows with which a second, frozen model looks at each batch, by name.
         needs_anchors: whether the server makes and sends anchors. A bool.
-        reads_anchors: (configuration) -> whether a client needs its visual anchors, and the texts, for the ledger; those of a term of weight zero are not sent.
+        reads_anchors: (configuration) -> whether a client needs its visual anchors, and the texts,
+            for the ledger; those of a term of weight zero are not sent.
         needs_levels: whether local terms look at every level's features. A bool.
-        control_rows: (configuration) -> rows of parameters that travel beside the model, each way, for the ledger.
+        control_rows: (configuration) -> rows of parameters that travel beside the model, each way,
+            for the ledger.
     """
 
     keeps: Callable[[Config, torch.Tensor], Memory] = lambda config, row_P: {}
-    remember: Callable[[Memory, Visit, torch.Tensor, object], None] = lambda memory, visit, row_P, report: None
+    remember: Callable[[Memory, Visit, torch.Tensor, object], None] = (
+        lambda memory, visit, row_P, report: None
+    )
     local_terms: Callable[[LocalBatch], Terms] = lambda batch: {}
     correction: Callable[[Visit], torch.Tensor | None] = lambda visit: None
     weights: Callable[[Participants], torch.Tensor] = by_sample_count
-    choose: Callable[[object, Memory, list[int], int], list[tuple[int, torch.Tensor, float]] | None] = lambda world, memory, clients, round: None
+    choose: Callable[
+        [object, Memory, list[int], int], list[tuple[int, torch.Tensor, float]] | None
+    ] = lambda world, memory, clients, round: None
     heads: Callable[[Config, Anchors | None, int], dict[str, int]] = no_heads
     frozen: Callable[[Visit], dict[str, torch.Tensor]] = lambda visit: {}
     needs_anchors: bool = False
