@@ -3,9 +3,9 @@ to ours.  `pytest --benchmark-only bench/bench_diffusion.py -s`
 
 D1: at least 2x the images a second of a plain fp32 contiguous full U-Net forward on a CPU that has
     bf16, 4x on a GPU (half precision, channels-last, stop
-behind the last tapped block). Peers in the same run: diffusers' own classes and forward under a
+behind the last selected block). Peers in the same run: diffusers' own classes and forward under a
 plain hook, four images at a time; and DIFT's way, one image at a time, its latent eight times with
-fresh noise, ending behind the tapped block. All read `up.1` of 224x224 inputs.
+fresh noise, ending behind the selected block. All read `up.1` of 224x224 inputs.
 
 The model has random weights: by default a small one with Stable Diffusion 1.5's blocks (77 M
 parameters in the U-Net); SEMANTICFL_BENCH_MODEL=sd15 takes the real architecture (860 M; some
@@ -153,7 +153,7 @@ class _Enough(Exception):
 
 
 class Dift(Plain):
-    """One image at a time, its latent eight times with fresh noise, ending behind the tapped block,
+    """One image at a time, its latent eight times with fresh noise, ending behind the selected block,
     averaged.
     """
 
@@ -196,7 +196,7 @@ class Ours:
         self.backbone, self.prompt = (
             Backbone.load(
                 folder,
-                taps=[TAP],
+                layers=[TAP],
                 device=DEVICE,
                 precision=precision,
                 offline=True,
@@ -275,24 +275,25 @@ def _our_noise(images: torch.Tensor, shape) -> torch.Tensor:
 
 
 def test_a_cache_hit_against_the_extraction(benchmark, tmp_path, monkeypatch):
-    """D4: finding, hashing and reading a finished bank costs at most 2 % of making it (embedded
+    """D4: finding, hashing and reading a finished cache costs at most 2 % of making it (embedded
     model, 450 digits, loading the model not counted).
     """
-    from semanticfl_ref import config, prepare
-    from semanticfl_ref.diffusion.bank import open_bank
+    from semanticfl_ref.config.settings import settings as config
     from semanticfl_ref.diffusion.extract import build
+    from semanticfl_ref.diffusion.feature_cache import open_cache
+    from semanticfl_ref.run import setup as prepare
 
     monkeypatch.setenv("SEMANTICFL_CACHE", str(tmp_path))
     settings = config.build()
     images = prepare.load_images(settings, offline=True)[0]
-    wanted, began = prepare.bank_plan(settings, images, True), []
+    wanted, began = prepare.cache_plan(settings, images, True), []
     build(
         wanted, lambda _text: began.append(time.perf_counter())
     )  # last told when the model is loaded
     extraction = time.perf_counter() - began[-1]
 
     def hit():
-        open_bank(prepare.bank_plan(settings, images, True))
+        open_cache(prepare.cache_plan(settings, images, True))
 
     benchmark.pedantic(hit, rounds=5, warmup_rounds=1)
     share = benchmark.stats.stats.min / extraction if benchmark.stats else float("nan")

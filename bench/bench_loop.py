@@ -20,32 +20,32 @@ from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from bench.timing import fastest
-from bench.worlds import synthetic_world
+from bench.contexts import synthetic_context
 from semanticfl_ref.data.batches import epoch_batches, network_input
+from semanticfl_ref.federated.context import new_state, precision_for
 from semanticfl_ref.federated.model import ResNet10
-from semanticfl_ref.federated.round import play_round
-from semanticfl_ref.federated.world import new_state, precision_for
+from semanticfl_ref.federated.round import run_round
 from semanticfl_ref.randomness import generator
 
 
-def bare_steps(world) -> None:
+def bare_steps(context) -> None:
     """The SGD steps of as many clients as a round has, and nothing else: no rows, no averaging, no
     books.
     """
-    options, data = world.config.federation, world.dataset
+    options, data = context.config.federation, context.dataset
     optimizer = torch.optim.SGD(
-        world.model.parameters(),
+        context.model.parameters(),
         options.learning_rate,
         momentum=options.momentum,
         weight_decay=options.weight_decay,
     )
-    world.model.train()
-    for indices in world.partition.indices[: options.clients_per_round]:
+    context.model.train()
+    for indices in context.partition.indices[: options.clients_per_round]:
         for batch in epoch_batches(
             indices, batch_size=options.batch_size, generator=generator(0, "bare")
         ):
-            with world.autocast():
-                logits, _ = world.model(
+            with context.autocast():
+                logits, _ = context.model(
                     network_input(data.train_images[batch], augment=False, generator=None)
                 )
             loss = F.cross_entropy(logits, data.train_labels[batch])
@@ -55,20 +55,20 @@ def bare_steps(world) -> None:
 
 
 def test_round_against_bare_steps(benchmark):
-    world = synthetic_world(clients=10, samples=320, clients_per_round=1)
-    state = new_state(world)
-    ours, bare = fastest(lambda: play_round(state, world), lambda: bare_steps(world), repeats=30)
+    context = synthetic_context(clients=10, samples=320, clients_per_round=1)
+    state = new_state(context)
+    ours, bare = fastest(lambda: run_round(state, context), lambda: bare_steps(context), repeats=30)
     benchmark.extra_info["F1 round / bare steps"] = round(ours / bare, 3)
     print(
         f"\nF1: a round takes {ours / bare:.3f}x its bare steps (one of 10 clients x 320 images, width 16; target 1.05)"
     )
-    benchmark.pedantic(play_round, (state, world), rounds=3)
+    benchmark.pedantic(run_round, (state, context), rounds=3)
 
 
 def test_client_steps_per_second(benchmark):
-    world = synthetic_world(clients=200, samples=20, width=8)
-    state = new_state(world)
-    benchmark.pedantic(play_round, (state, world), rounds=3, warmup_rounds=1)
+    context = synthetic_context(clients=200, samples=20, width=8)
+    state = new_state(context)
+    benchmark.pedantic(run_round, (state, context), rounds=3, warmup_rounds=1)
     steps = 200 / benchmark.stats.stats.min if benchmark.stats else float("nan")
     print(f"\nF2: {steps:.0f} client-steps a second (200 clients x 20 images, width 8)")
 

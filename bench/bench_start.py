@@ -10,11 +10,11 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 ROUND = """
 from pathlib import Path
-from bench.worlds import synthetic_world
-from semanticfl_ref.federated.round import play_round
-from semanticfl_ref.federated.world import new_state
-world = synthetic_world(clients={clients}, samples=20, clients_per_round=5)
-play_round(new_state(world), world)
+from bench.contexts import synthetic_context
+from semanticfl_ref.federated.round import run_round
+from semanticfl_ref.federated.context import new_state
+context = synthetic_context(clients={clients}, samples=20, clients_per_round=5)
+run_round(new_state(context), context)
 # ru_maxrss would count what the parent held when it forked.
 print(next(int(line.split()[1]) // 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")))
 """

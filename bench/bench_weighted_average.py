@@ -40,14 +40,14 @@ def test_against_flower_on_the_cpu(benchmark):
     weights = weights_K.tolist()
     name, aggregate = flower()
     clients = [
-        (as_layers(row_P, sizes), int(weight))
-        for row_P, weight in zip(rows_KP, weights, strict=True)
+        (as_layers(params_P, sizes), int(weight))
+        for params_P, weight in zip(rows_KP, weights, strict=True)
     ]
 
     def streaming() -> torch.Tensor:
         average = RunningAverage(rows_KP.shape[1])
-        for row_P, weight in zip(rows_KP, weights, strict=True):
-            average.add(row_P, weight)
+        for params_P, weight in zip(rows_KP, weights, strict=True):
+            average.add(params_P, weight)
         return average.finish()
 
     exact_P = average_in_fp64(rows_KP, weights_K, torch.positive)

@@ -115,8 +115,8 @@ def contenders(
 
     def streaming() -> torch.Tensor:
         average = RunningAverage(entries, bench.device, impl=bench.impl)
-        for row_P, weight in zip(rows, weights, strict=True):
-            average.add(row_P, weight)
+        for params_P, weight in zip(rows, weights, strict=True):
+            average.add(params_P, weight)
         return average.finish(rows_KP.dtype)
 
     def copy() -> None:
@@ -159,8 +159,8 @@ def beside_flower(
     entries = rows_KP.shape[1]
     sizes = [entries // 24] * 24 + [entries % 24]  # about a ResNet-10's number of arrays
     clients = [
-        (as_layers(row_P, sizes), int(weight))
-        for row_P, weight in zip(rows_KP.cpu(), weights_K.tolist(), strict=True)
+        (as_layers(params_P, sizes), int(weight))
+        for params_P, weight in zip(rows_KP.cpu(), weights_K.tolist(), strict=True)
     ]
     host = torch.device("cpu")
     times = interleaved(

@@ -237,14 +237,14 @@ def small_calls(
             torch.tensor([1.0, 2.0, 3.0], device=device),
         )
         weighted_average(rows_KP, weights_K, impl=impl)
-        weighted_average([row_P.clone() for row_P in rows_KP], weights_K, impl=impl)
+        weighted_average([params_P.clone() for params_P in rows_KP], weights_K, impl=impl)
         weighted_average(rows_KP, weights_K.repeat(2, 1), impl=impl)
         weighted_average(
             rows_KP, weights_K, reference=rows_KP[0].clone(), diagnostics=True, impl=impl
         )
         streaming = RunningAverage(1_001, device, impl=impl)
-        for row_P in rows_KP:
-            streaming.add(row_P, 1.0)
+        for params_P in rows_KP:
+            streaming.add(params_P, 1.0)
         streaming.finish(dtype)
         for clients, queries, keys, width in (
             (2, 37, 11, 70),

@@ -128,9 +128,9 @@ def numpy_average(clients: list[tuple[list[np.ndarray], int]]) -> list[np.ndarra
     return averages
 
 
-def as_layers(row_P: torch.Tensor, sizes: list[int]) -> list[np.ndarray]:
+def as_layers(params_P: torch.Tensor, sizes: list[int]) -> list[np.ndarray]:
     """A row as Flower sees a model: one NumPy array per layer."""
-    return [layer.numpy() for layer in row_P.cpu().split(sizes)]
+    return [layer.numpy() for layer in params_P.cpu().split(sizes)]
 
 
 def _at_least_fp32(similarities: torch.Tensor) -> torch.Tensor:

@@ -41,9 +41,8 @@ def write_model(folder: Path, size: str = "sd15") -> Path:
     the VAE's attention and the text encoder under their old ones.
     """
     from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
-
     from semanticfl_ref.diffusion.make_tiny import make_tokenizer
+    from transformers import CLIPTextConfig, CLIPTextModel
 
     channels, width, vae_channels, layers = SIZES[size]
     tokenizer = make_tokenizer(folder / "tokenizer")

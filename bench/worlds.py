@@ -2,21 +2,21 @@
 
 import torch
 
-from semanticfl_ref.config import build
+from semanticfl_ref.config.settings import build
+from semanticfl_ref.data.dataset import Dataset
 from semanticfl_ref.data.partition import Partition, make_partition
-from semanticfl_ref.data.sources import Dataset
-from semanticfl_ref.federated.world import World, make_world
+from semanticfl_ref.federated.context import RunContext, make_context
 
 
-def synthetic_world(
+def synthetic_context(
     clients: int,
     samples: int,
     width: int = 16,
     epochs: int = 1,
     clients_per_round: int | None = None,
     precision: str = "auto",
-) -> World:
-    """A FedAvg world of `clients` x `samples` random 32x32 images with 10 classes, and a test part
+) -> RunContext:
+    """A FedAvg context of `clients` x `samples` random 32x32 images with 10 classes, and a test part
     of one image.
     """
     source = torch.Generator().manual_seed(0)
@@ -50,4 +50,4 @@ def synthetic_world(
     partition: Partition = make_partition(
         labels, scenario="iid", clients=clients, classes=10, alpha=1.0, seed=0
     )
-    return make_world(build(settings), dataset, partition, None)
+    return make_context(build(settings), dataset, partition, None)

@@ -1,5 +1,6 @@
-"""The command line: finds the command, and turns what a user did wrong into one line. Nothing heavy
-is imported here.
+"""The command line: dispatches to a command, and turns a user's mistakes into one line.
+
+Nothing heavy is imported here, so that `--help` is instant.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from semanticfl_ref.commands import (
     compare,
     config,
     doctor,
+    export,
     features,
     partition,
     report,
@@ -32,17 +34,24 @@ COMMANDS = {
     "compare": compare,
     "reproduce": reproduce,
     "report": report,
+    "export": export,
     "partition": partition,
     "config": config,
     "doctor": doctor,
 }
+# Flags of other tools -> what to do here.
+ELSEWHERE = {
+    "--gpus": "a process uses one GPU: --device cuda; select it with CUDA_VISIBLE_DEVICES",
+    "--gpu": "use --device cuda; select the GPU with CUDA_VISIBLE_DEVICES",
+    "--num-workers": "data stay in memory, without worker processes",
+}
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; returns the exit code. A user's error is one line on stderr."""
+    """Run a command; returns the exit code. A user's mistake is one line on stderr."""
     argv = sys.argv[1:] if argv is None else argv
     try:
-        argv, files = take_imports(argv)
+        argv, files = run_imports(argv)
         arguments = parse(argv)
         arguments.imports = files
         code = COMMANDS[arguments.command].run(arguments)
@@ -55,22 +64,24 @@ def main(argv: list[str] | None = None) -> int:
         say(str(interrupt) or "interrupted; nothing was saved")
         return 130
     except BrokenPipeError:
-        # The reader went away, as in `... | head`. Python flushes once more on exit: let it flush
-        # into nothing.
+        # The reader is gone, as in `... | head`. Python flushes stdout again on exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
 
-def take_imports(argv: list[str]) -> tuple[list[str], list[Path]]:
-    """Run the files that --import names, before anything is parsed: they may add methods and
-    settings. Returns the other arguments and the files.
+def run_imports(argv: list[str]) -> tuple[list[str], list[Path]]:
+    """Run the files that --import names, before anything is parsed: they may register names.
+
+    Returns:
+        The other arguments, and the files.
 
     Raises:
-        DataError: there is no such file. UserError: it raised.
+        DataError: there is no such file.
+        UserError: it raised.
     """
-    finder = _Parser(prog="semanticfl_ref", add_help=False, allow_abbrev=False)
-    finder.add_argument("--import", dest="files", action="append", type=Path, default=[])
-    found, others = finder.parse_known_args(argv)
+    parser = _Parser(prog="semanticfl_ref", add_help=False, allow_abbrev=False)
+    parser.add_argument("--import", dest="files", action="append", type=Path, default=[])
+    found, others = parser.parse_known_args(argv)
     for file in found.files:
         if not file.is_file():
             raise DataError(f"--import {file}: there is no such file")
@@ -87,7 +98,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     """The arguments of a command.
 
     Raises:
-        UserError: an unknown command or flag (the nearest is offered), a flag without its value.
+        UserError: an unknown command or flag (the nearest is suggested), a flag without its value.
     """
     if argv and not argv[0].startswith("-") and argv[0] not in COMMANDS:
         raise unknown("command", argv[0], COMMANDS)
@@ -99,30 +110,32 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--import",
         metavar="FILE",
-        help="with any command: run a Python file first, which may add a method of your own; repeatable",
+        help="Python file to run first, which may register methods, data sets, models or scenarios "
+        "(with any command; repeatable)",
     )
     parser.add_argument("--version", action="version", version=f"semanticfl_ref {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    parsers = {
-        name: commands.add_parser(
-            name, help=module.HELP, description=f"{module.HELP.capitalize()}.", allow_abbrev=False
-        )
-        for name, module in COMMANDS.items()
-    }
+    parsers = {}
     for name, module in COMMANDS.items():
+        parsers[name] = commands.add_parser(
+            name,
+            help=module.HELP,
+            description=f"{module.HELP[0].upper()}{module.HELP[1:]}.",
+            allow_abbrev=False,
+        )
         if name in argv[:1]:
-            module.add_flags(parsers[name])
+            module.add_flags(parsers[name], argv[1:])
             parsers[name].add_argument(
-                "--json", action="store_true", help="one JSON object on stdout"
+                "--json", action="store_true", help="print one JSON object on stdout"
             )
     arguments, extra = parser.parse_known_args(argv)
     if extra:
-        raise _unknown_argument(
-            extra[0], arguments.command, parsers.get(arguments.command, parser).format_usage()
-        )
+        usage = parsers.get(arguments.command, parser).format_usage()
+        raise _unknown_argument(extra[0], arguments.command, usage)
     if arguments.command is None:
         raise UserError(
-            f"say what to do: {', '.join(COMMANDS)}; `train` alone runs the embedded default, --help explains"
+            f"no command given; choose one of: {', '.join(COMMANDS)}. `train` alone runs the "
+            f"embedded default; see --help"
         )
     return arguments
 
@@ -137,15 +150,15 @@ class _Parser(argparse.ArgumentParser):
 def _unknown_argument(text: str, command: str | None, usage: str) -> UserError:
     if not text.startswith("-"):
         return UserError(
-            f"unexpected argument {text!r}; settings are written as flags or as --set a.b=c"
+            f"unexpected argument {text!r}; settings are given as flags or as --set name=value"
         )
     name = text.split("=")[0]
-    near = difflib.get_close_matches(
-        name, ["--help", *re.findall(r"--[a-z0-9-]+", usage)], n=1, cutoff=0.5
-    )
-    hint = (
-        f"; did you mean {near[0]}?"
-        if near
-        else f"; `semanticfl_ref {command or ''} --help` lists the flags"
-    )
-    return UserError(f"unknown flag {name}{hint}")
+    known = ["--help", *re.findall(r"--[a-z0-9-]+", usage)]
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    if name in ELSEWHERE:
+        hint = ELSEWHERE[name]
+    elif near:
+        hint = f"did you mean {near[0]}?"
+    else:
+        hint = f"`semanticfl_ref {command or ''} --help` lists the flags"
+    return UserError(f"unknown flag {name}; {hint}")

@@ -1,8 +1,9 @@
-"""Files that are whole or not there: written beside their place, flushed to the disk, renamed;
-tensors with a digest over every byte.
+"""Files that are complete or absent: written beside their place, flushed to disk, renamed.
 
-Checkpoints, feature banks and run folders all write and read through here. torch is imported only
-where tensors are, since the command line looks into run folders before it loads torch."""
+Tensor files carry a SHA-256 over every byte. Checkpoints, feature caches and run folders all read
+and write through here. torch is imported only where tensors are, since the command line looks into
+run folders before it loads torch.
+"""
 
 import contextlib
 import hashlib
@@ -17,41 +18,42 @@ from semanticfl_ref.errors import DataError
 if TYPE_CHECKING:
     import torch
 
-METADATA_KEY = "semanticfl_ref"  # one key: safetensors orders several at random
-PART = ".part"  # ends the name of a file that is still being written
+METADATA_KEY = "semanticfl_ref"  # a single key: safetensors writes several in random order
+PART = ".part"  # suffix of a file that is still being written
+REMEDY = "free some disk space"
+
+
+def cache_folder() -> Path:
+    """Where downloads and features are kept: $SEMANTICFL_CACHE, or ~/.cache/semanticfl_ref."""
+    return Path(os.environ.get("SEMANTICFL_CACHE") or Path.home() / ".cache" / "semanticfl_ref")
 
 
 class Damaged(Exception):
-    """A file of tensors does not have the digest that it records, or cannot be parsed; the caller
-    knows the remedy.
-    """
+    """A tensor file does not have the SHA-256 that it records, or cannot be parsed."""
 
 
-def replace(path: Path, content: bytes | str, remedy: str = "free space there") -> None:
-    """Put `content` at `path` by one rename: a reader, or a kill at any moment, sees the old file
-    or the new one, both whole.
+def write_atomic(path: Path, content: bytes | str, remedy: str = REMEDY) -> None:
+    """Put `content` at `path` by a rename: readers see the old file or the new one, never a part.
+
+    Args:
+        remedy: ends the error message.
 
     Raises:
-        DataError: the disk is full or forbids it. The old file stays, no part of the new one does;
-            `remedy` ends the message.
+        DataError: the file cannot be written (disk full, permission); the old file stays.
     """
     temporary = path.with_name(path.name + PART)
-    with writing(path, remedy):
+    with write_errors(path, remedy):
         try:
-            write(temporary, content)
+            write_flushed(temporary, content)
             os.replace(temporary, path)
         except OSError:
-            with contextlib.suppress(
-                OSError
-            ):  # the folder itself may be unwritable; the first error says so
+            with contextlib.suppress(OSError):  # the first error is the one to report
                 temporary.unlink(missing_ok=True)
             raise
 
 
-def write(path: Path, content: bytes | str) -> None:
-    """Write a file and flush it to the disk; OSErrors pass through. For files inside a folder that
-    is itself renamed into place.
-    """
+def write_flushed(path: Path, content: bytes | str) -> None:
+    """Write a file and flush it to disk; for files in a folder that is renamed into place."""
     with open(path, "wb") as file:
         file.write(content.encode("utf-8") if isinstance(content, str) else content)
         file.flush()
@@ -59,8 +61,8 @@ def write(path: Path, content: bytes | str) -> None:
 
 
 @contextlib.contextmanager
-def writing(path: Path, remedy: str = "free space there") -> Iterator[None]:
-    """Turns the system's refusal to write into a DataError that names the file and the remedy."""
+def write_errors(path: Path, remedy: str = REMEDY) -> Iterator[None]:
+    """Turn the system's errors inside into a DataError that names the file and the remedy."""
     try:
         yield
     except BrokenPipeError:
@@ -69,38 +71,36 @@ def writing(path: Path, remedy: str = "free space there") -> Iterator[None]:
         raise DataError(f"cannot write {path}: {error.strerror or error}; {remedy}") from None
 
 
-def canonical(document) -> str:
-    """JSON of one spelling: equal documents give equal texts, so their hashes agree."""
+def canonical_json(document) -> str:
+    """JSON with one spelling: equal documents give equal texts."""
     return json.dumps(document, sort_keys=True, ensure_ascii=True)
 
 
-def digest(document, tensors: "dict[str, torch.Tensor] | None" = None) -> str:
-    """sha256 over a JSON document and every tensor's name, dtype, shape and bytes, whatever the
-    order of the names.
-    """
-    total = hashlib.sha256(canonical(document).encode())
+def sha256_of(document, tensors: "dict[str, torch.Tensor] | None" = None) -> str:
+    """SHA-256 of a JSON document and of every tensor's name, dtype, shape and bytes."""
+    total = hashlib.sha256(canonical_json(document).encode())
     for name, tensor in sorted((tensors or {}).items()):
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         if tensor.numel():
             import torch
 
-            total.update(
-                tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-            )  # as bytes: NumPy has no bfloat16
+            flat = tensor.detach().cpu().contiguous().reshape(-1)
+            total.update(flat.view(torch.uint8).numpy().data)  # NumPy has no bfloat16
     return total.hexdigest()
 
 
 def save_tensors(
-    path: Path, tensors: "dict[str, torch.Tensor]", about: dict, remedy: str = "free space there"
+    path: Path, tensors: "dict[str, torch.Tensor]", about: dict, remedy: str = REMEDY
 ) -> str:
-    """One safetensors file by one rename; equal tensors and documents give equal bytes.
+    """Write one safetensors file atomically; equal content gives equal bytes.
 
     Args:
         tensors: name -> tensor, on any device.
-        about: plain JSON values, kept in the file's metadata under the same digest.
+        about: plain JSON values, stored in the metadata and covered by the same SHA-256.
+        remedy: ends the error message.
 
     Returns:
-        The digest, which `load_tensors` checks and returns again.
+        The SHA-256, which `load_tensors` checks and returns.
 
     Raises:
         DataError: the file cannot be written.
@@ -108,20 +108,21 @@ def save_tensors(
     from safetensors.torch import save
 
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    recorded = digest(about, tensors)
-    replace(path, save(tensors, {METADATA_KEY: canonical({**about, "sha256": recorded})}), remedy)
+    recorded = sha256_of(about, tensors)
+    metadata = {METADATA_KEY: canonical_json({**about, "sha256": recorded})}
+    write_atomic(path, save(tensors, metadata), remedy)
     return recorded
 
 
 def load_tensors(path: Path) -> "tuple[dict[str, torch.Tensor], dict, str]":
-    """Read a file of `save_tensors` and check every byte of it.
+    """Read a file that `save_tensors` wrote and check every byte.
 
     Returns:
-        Tensors on the CPU, the document, and the digest of both.
+        Tensors on the CPU, the document, and the SHA-256 of both.
 
     Raises:
-        Damaged: not such a file, or not the bytes that were written. DataError: it is missing or
-            cannot be read.
+        Damaged: the content is not what was written.
+        DataError: the file is missing or cannot be read.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load
@@ -135,7 +136,7 @@ def load_tensors(path: Path) -> "tuple[dict[str, torch.Tensor], dict, str]":
         about = json.loads(header["__metadata__"][METADATA_KEY])
         recorded = about.pop("sha256")
         tensors = load(content)
-        intact = recorded == digest(about, tensors)
+        intact = recorded == sha256_of(about, tensors)
     except (
         SafetensorError,
         ValueError,
@@ -148,5 +149,5 @@ def load_tensors(path: Path) -> "tuple[dict[str, torch.Tensor], dict, str]":
     ) as error:
         raise Damaged(type(error).__name__) from None
     if not intact:
-        raise Damaged("its content does not have the hash that it records")
+        raise Damaged("its content does not match the SHA-256 that it records")
     return tensors, about, recorded

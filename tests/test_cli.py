@@ -10,9 +10,10 @@ import pytest
 from data.synthetic_archives import cifar_members, sha256, tar_gz
 from processes import ROOT, command, environment, run_cli
 
-from semanticfl_ref import cli, config
+from semanticfl_ref import cli
 from semanticfl_ref.commands.flags import FLAGS
-from semanticfl_ref.report import tables
+from semanticfl_ref.config.settings import settings as config
+from semanticfl_ref.tools.report import tables
 
 
 def refused(capsys, code: int, *arguments: str) -> str:
@@ -208,7 +209,7 @@ def test_a_local_archive_that_cannot_be_trusted(capsys, elsewhere, damage):
 
 
 def test_offline_trains_without_a_connection(job, elsewhere, monkeypatch):
-    """The embedded default with its anchors made anew: no connection, no look-up of a name. (Making
+    """The embedded default with its anchors made rebuild: no connection, no look-up of a name. (Making
     a socket is no crime: a library tries IPv6 out so.)
     """
     for name in ("socket.connect", "socket.connect_ex", "getaddrinfo"):
@@ -221,7 +222,7 @@ def test_offline_trains_without_a_connection(job, elsewhere, monkeypatch):
         "--rounds",
         "1",
         "--set",
-        "diffusion.taps=vae",
+        "diffusion.layers=vae",
         "--set",
         "anchors.width=2",
     ]

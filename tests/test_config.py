@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from semanticfl_ref import config
+from semanticfl_ref.config.settings import settings as config
 from semanticfl_ref.errors import DataError, UserError
 
 
@@ -63,7 +63,7 @@ def test_the_embedded_model_brings_its_own_layers_to_any_data_set():
     stand_in = config.build(
         {"data.name": "cifar10", "diffusion.source": "tiny", "diffusion.timestep": 30}
     )
-    assert (stand_in.diffusion.taps, stand_in.diffusion.timestep, stand_in.anchors.width) == (
+    assert (stand_in.diffusion.layers, stand_in.diffusion.timestep, stand_in.anchors.width) == (
         "mid",
         30,
         96,

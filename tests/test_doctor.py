@@ -12,8 +12,8 @@ from processes import ROOT, environment
 
 from semanticfl_ref import cli
 from semanticfl_ref.commands import doctor
-from semanticfl_ref.data import sources
-from semanticfl_ref.diffusion import weights
+from semanticfl_ref.data import dataset as sources
+from semanticfl_ref.diffusion import model_files as weights
 
 Usage = namedtuple("Usage", "total used free")
 

@@ -1,4 +1,4 @@
-"""`features build | info | verify | probe` on the embedded model, and `train` on the bank that was
+"""`features build | info | verify | probe` on the embedded model, and `train` on the cache that was
 built.
 """
 
@@ -15,9 +15,11 @@ import time
 import pytest
 from processes import ROOT, command, environment
 
-from semanticfl_ref import cli, config, prepare
+from semanticfl_ref import cli
 from semanticfl_ref.commands.flags import settle
+from semanticfl_ref.config.settings import settings as config
 from semanticfl_ref.diffusion import extract
+from semanticfl_ref.run import setup as prepare
 
 pytestmark = pytest.mark.skipif(
     not (ROOT / "semanticfl_ref" / "diffusion" / "tiny" / "unet").is_dir(),
@@ -28,7 +30,7 @@ DIGITS = ["--dataset", "digits", "--offline", "--json", "--set", "run.threads=1"
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    """A cache with the digits' bank, and what the command printed."""
+    """A cache with the digits' cache, and what the command printed."""
     cache = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SEMANTICFL_CACHE", str(cache))
@@ -54,23 +56,23 @@ def printed_by(*arguments: str) -> tuple[dict, int]:
 
 
 def test_build_info_verify(built, cache, capsys):
-    bank = built[1]["banks"][0]
+    cache = built[1]["caches"][0]
     assert (
-        bank["use"],
-        bank["finished"],
-        bank["images"],
-        bank["images_done"],
-        bank["taps"],
-        bank["timestep"],
+        cache["use"],
+        cache["finished"],
+        cache["images"],
+        cache["images_done"],
+        cache["layers"],
+        cache["timestep"],
     ) == ("visual", True, 450, 450, ["mid"], 20)
-    assert bank["bytes"] > 450 * 112 * 2
+    assert cache["bytes"] > 450 * 112 * 2
     for what in ("build", "info", "verify"):
         printed, code = printed_by("features", what, *DIGITS)
-        again = printed["banks"][0]
+        again = printed["caches"][0]
         assert (
             code == 0
-            and again["id"] == bank["id"]
-            and again["bytes"] == bank["bytes"]
+            and again["id"] == cache["id"]
+            and again["bytes"] == cache["bytes"]
             and again.get("verified", False) == (what == "verify")
         )
     assert cli.main(["features", "verify", *[flag for flag in DIGITS if flag != "--json"]]) == 0
@@ -78,12 +80,12 @@ def test_build_info_verify(built, cache, capsys):
 
 
 def test_train_uses_the_bank_that_was_built(cache, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(extract, "build", lambda *_a, **_k: pytest.fail("the bank was made again"))
+    monkeypatch.setattr(extract, "build", lambda *_a, **_k: pytest.fail("the cache was made again"))
     small = ["--set", "model.width=2", "--rounds", "1", "--local-epochs", "1"]
     assert cli.main(["train", *DIGITS, *small, "--out", str(tmp_path / "run")]) == 0
-    assert "from the feature bank in the cache" in capsys.readouterr().err
+    assert "from the feature cache in the cache" in capsys.readouterr().err
     anchors = json.loads((tmp_path / "run" / "anchors.json").read_text())
-    assert cache / "banks" / f"bank-{anchors['bank']}" in list((cache / "banks").iterdir())
+    assert cache / "caches" / f"cache-{anchors['cache']}" in list((cache / "caches").iterdir())
 
 
 @pytest.mark.parametrize(
@@ -92,7 +94,7 @@ def test_train_uses_the_bank_that_was_built(cache, tmp_path, monkeypatch, capsys
 def test_a_flipped_byte_is_exit_4_with_the_command_that_remakes_it(
     cache, tmp_path, capsys, command_
 ):
-    shard = next((cache / "banks").glob("bank-*")) / "shard-00003.safetensors"
+    shard = next((cache / "caches").glob("cache-*")) / "shard-00003.safetensors"
     good = shard.read_bytes()
     shard.write_bytes(good[:-9] + bytes([good[-9] ^ 4]) + good[-8:])
     out = (
@@ -102,23 +104,24 @@ def test_a_flipped_byte_is_exit_4_with_the_command_that_remakes_it(
     err = capsys.readouterr().err
     assert (
         "shard-00003.safetensors is damaged" in err
-        and "make it anew with: python -m semanticfl_ref features build --anew --dataset digits"
+        and "make it rebuild with: python -m semanticfl_ref features build --rebuild --dataset digits"
         in err
     )
     if command_ == ["features", "verify"]:
         assert (
-            cli.main(["features", "build", "--anew", *DIGITS]) == 0 and shard.read_bytes() == good
+            cli.main(["features", "build", "--rebuild", *DIGITS]) == 0
+            and shard.read_bytes() == good
         )
     assert not (tmp_path / "run").exists()
 
 
 def test_a_bank_that_is_not_there_or_not_finished(built, cache, capsys):
     assert cli.main(["features", "verify", *DIGITS, "--set", "diffusion.timestep=30"]) == 3
-    assert "there is no finished feature bank" in capsys.readouterr().err
-    folder = next((cache / "banks").glob("bank-*"))
-    (folder / "bank.json").unlink(), (folder / "shard-00002.safetensors").unlink()
-    bank = printed_by("features", "info", *DIGITS)[0]["banks"][0]
-    assert (bank["finished"], bank["images_done"]) == (False, 450 - 64)
+    assert "there is no finished feature cache" in capsys.readouterr().err
+    folder = next((cache / "caches").glob("cache-*"))
+    (folder / "cache.json").unlink(), (folder / "shard-00002.safetensors").unlink()
+    cache = printed_by("features", "info", *DIGITS)[0]["caches"][0]
+    assert (cache["finished"], cache["images_done"]) == (False, 450 - 64)
     assert cli.main(["features", "info", *[flag for flag in DIGITS if flag != "--json"]]) == 0
     out = capsys.readouterr().out
     assert "386 of 450 images done" in out and "features build --dataset digits" in out
@@ -134,42 +137,43 @@ def test_the_command_that_remakes_a_bank_makes_that_bank():
         "anchors.width": 8,
     }
     words = prepare.build_command(config.build(settings))
-    arguments = cli.parse([word for word in shlex.split(words)[3:] if word != "--anew"])
+    arguments = cli.parse([word for word in shlex.split(words)[3:] if word != "--rebuild"])
     again = config.to_flat(settle(arguments))
     assert {name: again[name] for name in settings if name != "anchors.width"} == {
         name: value for name, value in settings.items() if name != "anchors.width"
     }
-    assert "anchors.width" not in words, "it does not bear on the bank"
+    assert "anchors.width" not in words, "it does not bear on the cache"
 
 
 def test_the_embedded_model_stands_in_with_its_own_layers():
-    """For any data set; what the user asks for wins, and the command that remakes the bank says so."""
+    """For any data set; what the user asks for wins, and the command that remakes the cache says so."""
     stand_in = config.build({"data.name": "cifar10", "diffusion.source": "tiny"})
     assert (
-        stand_in.diffusion.taps,
+        stand_in.diffusion.layers,
         stand_in.diffusion.input_size,
         stand_in.anchors.aggregation,
         stand_in.model.width,
     ) == ("mid", 0, "equal", 64)
-    assert config.build({"data.name": "cifar10"}).diffusion.taps == "up.1,up.2,up.3"
+    assert config.build({"data.name": "cifar10"}).diffusion.layers == "up.1,up.2,up.3"
     asked = config.build(
         {"data.name": "cifar10", "diffusion.source": "tiny", "diffusion.timestep": 150}
     )
     words = shlex.split(prepare.build_command(asked))[3:]
     assert (
-        settle(cli.parse([word for word in words if word != "--anew"])).diffusion == asked.diffusion
+        settle(cli.parse([word for word in words if word != "--rebuild"])).diffusion
+        == asked.diffusion
         and asked.diffusion.timestep == 150
     )
 
 
 def test_text_anchors_from_the_unet(cache, tmp_path, monkeypatch):
     flags = [*DIGITS, "--set", "anchors.text=unet", "--set", "anchors.text_images=5"]
-    banks = printed_by("features", "build", *flags)[0]["banks"]
-    assert [(bank["use"], bank["condition"], bank["images"]) for bank in banks] == [
+    caches = printed_by("features", "build", *flags)[0]["caches"]
+    assert [(cache["use"], cache["condition"], cache["images"]) for cache in caches] == [
         ("visual", "null", 450),
         ("text", "own-class", 50),
     ]
-    monkeypatch.setattr(extract, "build", lambda *_a, **_k: pytest.fail("a bank was made again"))
+    monkeypatch.setattr(extract, "build", lambda *_a, **_k: pytest.fail("a cache was made again"))
     assert (
         cli.main(
             [
@@ -188,7 +192,7 @@ def test_text_anchors_from_the_unet(cache, tmp_path, monkeypatch):
         == 0
     )
     anchors = json.loads((tmp_path / "run" / "anchors.json").read_text())
-    assert (anchors["text"], anchors["text_bank"]) == ("unet", banks[1]["id"])
+    assert (anchors["text"], anchors["text_cache"]) == ("unet", caches[1]["id"])
     sizes = printed_by("train", *flags, "--dry-run")[0]
     assert sizes["row_entries"] > 0
 
@@ -235,14 +239,16 @@ def test_probe(probed):
 
 def test_a_damaged_bank_of_a_probe_is_named_with_what_helps(cache, capsys):
     asked = ["features", "probe", *DIGITS, "--probe-images", "100", "--layers", "down.0, vae"]
-    before = set((cache / "banks").iterdir())
+    before = set((cache / "caches").iterdir())
     assert cli.main(asked) == 0
-    folder = (set((cache / "banks").iterdir()) - before).pop()
+    folder = (set((cache / "caches").iterdir()) - before).pop()
     (folder / "shard-00000.safetensors").write_bytes(b"")
     capsys.readouterr()
     assert cli.main(asked) == 4
     err = capsys.readouterr().err
-    assert str(folder) in err and "delete its folder and probe again" in err and "--anew" not in err
+    assert (
+        str(folder) in err and "delete its folder and probe again" in err and "--rebuild" not in err
+    )
     shutil.rmtree(folder)
     assert cli.main(asked) == 0
 
@@ -267,7 +273,7 @@ def test_probe_without_matplotlib_says_so_before_it_works(cache, monkeypatch, ca
 
 
 def test_probe_words_say_when_the_label_is_in_the_features(probed):
-    from semanticfl_ref import features
+    from semanticfl_ref.tools import features
 
     words = features.probe_words(probed[0])
     assert "| 20 | mid | 112 |" in words and "hold its label" not in words
@@ -275,7 +281,7 @@ def test_probe_words_say_when_the_label_is_in_the_features(probed):
 
 
 def test_probe_without_a_validation_part_judges_on_other_training_images():
-    from semanticfl_ref import features
+    from semanticfl_ref.tools import features
 
     dataset = prepare.load_images(config.build({"data.name": "digits"}), True)[0]
     bare = prepare.replace(
@@ -298,7 +304,7 @@ def test_probe_without_a_validation_part_judges_on_other_training_images():
     [
         (["features"], "what"),
         (["features", "make"], "'make'"),
-        (["features", "info", "--anew"], "--anew belongs to `features build`"),
+        (["features", "info", "--rebuild"], "--rebuild belongs to `features build`"),
         (["features", "build", "--figure", "x"], "--figure belongs to `features probe`"),
         (["features", "probe", "--timesteps", "a"], "--timesteps"),
         (["features", "probe", "--timestep", "20"], "--timesteps"),
@@ -312,7 +318,9 @@ def test_probe_without_a_validation_part_judges_on_other_training_images():
 def test_a_mistake_is_one_line_that_names_it(capsys, cache, arguments, words):
     assert cli.main(arguments) == 2
     err = capsys.readouterr().err
-    assert words in err.splitlines()[-1] and "Traceback" not in err and "feature bank of" not in err
+    assert (
+        words in err.splitlines()[-1] and "Traceback" not in err and "feature cache of" not in err
+    )
 
 
 def test_killed_by_the_system_it_goes_on_with_the_same_bytes(built, tmp_path):
@@ -326,14 +334,14 @@ def test_killed_by_the_system_it_goes_on_with_the_same_bytes(built, tmp_path):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    while process.poll() is None and not list(cache.glob("banks/*/shard-*.safetensors")):
+    while process.poll() is None and not list(cache.glob("caches/*/shard-*.safetensors")):
         time.sleep(0.002)
     process.kill()
     assert process.wait() == -signal.SIGKILL
-    (folder,) = (cache / "banks").glob("bank-*")
-    expected = built[0] / "banks" / folder.name  # other tests have built other banks beside it
+    (folder,) = (cache / "caches").glob("cache-*")
+    expected = built[0] / "caches" / folder.name  # other tests have built other caches beside it
     before = {file: file.stat().st_mtime_ns for file in folder.glob("shard-*.safetensors")}
-    assert 1 <= len(before) < 8 and not (folder / "bank.json").exists()
+    assert 1 <= len(before) < 8 and not (folder / "cache.json").exists()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SEMANTICFL_CACHE", str(cache))
         assert printed_by("features", "build", *DIGITS)[1] == 0
@@ -354,17 +362,18 @@ def test_memory_does_not_grow_with_the_images(tmp_path):
 import sys
 from pathlib import Path
 import torch
-from semanticfl_ref.diffusion import bank, extract
+from semanticfl_ref.diffusion import feature_cache as cache
+from semanticfl_ref.diffusion import extract
 from semanticfl_ref.diffusion.backbone import Backbone
 torch.set_num_threads(1)
-Backbone.features = lambda self, part, **options: {tap: torch.randn(len(part), width) for tap, width in self.widths(4).items()}
+Backbone.features = lambda self, part, **options: {layer: torch.randn(len(part), width) for layer, width in self.widths(4).items()}
 every = torch.ones(8192, 32, 32, 3, dtype=torch.uint8)
 for count in (64, 8192):
     images = every[:count]
-    recipe = bank.Recipe(taps=("mid",), pool=4, precision="fp32")
-    wanted = bank.plan(images, torch.zeros(count, dtype=torch.long), ["a"], "d", recipe, cache_dir=Path(sys.argv[1]) / str(count), offline=True, device="cpu")
+    recipe = cache.Recipe(layers=("mid",), pool=4, precision="fp32")
+    wanted = cache.plan(images, torch.zeros(count, dtype=torch.long), ["a"], "d", recipe, cache_dir=Path(sys.argv[1]) / str(count), offline=True, device="cpu")
     extract.build(wanted, lambda text: None)
-    assert sum(len(part) for part in bank.open_bank(wanted).chunks("mid", 512)) == count
+    assert sum(len(part) for part in cache.open_cache(wanted).chunks("mid", 512)) == count
     # not getrusage: its peak includes that of the process that started this one
     print([int(line.split()[1]) / 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")][0])
 """

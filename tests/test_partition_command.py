@@ -1,4 +1,4 @@
-"""Scenarios through the command line: shown, drawn, saved, loaded, trained; the server's bank holds
+"""Scenarios through the command line: shown, drawn, saved, loaded, trained; the server's cache holds
 what the clients hold.
 """
 
@@ -9,15 +9,16 @@ import shlex
 import pytest
 from processes import JOB
 
-from semanticfl_ref import cli, prepare
+from semanticfl_ref import cli
 from semanticfl_ref.commands.flags import settle
+from semanticfl_ref.run import setup as prepare
 
 DIGITS = ["--dataset", "digits", "--clients", "4", "--clients-per-round", "2"]
 EVERYTHING = [
     "--set",
     "partition.imbalance=5",
     "--set",
-    "partition.features=camera",
+    "partition.features=corruption",
     "--set",
     "partition.modality=mixed",
 ]
@@ -43,7 +44,7 @@ def test_shown_with_all_that_tells_clients_apart(capsys):
         and told["dropped"][0] == 0 < told["dropped"][9]
     )
     assert (
-        len(told["cameras"]) == len(told["modalities"]) == 4
+        len(told["corruptions"]) == len(told["modalities"]) == 4
         and told["kl"] > 0
         and len(told["sha256"]) == 64
     )
@@ -51,8 +52,8 @@ def test_shown_with_all_that_tells_clients_apart(capsys):
     out = capsys.readouterr().out
     assert (
         f"({sum(told['dropped'])} more belong to nobody)" in out
-        and "camera" in out
-        and any(name in out for name in told["cameras"])
+        and "corruption" in out
+        and any(name in out for name in told["corruptions"])
     )
 
 
@@ -149,11 +150,11 @@ def test_drawn(capsys, tmp_path, clients, flags):
 @pytest.mark.parametrize("classes", [1, 10, 18])
 def test_the_bars_are_the_histograms(classes):
     """Every class of every client is one step of its height, on top of the classes before it."""
-    from semanticfl_ref.report.figures import partition_figure
+    from semanticfl_ref.tools.report.figures import partition_figure
 
     rows = [[(m * 7 + c * 3) % 5 for c in range(classes)] for m in range(3)] + [[0] * classes]
     (axes,) = partition_figure(
-        {"histograms": rows, "cameras": ["grey", "blur", "none", "noise"]},
+        {"histograms": rows, "corruptions": ["grey", "blur", "none", "noise"]},
         [f"class {c}" for c in range(classes)],
     ).axes
     assert [tick.get_text() for tick in axes.get_xticklabels()] == [
@@ -210,13 +211,13 @@ def test_trained_with_everything_and_gone_on_with(capsys, tmp_path):
     )
     settings = settle(cli.parse(["train", *flags]))
     again = cli.parse(
-        [word for word in shlex.split(prepare.build_command(settings))[3:] if word != "--anew"]
+        [word for word in shlex.split(prepare.build_command(settings))[3:] if word != "--rebuild"]
     )
     assert (
         prepare.load_data(settle(again), True)[0].sha256
         == prepare.load_data(settings, True)[0].sha256
-    ), "the bank's own command makes that bank"
+    ), "the cache's own command makes that cache"
     assert cli.main(["features", "verify", *flags, "--json"]) == 0
-    bank = json.loads(capsys.readouterr().out)["banks"][0]
-    assert bank["id"] == anchors["bank"] and bank["images"] == anchors["image_count"]
+    cache = json.loads(capsys.readouterr().out)["caches"][0]
+    assert cache["id"] == anchors["cache"] and cache["images"] == anchors["image_count"]
     assert cli.main(["train", "--resume", str(tmp_path / "run")]) == 0

@@ -11,9 +11,11 @@ import torch
 from data.synthetic_archives import cifar_members, sha256, tar_gz
 from processes import ROOT
 
-from semanticfl_ref import cli, config, prepare
+from semanticfl_ref import cli
 from semanticfl_ref.commands.flags import settle
+from semanticfl_ref.config.settings import settings as config
 from semanticfl_ref.errors import DataError, UserError
+from semanticfl_ref.run import setup as prepare
 
 TINY = ROOT / "semanticfl_ref" / "diffusion" / "tiny" / "unet"
 needs_tiny = pytest.mark.skipif(
@@ -89,7 +91,7 @@ def test_semanticfl_from_end_to_end(job, tmp_path, monkeypatch, capsys):
     assert set(summary["gradient_share"]) == {"cross_entropy", "consistency", "contrast"}
     assert not any("stand-in" in text for text in summary["warnings"])
     assert cli.main(["train", *flags, "--out", str(tmp_path / "two")]) == 0, (
-        "the bank comes from the cache now"
+        "the cache comes from the cache now"
     )
     for name in ("metrics.jsonl", "checkpoint.safetensors", "anchors.json"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()

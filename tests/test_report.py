@@ -223,7 +223,7 @@ def test_everything_that_a_round_may_record(folder):
         "class_accuracy": [None, *[0.5] * 9],
         "own_accuracy": [None, *[0.25] * (clients - 1)],
         "dropped": [1],
-        "drift": {"update_norm": [None, 2.0], "mean_update_norm": 1.5, "agreement": None},
+        "drift": {"update_norm": [None, 2.0], "mean_update_norm": 1.5, "update_alignment": None},
         "bytes": {
             "down": {"model": 7, "anchors": 5, "controls": 0},
             "up": {"model": 7, "anchors": 0, "controls": 0},
@@ -232,12 +232,12 @@ def test_everything_that_a_round_may_record(folder):
     rows = [{**row, **more} for row in rows_of(folder)]
     rows[0] = {
         **rows[0],
-        "drift": {"update_norm": [None, None], "mean_update_norm": 0.0, "agreement": None},
+        "drift": {"update_norm": [None, None], "mean_update_norm": 0.0, "update_alignment": None},
     }
     write_rows(folder, rows)
     change(
         folder / "partition.json",
-        cameras=["grey", "blur", "noise"],
+        corruptions=["grey", "blur", "noise"],
         modalities=["text", "visual", "neither"],
         dropped=[70, 7],
         kl=1.25,
@@ -256,7 +256,7 @@ def test_everything_that_a_round_may_record(folder):
             {"accuracy": 0.1, "round": 2, "bytes": 2048},
             {"accuracy": 0.9, "round": None, "bytes": None},
         ],
-        drift={"update_norm": 2.0, "mean_update_norm": 1.5, "agreement": None},
+        drift={"update_norm": 2.0, "mean_update_norm": 1.5, "update_alignment": None},
     )
     page = reported(folder)
     assert all(
@@ -352,7 +352,7 @@ def test_a_page_of_several_needs_several_and_a_place(folder, tmp_path, capsys):
 
 def test_a_partition_is_drawn_to_scale():
     pytest.importorskip("matplotlib")
-    from semanticfl_ref.report.figures import partition_figure
+    from semanticfl_ref.tools.report.figures import partition_figure
 
     axes = partition_figure({"histograms": [[3, 0, 2], [0, 4, 0]]}, ["a", "b", "c"]).axes[0]
     heights = [

@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 from processes import ROOT, command, environment
 
-from semanticfl_ref import cli, train
+from semanticfl_ref import cli
+from semanticfl_ref.run import train
 
 RESULTS = ("checkpoint.safetensors", "metrics.jsonl")
 
@@ -146,19 +147,19 @@ def test_killed_at_every_write(tmp_path, job, unbroken_run, monkeypatch):
 
 def test_an_interrupted_run_goes_on(tmp_path, job, unbroken_run, monkeypatch, capsys):
     """Ctrl-C in the third round, with no checkpoint due before the last: two rounds are saved."""
-    from semanticfl_ref import train
+    from semanticfl_ref.run import train
 
-    run, real = tmp_path / "run", train.play_round
+    run, real = tmp_path / "run", train.run_round
 
-    def interrupting(state, world):
+    def interrupting(state, context):
         if state.round == 2:
             raise KeyboardInterrupt
-        return real(state, world)
+        return real(state, context)
 
-    monkeypatch.setattr(train, "play_round", interrupting)
+    monkeypatch.setattr(train, "run_round", interrupting)
     assert cli.main([*go_on(run, job), "--set", "run.checkpoint_every=4"]) == 130
     assert "interrupted after round 2 of 4" in capsys.readouterr().err
-    monkeypatch.setattr(train, "play_round", real)
+    monkeypatch.setattr(train, "run_round", real)
     assert cli.main(go_on(run, job)) == 0
     same_results(unbroken_run, run)
 

@@ -1,3 +1,4 @@
-"""The sub-commands, a file each: HELP, the flags of its own, and `run`, which returns the exit
-code. torch comes in with `run` alone.
+"""The commands, one file each: HELP, add_flags, and run, which returns the exit code.
+
+torch is only imported inside run.
 """

@@ -6,15 +6,16 @@ import shlex
 import sys
 from pathlib import Path
 
-from semanticfl_ref import config
-from semanticfl_ref.commands.flags import add_settings, given
+from semanticfl_ref.config.settings import Config
+from semanticfl_ref.commands.settings_flags import add_settings, given
 from semanticfl_ref.commands.output import say, show
+from semanticfl_ref.config import resolve as config
 from semanticfl_ref.errors import UserError
 
 HELP = "methods side by side: a grid of methods, scenarios and seeds; tables, figures, paired differences"
 
 
-def add_flags(parser) -> None:
+def add_flags(parser, argv: list[str]) -> None:
     parser.add_argument(
         "--methods",
         default="fedavg,semanticfl",
@@ -39,7 +40,7 @@ def add_flags(parser) -> None:
         help="whose accuracy is told; tune on validation alone",
     )
     add_grid_flags(parser, Path("runs/compare"))
-    add_settings(parser)
+    add_settings(parser, argv)
 
 
 def add_grid_flags(parser, out: Path) -> None:
@@ -62,7 +63,7 @@ def add_grid_flags(parser, out: Path) -> None:
 
 
 def run(arguments) -> int:
-    from semanticfl_ref.comparison import grid, tables
+    from semanticfl_ref.tools.compare import grid, tables
 
     refuse(arguments)
     arms = grid.split(arguments.methods)
@@ -99,8 +100,8 @@ def run_grid(arguments, arms: list[str], scenarios: list[str], baseline: str, pa
     """Run what is left of a grid; write its tables and figures beside the runs; return the
     comparison.
     """
-    from semanticfl_ref.comparison import grid, statistics
-    from semanticfl_ref.report.tables import is_embedded
+    from semanticfl_ref.tools.compare import grid, statistics
+    from semanticfl_ref.config.resolve import is_embedded
 
     threads = (
         {"run.threads": max(1, (os.cpu_count() or 1) // arguments.workers)}
@@ -113,8 +114,8 @@ def run_grid(arguments, arms: list[str], scenarios: list[str], baseline: str, pa
         **given(arguments),
     }
 
-    def settle(cell: dict[str, object]) -> config.Config:
-        return config.build(
+    def settle(cell: dict[str, object]) -> Config:
+        return config.resolve(
             own, None, [*arguments.set, *(f"{name}={value}" for name, value in cell.items())]
         )  # what a cell is wins
 
@@ -138,9 +139,9 @@ def run_grid(arguments, arms: list[str], scenarios: list[str], baseline: str, pa
 
 def write(result: dict, out: Path) -> None:
     """compare.md, .csv, .json and, where matplotlib is, the figures."""
-    from semanticfl_ref.comparison import tables
-    from semanticfl_ref.report.drawing import can_draw
     from semanticfl_ref.storage import replace
+    from semanticfl_ref.tools.compare import tables
+    from semanticfl_ref.tools.report.drawing import can_draw
 
     command = shlex.join(["python", "-m", "semanticfl_ref", *sys.argv[1:]])
     replace(

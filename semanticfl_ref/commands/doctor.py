@@ -16,11 +16,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from semanticfl_ref.commands.flags import add_settings, settle
+from semanticfl_ref.commands.settings_flags import add_settings, settings_of
 from semanticfl_ref.commands.output import say, show
-from semanticfl_ref.config import Config
+from semanticfl_ref.config.settings import Config
 from semanticfl_ref.errors import DataError, DownloadError, MismatchError, UserError
-from semanticfl_ref.report.tables import is_embedded, size
+from semanticfl_ref.config.resolve import is_embedded
+from semanticfl_ref.formatting import format_bytes as size
 
 HELP = "whether all that a run needs is here: versions, device, kernels, data, weights, disk; takes train's settings"
 ROOT = Path(__file__).parents[2]
@@ -42,12 +43,12 @@ class Finding(NamedTuple):
     exit_code: int = 0
 
 
-def add_flags(parser) -> None:
-    add_settings(parser)
+def add_flags(parser, argv: list[str]) -> None:
+    add_settings(parser, argv)
 
 
 def run(arguments) -> int:
-    settings = settle(arguments)
+    settings = settings_of(arguments)
     say("looking; this takes some seconds ...")
     findings = list(examine(settings, arguments.offline))
     code = next((finding.exit_code for finding in findings if finding.state == "FAIL"), 0)
@@ -85,7 +86,7 @@ def examine(config: Config, offline: bool) -> Iterator[Finding]:
     yield torch
     if torch.state != "ok":
         return  # everything below needs it
-    from semanticfl_ref.data.sources import load_dataset
+    from semanticfl_ref.data.dataset import load_dataset
     from semanticfl_ref.federated.methods import METHODS
 
     anchored, sizes = METHODS[config.federation.method].needs_anchors, {}
@@ -206,7 +207,7 @@ def _package(line: str) -> str:
 def _device(config: Config) -> str:
     import torch
 
-    from semanticfl_ref.federated.world import device_for, precision_for
+    from semanticfl_ref.federated.context import device_for, precision_for
 
     device = device_for(config.run.device)
     name = (
@@ -253,18 +254,18 @@ def _kernels() -> str:
 
 
 def _tiny() -> str:
-    from semanticfl_ref.diffusion import weights
+    from semanticfl_ref.diffusion import model_files as weights
 
     if weights.fingerprint(weights.locate("tiny")) != weights.TINY_SHA256:
         raise DataError(
-            f"the small model at {weights.TINY} is damaged, or was made anew: install the package again"
+            f"the small model at {weights.TINY} is damaged, or was made rebuild: install the package again"
         )
     return "intact, every byte"
 
 
 def _data(config: Config, sizes: dict) -> str:
     """Reads the data set; puts the run's sizes into `sizes`."""
-    from semanticfl_ref import prepare
+    from semanticfl_ref.run import setup as prepare
 
     try:
         sizes |= prepare.dry_run(config)
@@ -276,8 +277,8 @@ def _data(config: Config, sizes: dict) -> str:
 
 
 def _weights(config: Config) -> str:
-    from semanticfl_ref.data.fetch import cache_folder
-    from semanticfl_ref.diffusion import weights
+    from semanticfl_ref.data.download import cache_folder
+    from semanticfl_ref.diffusion import model_files as weights
 
     source = config.diffusion.source
     try:
@@ -286,12 +287,12 @@ def _weights(config: Config) -> str:
         raise DownloadError(
             f"{source} is not here, or a part of it; fetch it: {weights.fetch_command(source)}"
         ) from None
-    return f"{source}, sha256 {weights.fingerprint(folder, cache_folder() / 'banks' / 'weights.json')[:16]}"
+    return f"{source}, sha256 {weights.fingerprint(folder, cache_folder() / 'caches' / 'weights.json')[:16]}"
 
 
 def _disk(config: Config, sizes: dict, anchored: bool) -> str:
-    """What the run folder and the bank will take at most, against what is free where they go."""
-    from semanticfl_ref.data.fetch import cache_folder
+    """What the run folder and the cache will take at most, against what is free where they go."""
+    from semanticfl_ref.data.download import cache_folder
 
     if not sizes:
         raise RuntimeWarning("what a run takes is not known without its data set")
@@ -300,9 +301,9 @@ def _disk(config: Config, sizes: dict, anchored: bool) -> str:
         Path("runs"): 2 * sizes["checkpoint_bytes"] + sizes["rounds"] * line
     }  # a checkpoint stands beside the next one for a moment
     if anchored:
-        taps = 20 if "all" in config.diffusion.taps else config.diffusion.taps.count(",") + 1
+        layers = 20 if "all" in config.diffusion.layers else config.diffusion.layers.count(",") + 1
         needs[cache_folder()] = (
-            2 * sizes["images"]["train"] * taps * WIDEST * config.diffusion.pool**2
+            2 * sizes["images"]["train"] * layers * WIDEST * config.diffusion.pool**2
         )
     free = {
         place: shutil.disk_usage(

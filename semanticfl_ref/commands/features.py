@@ -1,20 +1,20 @@
-"""`features`: the banks that training uses, and what each layer of the diffusion model knows."""
+"""`features`: the caches that training uses, and what each layer of the diffusion model knows."""
 
 from pathlib import Path
 
-from semanticfl_ref.commands.flags import add_settings, settle
+from semanticfl_ref.commands.settings_flags import add_settings, settings_of
 from semanticfl_ref.commands.output import say, show
 from semanticfl_ref.errors import UserError
 
 HELP = "build, info, verify: the diffusion features that training uses; probe: what each layer of the model knows of the classes"
 
 
-def add_flags(parser) -> None:
+def add_flags(parser, argv: list[str]) -> None:
     parser.add_argument("what", choices=["build", "info", "verify", "probe"])
-    add_settings(parser)
-    parser.add_argument("--anew", action="store_true", help="build: throw away what is there")
+    add_settings(parser, argv)
+    parser.add_argument("--rebuild", action="store_true", help="build: throw away what is there")
     parser.add_argument(
-        "--layers", metavar="A,B", help="probe: taps; by default the latent and every block"
+        "--layers", metavar="A,B", help="probe: layers; by default the latent and every block"
     )
     parser.add_argument(
         "--timesteps",
@@ -35,9 +35,9 @@ def add_flags(parser) -> None:
 
 
 def run(arguments) -> int:
-    settings = settle(arguments)
+    settings = settings_of(arguments)
     only_for = {
-        "anew": "build",
+        "rebuild": "build",
         "layers": "probe",
         "timesteps": "probe",
         "probe_images": "probe",
@@ -49,20 +49,20 @@ def run(arguments) -> int:
                 f"--{name.replace('_', '-')} belongs to `features {what}`, not to `features {arguments.what}`"
             )
     say(f"{settings.data.name}, {settings.diffusion.source}: loading torch ...")
-    from semanticfl_ref import features
+    from semanticfl_ref.tools import features
 
     where = {"offline": arguments.offline}
     if arguments.what == "build":
         return show(
-            features.build(settings, anew=arguments.anew, say=say, **where),
+            features.build(settings, rebuild=arguments.rebuild, say=say, **where),
             arguments.json,
-            features.bank_words,
+            features.cache_words,
         )
     if arguments.what != "probe":
         return show(
             {"info": features.info, "verify": features.verify}[arguments.what](settings, **where),
             arguments.json,
-            features.bank_words,
+            features.cache_words,
         )
     options = {
         "layers": arguments.layers or "all",

@@ -1,4 +1,4 @@
-"""Where a command speaks: progress on stderr, its result on stdout."""
+"""Output of the commands: progress on stderr, the result on stdout."""
 
 import json
 import sys
@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 
 def say(text: str) -> None:
-    """A line of progress."""
+    """Print a line of progress."""
     print(f"semanticfl_ref: {text}", file=sys.stderr, flush=True)
 
 
-def show(document: dict, as_json: bool, words: Callable[[dict], str]) -> int:
-    """Print the result, as one line of JSON or in words; returns exit code 0."""
-    print(json.dumps(document, sort_keys=True) if as_json else words(document))
+def show(document: dict, as_json: bool, to_text: Callable[[dict], str]) -> int:
+    """Print the result as one line of JSON or as text; returns exit code 0."""
+    print(json.dumps(document, sort_keys=True) if as_json else to_text(document))
     return 0

@@ -1,54 +1,78 @@
-"""`partition show`: who holds what; drawn, or saved for `partition.file`, if asked."""
+"""`partition show`: which client holds what; drawn or saved on request."""
 
 from pathlib import Path
 
-from semanticfl_ref.commands.flags import add_settings, settle
 from semanticfl_ref.commands.output import say, show
-from semanticfl_ref.report.drawing import need_matplotlib
+from semanticfl_ref.commands.settings_flags import add_settings, settings_of
+from semanticfl_ref.tools.report.drawing import need_matplotlib
 
-HELP = "show: how the images are spread over the clients"
+HELP = "show: how training images are partitioned across clients"
 
 
-def add_flags(parser) -> None:
+def add_flags(parser, argv: list[str]) -> None:
     parser.add_argument("what", choices=["show"])
-    add_settings(parser)
+    add_settings(parser, argv)
     parser.add_argument(
         "--figure",
         type=Path,
-        metavar="PNG",
-        help="draw a bar of classes for each client; needs matplotlib",
+        metavar="FILE",
+        help="PNG or SVG file for a figure of the classes per client; needs matplotlib",
     )
     parser.add_argument(
         "--save",
         type=Path,
         metavar="FILE",
-        help="write each client's image indices as JSON; --set partition.file=FILE takes them",
+        help="JSON file for each client's image indices, for --set partition.file=FILE",
     )
 
 
 def run(arguments) -> int:
-    settings = settle(arguments)
+    config = settings_of(arguments)
     if arguments.figure is not None:
         need_matplotlib("--figure", arguments.figure)
-    say(f"{settings.data.name}: loading torch ...")
-    from semanticfl_ref import prepare
-    from semanticfl_ref.data import partition_file
-    from semanticfl_ref.data.partition import describe
-    from semanticfl_ref.report.drawing import save_figure
-    from semanticfl_ref.report.figures import partition_figure
+    say(f"{config.data.name}: loading torch ...")
+    from semanticfl_ref.data.partition_file import save_partition
+    from semanticfl_ref.run.setup import load_images, partition_images
+    from semanticfl_ref.tools.report.drawing import save_figure
+    from semanticfl_ref.tools.report.figures import partition_figure
 
-    dataset, _ = prepare.load_images(settings, arguments.offline)
-    partition = prepare.split(settings, dataset)
+    dataset, _ = load_images(config, offline=arguments.offline)
+    partition = partition_images(config, dataset)
     if arguments.save is not None:
-        partition_file.save(partition, dataset, arguments.save)
+        save_partition(partition, dataset, arguments.save)
         say(f"saved: {arguments.save}")
     if arguments.figure is not None:
-        save_figure(
-            partition_figure(partition.manifest(), list(dataset.class_names)), arguments.figure
-        )
+        figure = partition_figure(partition.manifest(), list(dataset.class_names))
+        save_figure(figure, arguments.figure)
         say(f"figure: {arguments.figure}")
     return show(
         partition.manifest(),
         arguments.json,
-        lambda manifest: describe(partition, dataset.class_names),
+        lambda manifest: partition_table(manifest, dataset.class_names),
     )
+
+
+def partition_table(manifest: dict, class_names: tuple[str, ...]) -> str:
+    """A line per client: images, number of classes, and the classes it holds most of."""
+    alpha = f", alpha {manifest['alpha']:g}" if manifest["alpha"] is not None else ""
+    unused = f" ({sum(manifest['dropped'])} unused)" if manifest["dropped"] else ""
+    columns = {
+        "corruption": manifest["corruptions"],
+        "anchors": manifest["modalities"],
+    }
+    columns = {name: values for name, values in columns.items() if values}
+    lines = [
+        f"{manifest['scenario']}{alpha}, seed {manifest['seed']}: {sum(manifest['sizes'])} training "
+        f"images{unused}, {manifest['clients']} clients",
+        f"skew {manifest['skew']:.3f} (total variation), {manifest['kl']:.3f} nats (KL), sha256 "
+        f"{manifest['sha256'][:16]}",
+        "",
+        "client  images  classes  " + "".join(f"{name:<17}" for name in columns) + "most of",
+    ]
+    for client, counts in enumerate(manifest["histograms"]):
+        held = sorted((c for c, n in enumerate(counts) if n), key=lambda c: -counts[c])
+        most = ", ".join(f"{class_names[c]} {counts[c]}" for c in held[:5])
+        more = ", ..." if len(held) > 5 else ""
+        cells = "".join(f"{values[client]:<17}" for values in columns.values())
+        lines.append(f"{client:>6}  {sum(counts):>6}  {len(held):>7}  {cells}{most}{more}")
+    return "\n".join(lines)

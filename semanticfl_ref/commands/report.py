@@ -8,7 +8,7 @@ from semanticfl_ref.errors import UserError
 HELP = "run folders as pages: report.html in each, with its figures; --out FILE compares several"
 
 
-def add_flags(parser) -> None:
+def add_flags(parser, argv: list[str]) -> None:
     parser.add_argument(
         "runs", nargs="+", type=Path, metavar="RUN", help="run folder, finished or not"
     )
@@ -21,8 +21,8 @@ def add_flags(parser) -> None:
 
 
 def run(arguments) -> int:
-    from semanticfl_ref.report import html
-    from semanticfl_ref.report.drawing import can_draw
+    from semanticfl_ref.tools.report import html
+    from semanticfl_ref.tools.report.drawing import can_draw
 
     if arguments.out is not None and len(arguments.runs) < 2:
         raise UserError(

@@ -3,26 +3,27 @@
 import tomllib
 from pathlib import Path
 
-from semanticfl_ref import config
+from semanticfl_ref.config.settings import Config
 from semanticfl_ref.commands import compare
-from semanticfl_ref.commands.flags import add_settings, given
+from semanticfl_ref.commands.settings_flags import add_settings, given
 from semanticfl_ref.commands.output import say, show
+from semanticfl_ref.config import resolve as config
 from semanticfl_ref.errors import DownloadError, UserError, unknown
 
 HELP = "a published cell of the paper: run it, and print its number beside ours"
 PRESETS = Path(__file__).parent.parent / "configs" / "paper"
 
 
-def add_flags(parser) -> None:
+def add_flags(parser, argv: list[str]) -> None:
     parser.add_argument(
         "table", nargs="?", metavar="TABLE", help="which cell; without it, the list of them"
     )
     compare.add_grid_flags(parser, Path("runs/reproduce"))
-    add_settings(parser)
+    add_settings(parser, argv)
 
 
 def run(arguments) -> int:
-    from semanticfl_ref.comparison.grid import scenario_settings
+    from semanticfl_ref.tools.compare.grid import scenario_settings
 
     cells = tomllib.loads((PRESETS / "published.toml").read_text(encoding="utf-8"))
     if arguments.table is None:
@@ -44,7 +45,7 @@ def run(arguments) -> int:
         )
     arguments.config, arguments.out = preset, arguments.out / arguments.table
     need_all(
-        config.build(
+        config.resolve(
             {**given(arguments), "federation.method": "semanticfl"}, preset, arguments.set
         ),
         arguments.offline,
@@ -67,15 +68,15 @@ def run(arguments) -> int:
     return show(document, arguments.json, beside)
 
 
-def need_all(settings: config.Config, offline: bool) -> None:
+def need_all(settings: Config, offline: bool) -> None:
     """Fetch the data set and the diffusion model before anything is trained.
 
     Raises:
         DownloadError: one of them, or both, cannot be had; the message names each.
     """
     say(f"{settings.data.name}, {settings.diffusion.source}: looking for both ...")
-    from semanticfl_ref import prepare
-    from semanticfl_ref.diffusion import weights
+    from semanticfl_ref.diffusion import model_files as weights
+    from semanticfl_ref.run import setup as prepare
 
     missing = []
     for what, fetch in (
@@ -116,7 +117,7 @@ def listing(cells: dict) -> str:
 
 def beside(document: dict) -> str:
     """Published and ours, their difference, and what differs in the set-up."""
-    from semanticfl_ref.comparison.tables import mean
+    from semanticfl_ref.tools.compare.tables import mean
 
     lines = [
         f"**{document['title']}**",

@@ -4,9 +4,9 @@ import contextlib
 import sys
 from pathlib import Path
 
-from semanticfl_ref import config
-from semanticfl_ref.commands.flags import add_settings, given
+from semanticfl_ref.commands.settings_flags import add_settings, given
 from semanticfl_ref.commands.output import say, show
+from semanticfl_ref.config import resolve as config
 from semanticfl_ref.errors import UserError
 
 HELP = "show one round statement by statement: where it stands, its equation, its numbers; or --map, which function computes which equation"
@@ -22,8 +22,8 @@ SMALL = {
 }
 
 
-def add_flags(parser) -> None:
-    add_settings(parser)
+def add_flags(parser, argv: list[str]) -> None:
+    add_settings(parser, argv)
     parser.add_argument(
         "--images", type=int, default=8, metavar="N", help="images of each client, at most (8)"
     )
@@ -52,7 +52,7 @@ def add_flags(parser) -> None:
 def run(arguments) -> int:
     _refuse(arguments)
     if arguments.map:
-        from semanticfl_ref.study import equations
+        from semanticfl_ref.tools.trace import equations
 
         found = equations.equations()
         return show(
@@ -60,7 +60,7 @@ def run(arguments) -> int:
             arguments.json,
             lambda _: (equations.as_markdown if arguments.markdown else equations.as_text)(found),
         )
-    settings = config.build(
+    settings = config.resolve(
         {
             **SMALL,
             **(config.read_toml(arguments.config) if arguments.config else {}),
@@ -72,13 +72,14 @@ def run(arguments) -> int:
     say(
         f"{settings.data.name}, {settings.federation.method}, round {arguments.round}: loading torch ..."
     )
-    from semanticfl_ref.study import trace, trace_page, words
+    from semanticfl_ref.tools.trace import page as trace_page
+    from semanticfl_ref.tools.trace import trace, words
 
-    document, world = trace.observe(
+    document, context = trace.observe(
         settings, images=arguments.images, round=arguments.round, offline=arguments.offline, say=say
     )
     if arguments.html:
-        trace_page.write(arguments.html, document, world, arguments.offline)
+        trace_page.write(arguments.html, document, context, arguments.offline)
         say(f"written: {arguments.html}")
     if arguments.json or not (arguments.html or arguments.step):
         return show(

@@ -1,13 +1,11 @@
-"""Reading files that may be damaged or hostile: archives member by member in memory, pickles
-without running them, images by name.
+"""Archives and images that may be damaged or hostile, read member by member in memory.
 
 Nothing is extracted to a path. What an archive may hold is bounded before it is read: 256 MiB in a
-tar; 2 GiB, 200 000 entries and 16 MiB an entry in a zip. Pickles go through an unpickler that knows
-five names; NumPy's own constructors never run, a stand-in collects the bytes."""
+tar; 2 GiB, 200 000 entries and 16 MiB per entry in a zip.
+"""
 
 import gzip
 import io
-import pickle
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
@@ -36,13 +34,10 @@ def members(path: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, by
         DataError: damaged, or not what such an archive may be: a link, a path that leaves the
             archive, too large.
     """
-    read = (
-        _folder_members
-        if path.is_dir()
-        else _zip_members
-        if path.suffix == ".zip"
-        else _tar_members
-    )
+    if path.is_dir():
+        read = _folder_members
+    else:
+        read = _zip_members if path.suffix == ".zip" else _tar_members
     try:
         yield from read(path, wanted)
     except DataError:
@@ -130,154 +125,6 @@ class _Bounded:
         if self.left < 0:
             raise DataError(f"{self.path} unpacks to more than {TAR_BYTES >> 20} MiB: refused")
         return content
-
-
-def unpickle(content: bytes, where: str) -> object:
-    """Plain values and NumPy arrays of a pickle; nothing in it can run.
-
-    Returns:
-        dicts, lists, tuples, numbers, text, bytes (Python 2's text too), and numpy arrays of uint8
-        or integers.
-
-    Raises:
-        DataError: any other name or opcode, or damaged bytes.
-    """
-    try:
-        return _finished(_Plain(io.BytesIO(content), encoding="bytes").load())
-    except DataError as error:
-        raise DataError(f"{where}: {error}") from None
-    # what a damaged pickle raises has no bounds: IndexError, KeyError, UnicodeDecodeError, ...
-    except Exception as error:
-        raise DataError(
-            f"{where} is a damaged pickle ({type(error).__name__}): get the archive again"
-        ) from None
-
-
-class _Dtype:
-    """Stands in for numpy.dtype: the code, from a list of admitted ones."""
-
-    def __init__(self, code, *_):
-        self.code = code.decode("ascii") if isinstance(code, bytes) else code
-        if self.code not in ("u1", "i4", "i8"):
-            raise DataError("an array of something other than bytes or integers: refused")
-
-    def set(self, state):
-        if state[1] not in ("|", "<", b"|", b"<"):
-            raise DataError("an array of big-endian numbers: refused")
-
-
-class _Array:
-    """Stands in for numpy.ndarray while it is being filled; `array` is the real one, made of the
-    bytes alone.
-    """
-
-    array = None
-
-    def set(self, state):
-        _, shape, dtype, columns_first, content = state
-        if not isinstance(dtype, _Dtype) or columns_first:
-            raise DataError("an array of an unknown layout: refused")
-        self.array = np.frombuffer(content, dtype="<" + dtype.code).reshape(shape)
-
-
-def _latin1(text, encoding):
-    """Python 3 writes bytes in old protocols as codecs.encode(text, "latin1"); other codecs are not
-    admitted.
-    """
-    if encoding not in ("latin1", b"latin1"):
-        raise DataError("a text in a codec other than latin1: refused")
-    return text.encode("latin1")
-
-
-# Functions of one expression: what a REDUCE may call. None is the real thing.
-_NAMES = {
-    **{
-        (module, "_reconstruct"): lambda *_: _Array()
-        for module in ("numpy.core.multiarray", "numpy._core.multiarray")
-    },
-    ("numpy", "ndarray"): "ndarray",  # only ever an argument of _reconstruct
-    ("numpy", "dtype"): lambda *arguments: _Dtype(*arguments),
-    ("_codecs", "encode"): lambda *arguments: _latin1(*arguments),
-}
-# Opcodes that make objects by other means, call registries or allocate what they please, are left
-# out.
-_LEFT_OUT = (
-    *(
-        "PERSID",
-        "BINPERSID",
-        "INST",
-        "OBJ",
-        "NEWOBJ",
-        "NEWOBJ_EX",
-        "EXT1",
-        "EXT2",
-        "EXT4",
-        "DICT",
-        "EMPTY_SET",
-        "ADDITEMS",
-        "FROZENSET",
-    ),
-    *("BYTEARRAY8", "NEXT_BUFFER", "READONLY_BUFFER"),
-)
-
-
-class _Plain(pickle._Unpickler):
-    """The unpickler written in Python: the one in C reserves memory for any memo index that a
-    damaged byte names.
-    """
-
-    dispatch = {
-        code: action
-        for code, action in pickle._Unpickler.dispatch.items()
-        if code not in {getattr(pickle, name)[0] for name in _LEFT_OUT}
-    }
-
-    def find_class(self, module, name):
-        if (module, name) not in _NAMES:
-            raise DataError(f"a pickle that names {module}.{name}: refused, it may be hostile")
-        return _NAMES[module, name]
-
-    def load_build(self):
-        state = self.stack.pop()
-        if not isinstance(self.stack[-1], (_Array, _Dtype)):
-            raise DataError(
-                "a pickle that sets the state of something other than an array: refused, it may be hostile"
-            )
-        self.stack[-1].set(state)
-
-    def load_setitem(self):
-        value, key = self.stack.pop(), self.stack.pop()
-        self.put(key, value)
-
-    def load_setitems(self):
-        items = self.pop_mark()
-        for key, value in zip(items[::2], items[1::2], strict=True):
-            self.put(key, value)
-
-    def put(self, key, value):
-        if not isinstance(key, str | bytes) or not isinstance(
-            self.stack[-1], dict
-        ):  # a nested tuple may take for ever to hash
-            raise DataError("a dict whose keys are not names: refused")
-        self.stack[-1][key] = value
-
-    dispatch.update(
-        {
-            pickle.BUILD[0]: load_build,
-            pickle.SETITEM[0]: load_setitem,
-            pickle.SETITEMS[0]: load_setitems,
-        }
-    )
-
-
-def _finished(value):
-    """The dict of a CIFAR file with its names as text and its stand-ins as arrays."""
-    if not isinstance(value, dict):
-        raise DataError(f"a {type(value).__name__} where a dict belongs")
-    return {
-        k.decode() if isinstance(k, bytes) else k: v.array if isinstance(v, _Array) else v
-        for k, v in value.items()
-    }
 
 
 def decode_image(content: bytes, where: str, size: int | None) -> np.ndarray:

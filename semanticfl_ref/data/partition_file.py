@@ -1,84 +1,96 @@
-"""A partition as a file: JSON with one list of training images, by their places in the data set,
-for every client.
+"""A partition as a JSON file: one list of training-image indices for every client.
 
-    {"indices": [[0, 7, ...], [3, ...], ...], "dataset_sha256": "..."}      or the lists alone
+    {"indices": [[0, 7, ...], [3, ...], ...], "dataset_sha256": "..."}      or only the lists
 
-Images in no list belong to nobody. Places count the training images as a run has them, without
-validation and held-out ones."""
+Indices count the training images as a run has them, without validation and held-out images.
+Images in no list are unused.
+"""
 
 import json
 from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
-from semanticfl_ref import storage
+from semanticfl_ref.data.dataset import Dataset
 from semanticfl_ref.errors import DataError, MismatchError
+from semanticfl_ref.storage import canonical_json, write_atomic
+
+if TYPE_CHECKING:
+    from semanticfl_ref.data.partition import Partition
 
 
-def save(partition, dataset, file: Path) -> None:
-    """Write what `partition.file` reads: each client's images, those of its own test among them.
+def save_partition(partition: "Partition", dataset: Dataset, file: Path) -> None:
+    """Write what `partition.file` reads: every client's images, its own test images included.
 
     Raises:
         DataError: the file cannot be written.
     """
-    whole = [
-        torch.cat(pair).sort().values.tolist()
-        for pair in zip(partition.indices, partition.held_out, strict=True)
-    ]
-    about = {
+    pairs = zip(partition.indices, partition.held_out, strict=True)
+    document = {
+        "indices": [torch.cat(pair).sort().values.tolist() for pair in pairs],
         "dataset": dataset.name,
         "dataset_sha256": dataset.sha256,
         "partition": partition.manifest(),
     }
-    storage.replace(
-        file, storage.canonical({"indices": whole, **about}) + "\n", "choose another --save"
-    )
+    write_atomic(file, canonical_json(document) + "\n", "choose another --save")
 
 
-def read_owners(file: Path, images: int, clients: int, data_sha256: str) -> torch.Tensor:
-    """The owner of every image, int64 [N], -1 for nobody.
+def read_assignment(file: Path, images: int, clients: int, data_sha256: str) -> torch.Tensor:
+    """The client of every image, int64 [N]; -1 for unused images.
 
     Raises:
-        DataError: the file is missing, is not such JSON, names an image that there is not, or one
-            twice.
-        MismatchError: it was made of another data set, or has another number of clients.
+        DataError: the file is missing, is not such JSON, or names an image that does not exist, or
+            one twice.
+        MismatchError: it belongs to another data set, or has another number of clients.
     """
-    try:
-        document = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"cannot read partition.file = {file}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"partition.file = {file} is not JSON: {error}") from None
+    name = f"partition.file = {file}"
+    document = _read_json(file)
     about = document if isinstance(document, dict) else {"indices": document}
     lists = about.get("indices")
-    if not isinstance(lists, list) or not all(
-        isinstance(own, list) and all(type(i) is int for i in own) for own in lists
-    ):
+    if not isinstance(lists, list) or not all(map(_is_index_list, lists)):
         raise DataError(
-            f'partition.file = {file}: expected {{"indices": [[...], ...]}}, a list of whole numbers for every client'
+            f'{name}: expected {{"indices": [[...], ...]}}, a list of integers for every client'
         )
-    if about.get("dataset_sha256", data_sha256) != data_sha256:
+    recorded = about.get("dataset_sha256", data_sha256)
+    if recorded != data_sha256:
         raise MismatchError(
-            f"partition.file = {file} was made of other training images: it records {about['dataset_sha256']}, these are {data_sha256}"
+            f"{name} belongs to other training images: it records {recorded}, these are "
+            f"{data_sha256}"
         )
     if len(lists) != clients:
         raise MismatchError(
-            f"partition.file = {file} has {len(lists)} clients, partition.clients = {clients}: use --clients {len(lists)}"
+            f"{name} has {len(lists)} clients, partition.clients = {clients}: use --clients "
+            f"{len(lists)}"
         )
     for client, own in enumerate(lists):
         outside = [i for i in own if not 0 <= i < images]
         if outside:
             raise DataError(
-                f"partition.file = {file}: client {client} holds image {outside[0]}; there are {images} training images, counted from 0"
+                f"{name}: client {client} holds image {outside[0]}; there are {images} training "
+                f"images, counted from 0"
             )
     taken = torch.tensor(list(chain(*lists)), dtype=torch.int64)
-    often = torch.bincount(taken, minlength=images)
-    if len(taken) and int(often.max()) > 1:
+    count_N = torch.bincount(taken, minlength=images)
+    if len(taken) and int(count_N.max()) > 1:
         raise DataError(
-            f"partition.file = {file}: image {int(often.argmax())} is held {int(often.max())} times; clients' lists must be disjoint"
+            f"{name}: image {int(count_N.argmax())} appears {int(count_N.max())} times; the lists "
+            f"must be disjoint"
         )
     sizes_M = torch.tensor([len(own) for own in lists])
-    return torch.full((images,), -1).index_copy_(
-        0, taken, torch.repeat_interleave(torch.arange(clients), sizes_M)
-    )
+    client_of_taken = torch.repeat_interleave(torch.arange(clients), sizes_M)
+    return torch.full((images,), -1).index_copy_(0, taken, client_of_taken)
+
+
+def _read_json(file: Path):
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"cannot read partition.file = {file}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"partition.file = {file} is not JSON: {error}") from None
+
+
+def _is_index_list(value: object) -> bool:
+    return isinstance(value, list) and all(type(i) is int for i in value)

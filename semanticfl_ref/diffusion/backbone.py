@@ -1,9 +1,9 @@
-"""A frozen Stable Diffusion: images in, one pooled vector per image and tapped layer out.
+"""A frozen Stable Diffusion: images in, one pooled vector per image and selected layer out.
 
 Any folder in diffusers' layout (scheduler, text_encoder, tokenizer, unet, vae; weights as
 safetensors) is read by the same code, be it the small model in this package or Stable Diffusion
 1.5. An image becomes uint8 -> [-1, 1] -> VAE latent (times the VAE's `scaling_factor`) -> noise at
-one timestep -> one U-Net pass, which ends at the deepest tapped layer: what lies beyond is never
+one timestep -> one U-Net pass, which ends at the deepest selected layer: what lies beyond is never
 computed, and blocks beyond are not even loaded.
 
 Letters: B batch, D width of a vector, T tokens of a caption.
@@ -17,18 +17,19 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from semanticfl_ref.diffusion.parts import (
+from semanticfl_ref.device import vae_precision
+from semanticfl_ref.diffusion.model_files import locate
+from semanticfl_ref.diffusion.modules import (
     block_of,
     empty_unet,
     fill,
-    layers,
+    unet_layers,
     load_scheduler,
     load_vae_encoder,
     parameters,
     prune,
 )
 from semanticfl_ref.diffusion.text import TextEncoder
-from semanticfl_ref.diffusion.weights import locate
 from semanticfl_ref.errors import NonFiniteError, UserError, unknown
 from semanticfl_ref.randomness import generator
 
@@ -54,7 +55,7 @@ class Backbone:
         vae,
         unet,
         scheduler,
-        taps: tuple[str, ...],
+        layers: tuple[str, ...],
         names: list[str],
         device: torch.device,
         unet_parameters: int,
@@ -66,7 +67,7 @@ class Backbone:
             scheduler,
             device,
         )
-        self.taps, self._names, self.deepest = taps, names, max(taps, key=names.index)
+        self.layers, self._names, self.deepest = layers, names, max(layers, key=names.index)
         self.unet_parameters = unet_parameters  # before anything was cut off
         self.stop_early = True
         self.batch = (
@@ -78,7 +79,7 @@ class Backbone:
         cls,
         source: str | Path = "tiny",
         *,
-        taps,
+        layers,
         device="cpu",
         precision: str = "fp32",
         offline: bool = False,
@@ -88,36 +89,36 @@ class Backbone:
 
         Args:
             source: "tiny" (the model in the package), a folder in diffusers' layout, or a hub id.
-            taps: which layers to read, of `tap_names()`; ["all"] reads the latent and every block.
+            layers: which layers to read, of `layer_names()`; ["all"] reads the latent and every block.
             device: where it runs.
             precision: fp32, bf16 or fp16; of the U-Net. The VAE overflows in fp16: it runs in fp32
                 beside an fp32 U-Net, else in bf16 (in fp32 on a GPU without it).
             offline: open no socket.
-            pruned: leave out what lies behind the deepest tap; False is for comparisons.
+            pruned: leave out what lies behind the deepest layer; False is for comparisons.
 
         Raises:
-            UserError: an unknown tap, or fp16 on a CPU. DataError: a part is missing or damaged.
+            UserError: an unknown layer, or fp16 on a CPU. DataError: a part is missing or damaged.
                 DownloadError: the weights are not here and cannot be fetched.
         """
         device, dtype = torch.device(device), PRECISIONS[precision]
         if dtype == torch.float16 and device.type == "cpu":
             raise UserError("precision fp16 needs a CUDA device; on a CPU choose fp32 or bf16")
         folder = locate(source, offline=offline)
-        vae = load_vae_encoder(folder, vae_dtype(precision, device), device)
+        vae = load_vae_encoder(folder, PRECISIONS[vae_precision(precision, device)], device)
         unet = empty_unet(folder, vae.config.latent_channels)
-        names, total = ["vae", *layers(unet)], parameters(unet)
-        taps = settled_taps(taps, names)
-        deepest = max(taps, key=names.index)
+        names, total = ["vae", *unet_layers(unet)], parameters(unet)
+        layers = resolve_layers(layers, names)
+        deepest = max(layers, key=names.index)
         if pruned and deepest != "vae":
             prune(unet, deepest)
         if not pruned or deepest != "vae":  # the latent alone needs no U-Net
             fill(unet, folder, "unet", dtype, device)
         if device.type == "cuda" or dtype == torch.bfloat16:
             unet.to(memory_format=torch.channels_last), vae.to(memory_format=torch.channels_last)
-        return cls(folder, vae, unet, load_scheduler(folder), taps, names, device, total)
+        return cls(folder, vae, unet, load_scheduler(folder), layers, names, device, total)
 
-    def tap_names(self) -> list[str]:
-        """The layers that can be tapped, in the order in which they are computed; "vae" is the
+    def layer_names(self) -> list[str]:
+        """The layers that can be selected, in the order in which they are computed; "vae" is the
         latent itself.
         """
         return list(self._names)
@@ -128,13 +129,13 @@ class Backbone:
         return next(self.unet.parameters()).dtype
 
     def widths(self, pool: int = 1) -> dict[str, int]:
-        """tap -> entries of its pooled vector."""
+        """layer -> entries of its pooled vector."""
         channels = self.unet.config.block_out_channels
         blocks = {"vae": self.vae.config.latent_channels, "mid": channels[-1]}
         blocks |= {f"down.{i}": width for i, width in enumerate(channels)} | {
             f"up.{i}": width for i, width in enumerate(reversed(channels))
         }
-        return {tap: blocks[block_of(tap)] * pool**2 for tap in self.taps}
+        return {layer: blocks[block_of(layer)] * pool**2 for layer in self.layers}
 
     def memory(self) -> str:
         """What the U-Net takes, and would have taken, for a reader."""
@@ -182,7 +183,7 @@ class Backbone:
             first: the number of the first image, for messages.
 
         Returns:
-            tap -> float32 [B, channels * pool * pool], on the CPU.
+            layer -> float32 [B, channels * pool * pool], on the CPU.
 
         Raises:
             UserError: a timestep, size or pool that the model does not admit. NonFiniteError: names
@@ -198,7 +199,7 @@ class Backbone:
         assert latent in LATENTS, latent
         prompts = self.null_prompt if prompt_embedding is None else prompt_embedding
         prompts = prompts.expand(len(images), -1, -1) if prompts.ndim == 2 else prompts
-        parts: dict[str, list[torch.Tensor]] = {tap: [] for tap in self.taps}
+        parts: dict[str, list[torch.Tensor]] = {layer: [] for layer in self.layers}
         for start in range(0, len(images), self.batch):
             count = min(self.batch, len(images) - start)
             places = torch.arange(start, start + self.batch).clamp(
@@ -223,11 +224,11 @@ class Backbone:
                 bad = (~values.isfinite().all(1)).nonzero().flatten().tolist()
                 if bad:
                     raise NonFiniteError(
-                        f"image {first + start + bad[0]}, tap {layer}: features are not finite in {str(self.dtype)[6:]}; choose precision fp32, or check the weights"
+                        f"image {first + start + bad[0]}, layer {layer}: features are not finite in {str(self.dtype)[6:]}; choose precision fp32, or check the weights"
                     )
                 if layer in parts:
                     parts[layer].append(values)
-        return {tap: torch.cat(values) for tap, values in parts.items()}
+        return {layer: torch.cat(values) for layer, values in parts.items()}
 
     def _check(self, timestep: int, pool: int, size) -> None:
         last = self.scheduler.config.num_train_timesteps - 1
@@ -238,7 +239,7 @@ class Backbone:
             raise UserError(
                 f"images of {size[0]}x{size[1]}: the VAE needs multiples of {shrink}; give an input size that is one"
             )
-        halvings = len(self.unet.config.block_out_channels) - 1 if self.taps != ("vae",) else 0
+        halvings = len(self.unet.config.block_out_channels) - 1 if self.layers != ("vae",) else 0
         smallest = -(-min(size) // (shrink * 2**halvings))  # the U-Net rounds odd sizes up
         if not 1 <= pool <= smallest:
             raise UserError(
@@ -298,76 +299,51 @@ class Backbone:
 
     @contextmanager
     def _hooks(self, pooled: dict[str, torch.Tensor], pool: int):
-        """While it is open, tapped layers put their pooled output into `pooled`; nothing is left
+        """While it is open, selected layers put their pooled output into `pooled`; nothing is left
         behind, whatever happens.
         """
 
-        def hook_of(tap: str):
+        def hook_of(layer: str):
             def hook(_module, _inputs, output):
-                pooled[tap] = _pool(
+                pooled[layer] = _pool(
                     output[0] if isinstance(output, tuple) else output, pool
                 )  # pooled at once: maps are large
-                if tap == self.deepest and self.stop_early:
+                if layer == self.deepest and self.stop_early:
                     raise _DeepestTapReached
 
             return hook
 
-        modules, handles = layers(self.unet), []
+        modules, handles = unet_layers(self.unet), []
         try:
-            for tap in self.taps:
-                if tap != "vae":
-                    handles.append(modules[tap].register_forward_hook(hook_of(tap)))
+            for layer in self.layers:
+                if layer != "vae":
+                    handles.append(modules[layer].register_forward_hook(hook_of(layer)))
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
 
-def settled_taps(taps, names: list[str]) -> tuple[str, ...]:
+def resolve_layers(layers, names: list[str]) -> tuple[str, ...]:
     """Taps as asked for, checked against the model's layers; "all" alone means the latent and every
     whole block.
 
     Raises:
         UserError: an unknown layer, none, or one twice.
     """
-    taps = tuple(taps)
-    if taps == ("all",):
+    layers = tuple(layers)
+    if layers == ("all",):
         return tuple(
             name for name in names if "s." not in name
         )  # neither resnets.0 nor attentions.0
-    for tap in taps:
-        if tap not in names:
-            raise unknown("tap", tap, names)
-    if not taps or len(set(taps)) < len(taps):
-        raise UserError(f"taps {list(taps)}: name at least one of {', '.join(names)}, none twice")
-    return taps
-
-
-def settled_precision(name: str, device: torch.device) -> str:
-    """fp32, bf16 or fp16: auto takes fp16 on CUDA, bf16 on a processor whose matrix units have it
-    (emulated it is slower), else fp32.
-
-    Raises:
-        UserError: an unknown name.
-    """
-    if name != "auto" and name not in PRECISIONS:
-        raise unknown("precision", name, ["auto", *PRECISIONS])
-    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return (
-        name
-        if name != "auto"
-        else "fp16"
-        if device.type == "cuda"
-        else "bf16"
-        if native
-        else "fp32"
-    )
-
-
-def vae_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """What the VAE runs in beside a U-Net of this precision."""
-    half = precision != "fp32" and (device.type == "cpu" or torch.cuda.is_bf16_supported())
-    return torch.bfloat16 if half else torch.float32
+    for layer in layers:
+        if layer not in names:
+            raise unknown("layer", layer, names)
+    if not layers or len(set(layers)) < len(layers):
+        raise UserError(
+            f"layers {list(layers)}: name at least one of {', '.join(names)}, none twice"
+        )
+    return layers
 
 
 def _content(image: torch.Tensor) -> str:

@@ -1,8 +1,8 @@
-"""Makes a feature bank: every image once through the model, shard by shard to the disk, in memory
-that does not grow with the images.
+"""Builds feature caches: every image once through the model, shard by shard to disk.
 
-A killed extraction goes on behind its last whole shard, and ends with the same bytes. Two processes
-that want the same bank take turns."""
+Memory does not grow with the number of images. A killed extraction continues after its last
+complete shard and ends with the same bytes. Processes that want the same cache take turns.
+"""
 
 import fcntl
 import shutil
@@ -13,209 +13,210 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from semanticfl_ref.diffusion.bank import MANIFEST, SHARD, TEXT, Plan, finished, shard_files
+from semanticfl_ref.diffusion.feature_cache import (
+    MANIFEST,
+    SHARD,
+    TEXT,
+    CachePlan,
+    FeatureCache,
+    open_cache,
+)
+from semanticfl_ref.diffusion.model_files import fingerprint
 from semanticfl_ref.diffusion.text import captions
-from semanticfl_ref.diffusion.weights import fingerprint
 from semanticfl_ref.errors import DataError, NonFiniteError
 from semanticfl_ref.storage import (
     Damaged,
-    canonical,
-    digest,
+    canonical_json,
     load_tensors,
-    replace,
     save_tensors,
-    writing,
+    sha256_of,
+    write_atomic,
+    write_errors,
 )
 
-REMEDY = "free space there, or set SEMANTICFL_CACHE to another folder"
+REMEDY = "free some disk space, or set SEMANTICFL_CACHE to another folder"
 LOCK = ".lock"
 
 
-def build(
-    wanted: Plan, say: Callable[[str], None], progress: bool = False, anew: bool = False
-) -> None:
-    """Make the bank, or what is missing of it.
+def open_or_build(
+    plan: CachePlan, say: Callable[[str], None] = lambda text: None, *, rebuild: bool = False
+) -> FeatureCache:
+    """Open the cache; build it first if it is absent or incomplete.
 
     Args:
-        say: takes one line about sizes. progress: a bar with speed and time to go on stderr.
-        anew: throw away what is there.
+        say: takes one line of progress.
+        rebuild: discard an existing cache.
 
     Raises:
-        DataError: the cache cannot be written, or the model is damaged. NonFiniteError: names image
-            and layer.
+        MismatchError: the cache on disk is damaged or is another one.
+        DataError: it cannot be written, or the model is damaged.
+        NonFiniteError: names image and layer.
     """
-    with writing(wanted.path, REMEDY):
-        wanted.path.mkdir(parents=True, exist_ok=True)
-        lock = open(wanted.path / LOCK, "a")
+    if rebuild or not plan.complete:
+        build_cache(plan, say, rebuild=rebuild)
+    return open_cache(plan)
+
+
+def build_cache(plan: CachePlan, say: Callable[[str], None], *, rebuild: bool = False) -> None:
+    """Build the cache, or what is missing of it. Arguments and errors as in `open_or_build`."""
+    with write_errors(plan.path, REMEDY):
+        plan.path.mkdir(parents=True, exist_ok=True)
+        lock = open(plan.path / LOCK, "a")  # noqa: SIM115 (closed below)
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            say(f"another process is making the feature bank {wanted.path}: waiting for it")
+            say(f"waiting for another process that builds the feature cache {plan.path}")
             fcntl.flock(lock, fcntl.LOCK_EX)
-        if anew:
-            with writing(wanted.path, REMEDY):
-                for file in [
-                    wanted.path / MANIFEST,
-                    wanted.path / TEXT,
-                    *shard_files(wanted),
-                ]:  # the manifest first: what it names is gone next
+        if rebuild:
+            # The manifest first: the files that it names are deleted next.
+            with write_errors(plan.path, REMEDY):
+                for file in (plan.path / MANIFEST, plan.path / TEXT, *plan.shard_files):
                     file.unlink(missing_ok=True)
-        if not finished(wanted):
-            _make(wanted, say, progress)
+        if not plan.complete:
+            _build(plan, say)
 
 
-def done_already(wanted: Plan) -> dict[Path, str]:
-    """The whole files of an unfinished bank and their digests."""
+def complete_files(plan: CachePlan) -> dict[Path, str]:
+    """The complete files of a cache that is being built, and their SHA-256."""
     found = {}
-    for first, file in enumerate([*shard_files(wanted), wanted.path / TEXT]):
+    for file in (*plan.shard_files, plan.path / TEXT):
         try:
             _, about, recorded = load_tensors(file)
         except (Damaged, DataError):
             continue
-        if (about["bank"], about["first"]) == (
-            wanted.id,
-            first * SHARD if file.name != TEXT else 0,
-        ):
+        first = 0 if file.name == TEXT else _first_image(file)
+        if (about["cache"], about["first"]) == (plan.id, first):
             found[file] = recorded
     return found
 
 
-def _make(wanted: Plan, say, progress: bool) -> None:
-    files, text_file = shard_files(wanted), wanted.path / TEXT
-    digests = done_already(wanted)
+def images_in(plan: CachePlan, shard: Path) -> int:
+    """How many images a shard holds."""
+    return min(SHARD, len(plan.images) - _first_image(shard))
+
+
+def _build(plan: CachePlan, say: Callable[[str], None]) -> None:
+    files, text_file = plan.shard_files, plan.path / TEXT
+    digests = complete_files(plan)
     if set(digests) != {*files, text_file}:
-        hidden, text = _captions(wanted)
+        hidden, text = _captions(plan)
         if text_file not in digests:
-            digests[text_file] = save_tensors(
-                text_file, {"text": text}, {"bank": wanted.id, "first": 0}, REMEDY
-            )
+            about = {"cache": plan.id, "first": 0}
+            digests[text_file] = save_tensors(text_file, {"text": text}, about, REMEDY)
         missing = [file for file in files if file not in digests]
         if missing:
-            _extract(wanted, hidden, missing, digests, say, progress)
+            digests |= _extract(plan, hidden, missing, say)
     tensors, about, _ = load_tensors(files[0])
-    widths = {tap: tensors[tap].shape[1] for tap in about["taps"]}
     manifest = {
-        "id": wanted.id,
-        "meta": wanted.meta,
-        "widths": list(widths.items()),
+        "id": plan.id,
+        "meta": plan.meta,
+        "widths": [(layer, tensors[layer].shape[1]) for layer in about["layers"]],
         "files": {file.name: digests[file] for file in sorted(digests)},
     }
-    replace(
-        wanted.path / MANIFEST, canonical({**manifest, "sha256": digest(manifest)}) + "\n", REMEDY
-    )
+    sealed = {**manifest, "sha256": sha256_of(manifest)}
+    write_atomic(plan.path / MANIFEST, canonical_json(sealed) + "\n", REMEDY)
 
 
-def _captions(wanted: Plan) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the U-Net attends to, float32 [1 or C, T, D], and the text anchors [C, D]; the text
-    encoder is gone when this returns.
+def _captions(plan: CachePlan) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the U-Net attends to, float32 [1 or C, T, D], and the text anchors [C, D].
+
+    The text encoder is freed when this returns.
     """
     from semanticfl_ref.diffusion.text import TextEncoder
 
-    prompts = captions(
-        wanted.meta["prompt"], wanted.meta["class_names"]
-    )  # a prompt without a place for the class is refused before anything is loaded
-    if fingerprint(wanted.model) != wanted.meta["weights_sha256"]:
+    # A prompt without a place for the class is refused before anything is loaded.
+    prompts = captions(plan.meta["prompt"], plan.meta["class_names"])
+    if fingerprint(plan.model) != plan.meta["weights_sha256"]:
         raise DataError(
-            f"the files of {wanted.model} changed, but not their times: delete {wanted.path.parent / 'weights.json'} and run again"
+            f"the files of {plan.model} changed while their modification times did not: delete "
+            f"{plan.path.parent / 'weights.json'} and run again"
         )
-    encoder = TextEncoder(wanted.model, wanted.device)
+    encoder = TextEncoder(plan.model, plan.device)
     hidden, text = encoder.encode(prompts)
-    return (hidden if wanted.meta["condition"] == "own-class" else encoder.encode([""])[0]), text
+    if plan.meta["condition"] == "null":
+        hidden = encoder.encode([""])[0]
+    return hidden, text
 
 
 def _extract(
-    wanted: Plan,
-    hidden: torch.Tensor,
-    missing: list[Path],
-    digests: dict[Path, str],
-    say,
-    progress: bool,
-) -> None:
-    """Write the missing shards and add their digests."""
+    plan: CachePlan, hidden: torch.Tensor, missing: list[Path], say: Callable[[str], None]
+) -> dict[Path, str]:
+    """Write the missing shards; returns their SHA-256."""
     from semanticfl_ref.diffusion.backbone import Backbone
 
-    meta, images = wanted.meta, wanted.images
+    meta, digests = plan.meta, {}
     backbone = Backbone.load(
-        wanted.model,
-        taps=meta["taps"],
-        device=wanted.device,
-        precision=meta["precision"],
-        offline=True,
+        plan.model, layers=meta["layers"], device=plan.device, precision=meta["precision"]
     )
     assert SHARD % backbone.batch == 0, "a shard must end where a pass ends"
     widths = backbone.widths(meta["pool"])
-    left = sum(length(wanted, file) for file in missing)
-    _announce(wanted, left, 2 * sum(widths.values()), say)
+    left = sum(images_in(plan, file) for file in missing)
+    _announce(plan, left, 2 * sum(widths.values()), say)
     say(backbone.memory())
+    options = {k: meta[k] for k in ("timestep", "seed", "pool", "input_size", "latent")}
     with tqdm(
-        total=len(images),
-        initial=len(images) - left,
+        total=len(plan.images),
+        initial=len(plan.images) - left,
         desc="diffusion features",
         unit=" images",
         file=sys.stderr,
-        disable=not progress,
     ) as bar:
         for file in missing:
-            start, rows = SHARD * _number(file), []
-            end = start + length(wanted, file)
+            start = _first_image(file)
+            end, rows = start + images_in(plan, file), []
             for first in range(start, end, backbone.batch):
-                part = images[first : min(first + backbone.batch, end)]
-                embedding = (
-                    hidden[wanted.labels[first : first + len(part)].to(hidden.device)]
-                    if meta["condition"] == "own-class"
-                    else hidden[0]
+                part = slice(first, min(first + backbone.batch, end))
+                embedding = hidden[0]
+                if meta["condition"] == "own-class":
+                    embedding = hidden[plan.labels[part].to(hidden.device)]
+                features = backbone.features(
+                    plan.images[part], prompt_embedding=embedding, first=first, **options
                 )
-                options = {
-                    key: meta[key] for key in ("timestep", "seed", "pool", "input_size", "latent")
-                }
-                rows.append(
-                    _stored(
-                        backbone.features(part, prompt_embedding=embedding, first=first, **options),
-                        first,
-                    )
-                )
-                bar.update(len(part))
-            tensors = {tap: torch.cat([row[tap] for row in rows]) for tap in widths}
-            digests[file] = save_tensors(
-                file, tensors, {"bank": wanted.id, "first": start, "taps": list(widths)}, REMEDY
-            )
+                rows.append(_as_stored(features, first))
+                bar.update(part.stop - part.start)
+            tensors = {layer: torch.cat([row[layer] for row in rows]) for layer in widths}
+            about = {"cache": plan.id, "first": start, "layers": list(widths)}
+            digests[file] = save_tensors(file, tensors, about, REMEDY)
+    return digests
 
 
-def _announce(wanted: Plan, left: int, bytes_per_image: int, say) -> None:
-    """Say what will be written, and refuse at once what cannot fit."""
-    size, needed = bytes_per_image * len(wanted.images), bytes_per_image * left
-    free = shutil.disk_usage(wanted.path).free
+def _announce(plan: CachePlan, left: int, bytes_per_image: int, say: Callable[[str], None]) -> None:
+    """Say what will be written; refuse what does not fit.
+
+    Raises:
+        DataError: the disk has too little space.
+    """
+    count = len(plan.images)
+    needed, free = bytes_per_image * left, shutil.disk_usage(plan.path).free
     if needed > free:
         raise DataError(
-            f"the feature bank {wanted.path} needs {needed / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free: {REMEDY}"
+            f"the feature cache {plan.path} needs {needed / 2**20:.0f} MiB, only "
+            f"{free / 2**20:.0f} MiB are free: {REMEDY}"
         )
-    gone = f", {len(wanted.images) - left} of them done before" if left < len(wanted.images) else ""
-    conditioned = (
-        "; each image under its own class's caption: its label is written into its features"
-        if wanted.meta["condition"] == "own-class"
-        else ""
-    )
+    done = f", {count - left} of them already done" if left < count else ""
+    leaks = ""
+    if plan.meta["condition"] == "own-class":
+        leaks = "; each image under its own class's caption, so its features contain its label"
     say(
-        f"feature bank of {len(wanted.images)} images{gone}: {size / 2**20:.1f} MiB at {wanted.path}{conditioned}"
+        f"feature cache of {count} images{done}: {bytes_per_image * count / 2**20:.1f} MiB at "
+        f"{plan.path}{leaks}"
     )
 
 
-def _stored(features: dict[str, torch.Tensor], first: int) -> dict[str, torch.Tensor]:
-    """float32 features as the bank keeps them, fp16."""
-    for tap, values in features.items():
-        bad = (~values.half().isfinite().all(1)).nonzero()
+def _as_stored(features: dict[str, torch.Tensor], first: int) -> dict[str, torch.Tensor]:
+    """float32 features as fp16."""
+    stored = {layer: values.half() for layer, values in features.items()}
+    for layer, values in stored.items():
+        bad = (~values.isfinite().all(1)).nonzero()
         if len(bad):
             raise NonFiniteError(
-                f"image {first + int(bad[0])}, tap {tap}: {values.abs().max():.3g} does not fit the bank's fp16; leave this tap out"
+                f"image {first + int(bad[0])}, layer {layer}: "
+                f"{features[layer].abs().max():.3g} does not fit the cache's fp16; leave this layer "
+                f"out of diffusion.layers"
             )
-    return {tap: values.half() for tap, values in features.items()}
+    return stored
 
 
-def _number(file: Path) -> int:
-    return int(file.stem.removeprefix("shard-"))
-
-
-def length(wanted: Plan, file: Path) -> int:
-    """How many images a shard holds."""
-    return min(SHARD, len(wanted.images) - SHARD * _number(file))
+def _first_image(shard: Path) -> int:
+    return SHARD * int(shard.stem.removeprefix("shard-"))

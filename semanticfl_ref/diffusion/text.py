@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from semanticfl_ref.diffusion.parts import load_text_parts
+from semanticfl_ref.diffusion.modules import load_text_parts
 from semanticfl_ref.errors import UserError
 
 

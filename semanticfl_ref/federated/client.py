@@ -1,7 +1,6 @@
-"""The only local-training loop: one client's epochs of SGD on cross-entropy plus the method's
-terms.
+"""The only local-training loop: a client's epochs of SGD on cross-entropy plus the method's terms.
 
-Letters: B batch, D feature width, M clients, P entries of a row.
+Letters: B batch, D feature width, C classes, P size of a flat vector.
 """
 
 import copy
@@ -12,17 +11,21 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from semanticfl_ref.config.registry import METHODS
 from semanticfl_ref.data.batches import epoch_batches, network_input
-from semanticfl_ref.federated.flat import beside_parameters, load_row
+from semanticfl_ref.federated.flat import load_params, with_parameters
 from semanticfl_ref.federated.losses import cross_entropy
-from semanticfl_ref.federated.methods import METHODS
-from semanticfl_ref.federated.methods.method import LocalBatch, Method, Terms, Visit
+from semanticfl_ref.federated.methods.method import LocalBatch, LocalUpdate, Method, Terms
 from semanticfl_ref.randomness import generator
 
 
 class Gradient(NamedTuple):
-    """Of one weighted term, at the features: its norm; the norm over the sum of all terms' norms;
-    its cosine to cross-entropy's, NaN where one vanishes.
+    """The gradient of one weighted term at the features.
+
+    Attributes:
+        norm: its norm.
+        share: its norm over the sum of all terms' norms.
+        cosine: cosine similarity to cross-entropy's gradient; NaN if either vanishes.
     """
 
     norm: float
@@ -30,31 +33,51 @@ class Gradient(NamedTuple):
     cosine: float
 
 
+class FirstBatch(NamedTuple):
+    """A client's first batch of a round, in detail.
+
+    Attributes:
+        indices: int64 [B], into the training images.
+        terms: name -> (weight, unweighted value).
+        loss: the objective.
+        gradients: name -> gradient, of the terms that depend on the features.
+    """
+
+    indices: torch.Tensor
+    terms: Terms
+    loss: torch.Tensor
+    gradients: dict[str, Gradient]
+
+
 @dataclass
 class ClientReport:
-    """What a client's training showed: sums over its steps, and each term's gradient at the
-    features at its first step.
+    """What a local update reports.
 
     Attributes:
         steps: SGD steps made.
-        loss: sum over steps of the whole objective, float scalar tensor.
-        last_epoch_loss: mean of the objective over the last epoch's steps, float scalar tensor.
-        terms: name -> sum over steps of the unweighted term.
-        gradients: name -> what `feature_gradients` says of the term.
+        loss: objective summed over steps, scalar tensor.
+        last_epoch_loss: mean objective of the last epoch, scalar tensor.
+        terms: name -> unweighted term summed over steps, scalar tensor.
+        first: the first batch.
     """
 
     steps: int = 0
     loss: torch.Tensor | float = 0.0
     last_epoch_loss: torch.Tensor | float = 0.0
     terms: dict[str, torch.Tensor] = field(default_factory=dict)
-    gradients: dict[str, Gradient] = field(default_factory=dict)
+    first: FirstBatch | None = None
+
+    @property
+    def finite(self) -> bool:
+        """Whether the objective stayed finite."""
+        return bool(torch.isfinite(torch.as_tensor(self.loss)))
 
 
-def train_client(visit: Visit) -> ClientReport:
-    """Train the world's model in place on the client's images for the configured local epochs.
+def train_client(update: LocalUpdate) -> ClientReport:
+    """Train the update's model in place on the client's images for the configured local epochs.
 
-    A fresh SGD optimizer each time: momentum never crosses rounds or clients. Images are drawn from
-    the resident uint8 tensor by seeded batches that depend on (seed, round, client, epoch) alone.
+    The optimizer is new each time: momentum never crosses rounds or clients. Batches depend on
+    (seed, round, client, epoch) only.
 
     Equation (local-step) [FedAvg, Alg. 1, with momentum; correction: SCAFFOLD]:
         g <- dL/dw + correction + decay w
@@ -63,39 +86,38 @@ def train_client(visit: Visit) -> ClientReport:
     Test: tests/federated/test_round.py::test_a_round_by_hand,
         tests/federated/test_method_equations.py::test_scaffold_over_two_rounds
     """
-    world, model, options = visit.world, visit.world.model, visit.config.federation
-    method, data = METHODS[options.method], world.dataset
+    context, model, settings = update.context, update.model, update.config.federation
+    method, data = METHODS[settings.method], context.dataset
+    indices = context.partition.indices[update.client]
     optimizer = torch.optim.SGD(
         model.parameters(),
-        options.learning_rate,
-        momentum=options.momentum,
-        weight_decay=options.weight_decay,
+        settings.learning_rate,
+        momentum=settings.momentum,
+        weight_decay=settings.weight_decay,
     )
-    correction_P = method.correction(visit)
-    corrections = [] if correction_P is None else beside_parameters(model, correction_P)
-    frozen = {name: frozen_copy(model, row_P) for name, row_P in method.frozen(visit).items()}
+    correction_P = method.correction(update)
+    corrections = [] if correction_P is None else with_parameters(model, correction_P)
+    references = {
+        name: reference_model(model, params_P)
+        for name, params_P in method.reference_models(update).items()
+    }
     report = ClientReport()
     model.train()
-    for epoch in range(options.local_epochs):
-        source, epoch_loss, before = (
-            generator(visit.config.run.seed, "batches", visit.round, visit.client, epoch),
-            0.0,
-            report.steps,
-        )
-        for index_B in epoch_batches(
-            world.partition.indices[visit.client], batch_size=options.batch_size, generator=source
-        ):
+    for epoch in range(settings.local_epochs):
+        source = generator(update.config.run.seed, "batches", update.round, update.client, epoch)
+        epoch_loss, steps_before = 0.0, report.steps
+        for index_B in epoch_batches(indices, batch_size=settings.batch_size, generator=source):
             images = network_input(
-                data.train_images[index_B], augment=visit.config.data.augment, generator=source
+                data.train_images[index_B], augment=update.config.data.augment, generator=source
             )
-            terms, features_BD = objective(visit, method, frozen, images, index_B)
-            if report.steps == 0:
-                report.gradients = feature_gradients(terms, features_BD)
+            terms, features_BD = objective(update, method, references, images, index_B)
             loss = sum(weight * value for weight, value in terms.values())
+            if report.first is None:
+                report.first = _first_batch(index_B, terms, loss, features_BD)
             optimizer.zero_grad()
             loss.backward()
             for parameter, correction in corrections:
-                if parameter.grad is not None:  # a head that no term used
+                if parameter.grad is not None:  # heads that no term uses have none
                     parameter.grad.add_(correction)
             optimizer.step()
             report.steps += 1
@@ -103,86 +125,90 @@ def train_client(visit: Visit) -> ClientReport:
             epoch_loss = epoch_loss + loss.detach()
             for name, (_, value) in terms.items():
                 report.terms[name] = report.terms.get(name, 0.0) + value.detach()
-        report.last_epoch_loss = epoch_loss / (report.steps - before)
+        report.last_epoch_loss = epoch_loss / (report.steps - steps_before)
     return report
 
 
 def objective(
-    visit: Visit,
+    update: LocalUpdate,
     method: Method,
-    frozen: dict[str, nn.Module],
+    references: dict[str, nn.Module],
     images: torch.Tensor,
     index_B: torch.Tensor,
 ) -> tuple[Terms, torch.Tensor]:
-    """Cross-entropy and the method's terms on one batch of images float [B, 3, H, W], and the
-    features [B, D] that they were computed from.
+    """Cross-entropy and the method's terms on one batch, and the features they are computed from.
 
-    Equation (objective) [S; each baseline's publication]: L = CE(logits, y) + sum over terms of
-        weight * term
-    Test: tests/study/test_trace.py::test_the_weighted_terms_sum_to_the_loss
+    Equation (objective) [S; each baseline's publication]:
+        L = CE(logits, y) + sum over terms of weight * term
+    Test: tests/tools/trace/test_trace.py::test_the_weighted_terms_sum_to_the_loss
+
+    Args:
+        update: the client's local update.
+        method: the federated method.
+        references: name -> reference model.
+        images: float [B, 3, H, W].
+        index_B: int64 [B], into the training images.
+
+    Returns:
+        The terms, and features float32 [B, D].
     """
-    world, model, anchors = visit.world, visit.world.model, visit.world.anchors
-    labels_B, levels = world.dataset.train_labels[index_B], ()
-    with world.autocast():
+    context, model = update.context, update.model
+    labels_B, levels = context.dataset.train_labels[index_B], ()
+    with context.autocast():
         if method.needs_levels:
             logits_BC, features_BD, levels = model.forward_with_levels(images)
         else:
             logits_BC, features_BD = model(images)
         with torch.no_grad():
-            looks = {name: (other, other(images)[1]) for name, other in frozen.items()}
-    visual_BD = (
-        anchors.visual_for(labels_B, index_B)
-        if anchors is not None and world.partition.gets(visit.client, "visual")
-        else None
-    )
-    text_CD = (
-        anchors.text if anchors is not None and world.partition.gets(visit.client, "text") else None
-    )
+            of_references = {name: (other, other(images)[1]) for name, other in references.items()}
+    visual_BD, text_CD = context.anchors_for(update.client, labels_B, index_B)
     batch = LocalBatch(
-        visit=visit,
-        model=model,
+        update=update,
         features_BD=features_BD,
         levels=levels,
-        frozen=looks,
+        references=of_references,
         labels_B=labels_B,
         visual_BD=visual_BD,
         text_CD=text_CD,
     )
-    return {"cross_entropy": (1.0, cross_entropy(logits_BC, labels_B))} | method.local_terms(
-        batch
-    ), features_BD
+    terms = {"cross_entropy": (1.0, cross_entropy(logits_BC, labels_B))}
+    return terms | method.local_terms(batch), features_BD
 
 
-def frozen_copy(model: nn.Module, row_P: torch.Tensor) -> nn.Module:
-    """A second model that holds a row, in evaluation mode and without gradients."""
+def reference_model(model: nn.Module, params_P: torch.Tensor) -> nn.Module:
+    """A second model with these parameters, in evaluation mode and without gradients."""
     other = copy.deepcopy(model).requires_grad_(False).eval()
-    load_row(other, row_P)
+    load_params(other, params_P)
     return other
 
 
 def feature_gradients(terms: Terms, features_BD: torch.Tensor) -> dict[str, Gradient]:
-    """Each weighted term's gradient at the features [B, D]: how long it is, and whether it pulls
-    with cross-entropy or against it.
+    """Each weighted term's gradient at the features [B, D].
 
-    At the features rather than at every weight: the backbone's share of the backward pass, which is
-    nearly all of it, is not repeated for each term. Terms that do not pass through the features (a
-    distance between weights, inner levels) are not in it."""
-    found = {
-        name: torch.autograd.grad(
+    At the features rather than at all parameters, since the backbone's backward pass, nearly all of
+    the cost, is then not repeated per term. Terms that do not depend on the features (distances
+    between parameters, inner levels) are left out.
+    """
+    found = {}
+    for name, (weight, value) in terms.items():
+        (gradient,) = torch.autograd.grad(
             weight * value, features_BD, retain_graph=True, allow_unused=True
-        )[0]
-        for name, (weight, value) in terms.items()
-    }
-    found = {name: gradient.flatten() for name, gradient in found.items() if gradient is not None}
+        )
+        if gradient is not None:
+            found[name] = gradient.flatten()
     norms = {name: gradient.norm().item() for name, gradient in found.items()}
     total, base = sum(norms.values()), norms["cross_entropy"]
-    cosines = {
-        name: gradient.dot(found["cross_entropy"]).item() / (norms[name] * base)
-        if norms[name] * base
-        else math.nan
-        for name, gradient in found.items()
-    }
-    return {
-        name: Gradient(norm, norm / total if total else 0.0, cosines[name])
-        for name, norm in norms.items()
-    }
+    gradients = {}
+    for name, norm in norms.items():
+        cosine = math.nan
+        if norm * base:
+            cosine = found[name].dot(found["cross_entropy"]).item() / (norm * base)
+        gradients[name] = Gradient(norm, norm / total if total else 0.0, cosine)
+    return gradients
+
+
+def _first_batch(
+    index_B: torch.Tensor, terms: Terms, loss: torch.Tensor, features_BD: torch.Tensor
+) -> FirstBatch:
+    values = {name: (weight, value.detach()) for name, (weight, value) in terms.items()}
+    return FirstBatch(index_B, values, loss.detach(), feature_gradients(terms, features_BD))

@@ -1,131 +1,163 @@
 """One round of federated learning on one screen: server, clients, server, server.
 
-Letters: K clients in the round, M clients in all, P entries of a row, C classes.
+Letters: S clients of a cohort, K clients of the round, M clients in all, P size of a flat vector, C
+classes.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 
+from semanticfl_ref.config.registry import METHODS
+from semanticfl_ref.config.settings import Config
 from semanticfl_ref.errors import NonFiniteError
-from semanticfl_ref.federated.aggregation import Aggregator, server_step
-from semanticfl_ref.federated.client import train_client
-from semanticfl_ref.federated.evaluation import evaluate
-from semanticfl_ref.federated.flat import load_row, to_row
-from semanticfl_ref.federated.ledger import RoundLedger, drift
-from semanticfl_ref.federated.methods import METHODS
-from semanticfl_ref.federated.methods.method import Participants, Visit
+from semanticfl_ref.federated.aggregate import (
+    COHORT,
+    Drift,
+    average_selected,
+    cohorts,
+    robust_aggregate,
+)
+from semanticfl_ref.federated.client import ClientReport, train_client
+from semanticfl_ref.federated.context import RunContext
+from semanticfl_ref.federated.evaluate import evaluate
+from semanticfl_ref.federated.flat import flatten_params, load_params
+from semanticfl_ref.federated.methods.method import LocalUpdate, Participants
+from semanticfl_ref.federated.metrics import RoundMetrics, non_finite_part
+from semanticfl_ref.federated.server_optimizer import server_step
 from semanticfl_ref.federated.state import FederatedState
-from semanticfl_ref.federated.world import World
+from semanticfl_ref.kernels.weighted_average import weighted_average
 from semanticfl_ref.randomness import generator
 
+# Called after each local update with the update, the client's parameters [P], and its report.
+Observer = Callable[[LocalUpdate, torch.Tensor, ClientReport], None]
 
-def play_round(state: FederatedState, world: World) -> tuple[FederatedState, dict]:
-    """Play one round: the next state, and one line of metrics.
+
+def run_round(
+    state: FederatedState, context: RunContext, observe: Observer = lambda *_: None
+) -> tuple[FederatedState, dict]:
+    """Run one round; returns the state after it, and one line of metrics.
 
     Raises:
-        NonFiniteError: a client came back with NaN or infinity and `federation.non_finite` is
-            "stop", or all did.
+        NonFiniteError: a client returned NaN or infinity and `federation.non_finite` is stop, or
+            every client with a weight did.
     """
-    options, model, round = world.config.federation, world.model, state.round + 1
-    method, ledger = METHODS[options.method], RoundLedger(world, state)
-    # The round writes copies: whatever stops it, the state before it is whole.
-    batch_norm, memory = (
-        state.batch_norm.clone(),
-        {name: rows.clone() for name, rows in state.memory.items()},
-    )
+    config, rule = context.config, context.config.federation.aggregation
+    method, metrics = METHODS[config.federation.method], RoundMetrics(context, state.anchors_sent)
+    drift, average = new_drift(state, context), None
+    # The round writes copies: whatever interrupts it, the state before it stays intact.
+    method_state = {name: value.clone() for name, value in state.method_state.items()}
+    batch_norm_MQ = state.batch_norm.clone()
 
-    # 1. Server: choose the round's clients; hand each the global row, and its anchors the first
-    # time.
-    everyone_M = torch.randperm(
-        world.config.partition.clients, generator=generator(world.config.run.seed, "clients", round)
-    )
-    chosen_K = sorted(everyone_M[: options.clients_per_round].tolist())
-    weights_K = method.weights(participants(world, chosen_K))
-    returned = average = new_aggregator(world, state)
+    # 1. Server: sample clients; send them the global parameters and, the first time, their anchors.
+    sampled_K = sample_clients(config, state.round + 1)
+    weights_K = method.weights(participants(context, sampled_K)).to(context.device)
 
-    for client, weight in zip(chosen_K, weights_K.tolist(), strict=True):
-        # 2. Client: load the global row, train locally, return a row.
-        visit = Visit(
-            world=world,
-            client=client,
-            round=round,
-            start_P=with_own_batch_norm(state, world, client),
-            memory=state.memory,
-        )
-        load_row(model, visit.start_P)
-        report = train_client(visit)
-        row_P = to_row(model)
-        ledger.count(client, report)
+    for cohort in cohorts(len(sampled_K), COHORT if rule == "mean" else len(sampled_K)):
+        # 2. Clients: train locally; their parameters are the rows of a matrix.
+        updates = [received(state, context, client) for client in sampled_K[cohort]]
+        params_SP, reports = train_cohort(updates, observe)
 
-        # 3. Server: add the client's row to the weighted average, and to what the method keeps.
-        if bool(torch.isfinite(torch.as_tensor(report.loss))) and returned.add(
-            client, row_P, weight
-        ):
-            method.remember(memory, visit, row_P, report)
-            if len(batch_norm):
-                batch_norm[client] = row_P[world.layout.batch_norm]
-        elif options.non_finite == "stop":
-            raise NonFiniteError(
-                f"round {round}, client {client}: {ledger.culprit(report)} became NaN or infinite. Lower federation.learning_rate, or set federation.non_finite=drop"
-            )
-        else:
-            ledger.dropped.append(client)
-    if not returned.weight:
+        # 3. Server: average the parameters by their weights, in ascending client number.
+        weights_S, earlier, last = weights_K[cohort], average, cohort.stop == len(sampled_K)
+        average = weighted_average(params_SP, weights_S, state.params, earlier, final=last)
+        finite_S = metrics.add_cohort(updates, reports, average.non_finite_S == 0)
+        if not finite_S.all():  # again, without the clients that returned NaN or infinity
+            weights_S = weights_S * finite_S
+            average = weighted_average(params_SP, weights_S, state.params, earlier, final=last)
+        for s in finite_S.nonzero().flatten().tolist():
+            drift.add(updates[s].client, params_SP[s], average.squared_norm_S[s], weights_S[s])
+            method.update_state(method_state, updates[s], params_SP[s], reports[s])
+            if len(batch_norm_MQ):
+                batch_norm_MQ[updates[s].client] = params_SP[s, context.layout.batch_norm]
+    if not drift.weight:
         raise NonFiniteError(
-            f"round {round}: every client that has a weight returned NaN or infinity. Lower federation.learning_rate"
+            f"round {state.round + 1}: every client with a weight returned NaN or infinity. Lower "
+            f"federation.learning_rate"
         )
-    others = method.choose(world, memory, returned.clients, round)
-    if others is not None:
-        average = new_aggregator(world, state)
-        for client, row_P, weight in others:
-            average.add(client, row_P.to(world.device), weight)
-    served = state.served.index_fill(
-        0, torch.tensor(chosen_K), True
-    )  # their anchors went out with the row
+    aggregate_P, norms = average.values_P, drift.norms
+    if rule != "mean":
+        aggregate_P = robust_aggregate(params_SP[finite_S], rule, config.server)
+    selected = method.select_models(context, method_state, list(norms), state.round + 1)
+    if selected is not None:
+        drift = new_drift(state, context)
+        aggregate_P = average_selected(selected, drift)
+    params_P = server_step(config, context.layout, method_state, state.params, aggregate_P)
+
+    # 4. Server: evaluate the new global model, and record one line of metrics.
+    load_params(context.model, params_P)
+    line = {
+        "round": state.round + 1,
+        "clients": sampled_K,
+        **evaluate(context.model, context),
+        **metrics.line(),
+        "drift": {
+            "update_norm": [norms.get(client) for client in sampled_K],
+            **drift.summary(aggregate_P),
+        },
+    }
     state = replace(
         state,
-        round=round,
-        row=server_step(world.config, world.layout, memory, state.row, average.finish()),
-        served=served,
-        batch_norm=batch_norm,
-        memory=memory,
+        round=state.round + 1,
+        params=params_P,
+        anchors_sent=state.anchors_sent.index_fill(0, torch.tensor(sampled_K), True),
+        batch_norm=batch_norm_MQ,
+        method_state=method_state,
+    )
+    return state, line
+
+
+def sample_clients(config: Config, round: int) -> list[int]:
+    """K of the M clients, in ascending number; depends on the seed and the round only."""
+    source = generator(config.run.seed, "clients", round)
+    order_M = torch.randperm(config.partition.clients, generator=source)
+    return sorted(order_M[: config.federation.clients_per_round].tolist())
+
+
+def received(state: FederatedState, context: RunContext, client: int) -> LocalUpdate:
+    """The local update of a client that has received the global parameters.
+
+    With model.batch_norm = local they contain the client's own BatchNorm entries.
+    """
+    start_P = state.params
+    if len(state.batch_norm):
+        start_P = start_P.clone()
+        start_P[context.layout.batch_norm] = state.batch_norm[client]
+    return LocalUpdate(
+        context=context,
+        model=context.model,
+        client=client,
+        round=state.round + 1,
+        start_P=start_P,
+        method_state=state.method_state,
     )
 
-    # 4. Server: evaluate the new global row, and write one line of metrics.
-    load_row(model, state.row)
-    return state, {
-        "round": round,
-        "clients": chosen_K,
-        **evaluate(model, world),
-        **ledger.line(),
-        "drift": drift(chosen_K, returned, average),
-    }
+
+def train_cohort(
+    updates: list[LocalUpdate], observe: Observer
+) -> tuple[torch.Tensor, list[ClientReport]]:
+    """Run local updates; returns the clients' parameters [S, P] and their reports."""
+    params, reports = [], []
+    for update in updates:
+        load_params(update.model, update.start_P)
+        reports.append(train_client(update))
+        params.append(flatten_params(update.model))
+        observe(update, params[-1], reports[-1])
+    return torch.stack(params), reports
 
 
-def with_own_batch_norm(state: FederatedState, world: World, client: int) -> torch.Tensor:
-    """The global row [P]; under the policy "local" with the client's own BatchNorm entries in it."""
-    if not len(state.batch_norm):
-        return state.row
-    row_P = state.row.clone()
-    row_P[world.layout.batch_norm] = state.batch_norm[client]
-    return row_P
-
-
-def participants(world: World, clients: list[int]) -> Participants:
-    """The round's clients as the server weighs them."""
-    counts_K = torch.tensor([world.partition.sizes[k] for k in clients])
+def participants(context: RunContext, clients: list[int]) -> Participants:
+    """The round's clients as the server weights them."""
+    partition = context.partition
     return Participants(
-        config=world.config,
-        counts_K=counts_K,
-        histograms_KC=torch.tensor([world.partition.histograms[k] for k in clients]),
+        config=context.config,
+        counts_K=torch.tensor([partition.sizes[k] for k in clients]),
+        histograms_KC=torch.tensor([partition.histograms[k] for k in clients]),
     )
 
 
-def new_aggregator(world: World, state: FederatedState) -> Aggregator:
-    """An empty aggregator of the configured rule. Norms of updates are over what descends and comes
-    from the global row: no running averages, no entries of a client's own."""
-    apart = world.layout.batch_norm if len(state.batch_norm) else world.layout.buffers
-    return Aggregator(
-        state.row, world.config.federation.aggregation, world.config.server.trim, apart
-    )
+def new_drift(state: FederatedState, context: RunContext) -> Drift:
+    """Drift from the global model; nothing counted yet."""
+    own = len(state.batch_norm) > 0
+    return Drift(state.params, context.layout.batch_norm if own else context.layout.buffers)

@@ -1,83 +1,111 @@
-"""What survives a round, and its checkpoint: one safetensors file, written by one rename.
+"""What survives a round, and its checkpoint: one safetensors file, replaced atomically.
 
-Letters: M clients in all, P entries of a row, Q entries of BatchNorm layers.
+Letters: M clients in all, P size of a flat vector, Q entries of BatchNorm layers.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
+from semanticfl_ref.config.registry import METHODS
 from semanticfl_ref.errors import MismatchError
+from semanticfl_ref.federated.context import RunContext
+from semanticfl_ref.federated.flat import flatten_params
+from semanticfl_ref.federated.server_optimizer import init_optimizer
 from semanticfl_ref.storage import Damaged, load_tensors, save_tensors
 
-MEMORY = "memory."  # before the names of what the method keeps, in the checkpoint
+METHOD_STATE = "method_state."  # prefix of the method state's names in a checkpoint
+REMEDY = "the previous checkpoint is intact; free some disk space, then continue with --resume"
 
 
 @dataclass(frozen=True, kw_only=True)
 class FederatedState:
-    """Everything that the next round depends on, but for the configuration.
+    """Everything that the next round depends on, besides the constants.
 
     Attributes:
-        round: rounds finished.
-        row: float32 [P], the global model.
-        served: bool [M], clients that have received their anchors.
-        batch_norm: float32 [M, Q], each client's own BatchNorm entries; [0, Q] under the policy
-            "average".
-        memory: what the method and the server optimiser keep, by name; on the CPU, rows [M, P] and
-            [P] mostly. Empty for FedAvg.
+        round: rounds completed.
+        params: float32 [P], the global model.
+        anchors_sent: bool [M], the clients that have received their anchors.
+        batch_norm: float32 [M, Q], each client's own BatchNorm entries; [0, Q] with
+            model.batch_norm = average.
+        method_state: of the method and of the server optimizer, by name; on the CPU, mostly [M, P]
+            and [P]. Empty for FedAvg.
     """
 
     round: int
-    row: torch.Tensor
-    served: torch.Tensor
+    params: torch.Tensor
+    anchors_sent: torch.Tensor
     batch_norm: torch.Tensor
-    memory: dict[str, torch.Tensor] = field(default_factory=dict)
+    method_state: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Name in the checkpoint -> tensor."""
+        general = {name: getattr(self, name) for name in ("params", "anchors_sent", "batch_norm")}
+        return general | {METHOD_STATE + name: value for name, value in self.method_state.items()}
+
+    def to(self, device: torch.device) -> "FederatedState":
+        """The same state with the global model on a device."""
+        return replace(self, params=self.params.to(device), batch_norm=self.batch_norm.to(device))
 
 
-def save_checkpoint(path: Path, state: FederatedState, identity: dict) -> None:
-    """Replace the checkpoint at `path`; equal states give equal bytes, and a failure leaves the old
-    file whole.
-
-    Args:
-        identity: whatever must agree on loading (configuration, data, partition, anchors); plain
-            JSON values.
-
-    Raises:
-        DataError: the file cannot be written (disk full, permission); the message names it.
-    """
-    tensors = {"row": state.row, "served": state.served, "batch_norm": state.batch_norm}
-    tensors |= {MEMORY + name: rows for name, rows in state.memory.items()}
-    save_tensors(
-        path,
-        tensors,
-        {"round": state.round, "identity": identity},
-        "the previous checkpoint is untouched; free some space, then --resume",
+def initial_state(context: RunContext) -> FederatedState:
+    """The state before the first round: initial parameters, no anchors sent."""
+    config, params_P = context.config, flatten_params(context.model)
+    method, clients = METHODS[config.federation.method], config.partition.clients
+    with_own_batch_norm = clients if config.model.batch_norm == "local" else 0
+    return FederatedState(
+        round=0,
+        params=params_P,
+        anchors_sent=torch.zeros(clients, dtype=torch.bool),
+        batch_norm=params_P[context.layout.batch_norm].repeat(with_own_batch_norm, 1),
+        method_state={
+            **method.init_state(config, params_P),
+            **init_optimizer(config, params_P),
+        },
     )
 
 
-def load_checkpoint(path: Path, identity: dict) -> FederatedState:
-    """Read a checkpoint and check every byte of it.
+def save_checkpoint(path: Path, state: FederatedState, identity: dict) -> None:
+    """Replace the checkpoint; equal states give equal bytes, and a failure leaves the old file.
+
+    Args:
+        path: of the checkpoint.
+        state: what to save.
+        identity: what must agree on loading (settings, data, partition, anchors); JSON values.
 
     Raises:
-        MismatchError: damaged, or made by another configuration; what differs is listed.
+        DataError: the file cannot be written.
+    """
+    save_tensors(path, state.tensors, {"round": state.round, "identity": identity}, REMEDY)
+
+
+def load_checkpoint(path: Path, identity: dict) -> FederatedState:
+    """Read a checkpoint and check every byte.
+
+    Raises:
+        MismatchError: damaged, or made by another configuration; the differences are listed.
     """
     try:
         tensors, about, _ = load_tensors(path)
     except Damaged:
         tensors = about = {}
-    if not {"row", "served", "batch_norm"} <= set(tensors) or set(about) != {"round", "identity"}:
-        raise MismatchError(f"the checkpoint {path} is damaged: delete it to start the run again")
-    made_by = about["identity"]
-    differing = [k for k in sorted({*made_by, *identity}) if made_by.get(k) != identity.get(k)]
+    complete = {"params", "anchors_sent", "batch_norm"} <= set(tensors)
+    if not complete or set(about) != {"round", "identity"}:
+        raise MismatchError(f"the checkpoint {path} is damaged: delete it to restart the run")
+    theirs = about["identity"]
+    names = sorted({*theirs, *identity})
+    differing = [name for name in names if theirs.get(name) != identity.get(name)]
     if differing:
         listed = "; ".join(
-            f"{k}: {made_by.get(k)!r} there, {identity.get(k)!r} here" for k in differing[:8]
+            f"{name}: {theirs.get(name)!r} there, {identity.get(name)!r} here"
+            for name in differing[:8]
         )
         raise MismatchError(f"the checkpoint {path} belongs to another run: {listed}")
-    memory = {
-        name.removeprefix(MEMORY): tensors.pop(name)
+    method_state = {
+        name.removeprefix(METHOD_STATE): tensors.pop(name)
         for name in sorted(tensors)
-        if name.startswith(MEMORY)
+        if name.startswith(METHOD_STATE)
     }
-    return FederatedState(round=about["round"], memory=memory, **tensors)
+    return FederatedState(round=about["round"], method_state=method_state, **tensors)

@@ -7,7 +7,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from synthetic_archives import cifar_members, sha256, tar_gz
 
-from semanticfl_ref.data import fetch
+from semanticfl_ref.data import download as fetch
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ import pytest
 from synthetic_archives import cifar_members, python_2_pickle, sha256, tar_gz
 
 from semanticfl_ref.data import archives
-from semanticfl_ref.data.sources import load_dataset
+from semanticfl_ref.data.dataset import load_dataset
 from semanticfl_ref.errors import DataError
 
 BATCH = "cifar-10-batches-py/data_batch_3"

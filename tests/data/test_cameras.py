@@ -1,21 +1,21 @@
-"""What cameras do to pixels, by hand; and the data set as clients hold it."""
+"""What corruptions do to pixels, by hand; and the data set as clients hold it."""
 
 from dataclasses import replace
 
 import pytest
 import torch
 
-from semanticfl_ref.data.cameras import as_held, through
-from semanticfl_ref.data.partition import CAMERAS, make_partition
-from semanticfl_ref.data.sources import load_dataset
+from semanticfl_ref.data.corruptions import as_held, through
+from semanticfl_ref.data.dataset import load_dataset
+from semanticfl_ref.data.partition import CORRUPTIONS, make_partition
 from semanticfl_ref.errors import UserError
 from semanticfl_ref.randomness import generator
 
 COLOUR = torch.tensor([200, 100, 40], dtype=torch.uint8)
 
 
-def seen(camera, images, seed=0):
-    return through(camera, images, generator(seed, "test"))
+def seen(corruption, images, seed=0):
+    return through(corruption, images, generator(seed, "test"))
 
 
 def test_cameras_by_hand():
@@ -48,19 +48,19 @@ def test_cameras_by_hand():
     )
 
 
-@pytest.mark.parametrize("camera", CAMERAS)
-def test_cameras_repeat_and_keep_their_hands_off(camera):
+@pytest.mark.parametrize("corruption", CORRUPTIONS)
+def test_cameras_repeat_and_keep_their_hands_off(corruption):
     images = torch.randint(
         0, 256, (3, 9, 7, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     )
-    before, first = images.clone(), seen(camera, images)
-    assert first.equal(seen(camera, images)) and images.equal(before)
+    before, first = images.clone(), seen(corruption, images)
+    assert first.equal(seen(corruption, images)) and images.equal(before)
     assert first.shape == images.shape and first.dtype == torch.uint8 and not first.equal(images)
-    assert seen(camera, images[:0]).shape == (0, 9, 7, 3)
+    assert seen(corruption, images[:0]).shape == (0, 9, 7, 3)
 
 
 def test_unknown_camera():
-    with pytest.raises(UserError, match="unknown camera 'blurr'; did you mean 'blur'"):
+    with pytest.raises(UserError, match="unknown corruption 'blurr'; did you mean 'blur'"):
         seen("blurr", torch.zeros(1, 2, 2, 3, dtype=torch.uint8))
 
 
@@ -88,22 +88,24 @@ def test_the_data_set_as_held():
     )
     assert tail.sha256 not in (digits.sha256, held(imbalance=11.0)[1].sha256)
     before = digits.train_images.clone()
-    p, shot, q = held(imbalance=10.0, features="camera")
+    p, shot, q = held(imbalance=10.0, features="corruption")
     assert digits.train_images.equal(before), "the data set itself is not written"
-    assert sorted(p.cameras) == sorted(CAMERAS)
-    for client, camera in enumerate(p.cameras):
+    assert sorted(p.corruptions) == sorted(CORRUPTIONS)
+    for client, corruption in enumerate(p.corruptions):
         mine, theirs = (
             torch.cat([q.indices[client], q.held_out[client]]),
             torch.cat([p.indices[client], p.held_out[client]]),
         )
         assert shot.train_images[mine].equal(
-            through(camera, digits.train_images[theirs], generator(0, "camera", client=client))
+            through(
+                corruption, digits.train_images[theirs], generator(0, "corruption", client=client)
+            )
         )
         assert shot.train_labels[mine].equal(digits.train_labels[theirs])
     for part in ("test_images", "test_labels", "validation_images"):
         assert getattr(shot, part).equal(getattr(digits, part))
     assert (
         shot.sha256 not in (digits.sha256, tail.sha256)
-        and held(imbalance=10.0, features="camera")[1].sha256 == shot.sha256
+        and held(imbalance=10.0, features="corruption")[1].sha256 == shot.sha256
     )
     assert replace(shot, sha256="").name == "digits"

@@ -5,8 +5,8 @@ import resource
 import pytest
 from synthetic_archives import sha256
 
-from semanticfl_ref.data import fetch
-from semanticfl_ref.data.sources import load_dataset
+from semanticfl_ref.data import download as fetch
+from semanticfl_ref.data.dataset import load_dataset
 from semanticfl_ref.errors import DataError, DownloadError, UserError
 
 

@@ -11,7 +11,7 @@ import re, sys, time
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from semanticfl_ref.data.sources import load_dataset
+from semanticfl_ref.data.dataset import load_dataset
 def peak():  # MiB; ru_maxrss would count what the parent held when it forked
     return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 before = peak()

@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from semanticfl_ref.data.partition import CAMERAS, MODALITIES, make_partition
+from semanticfl_ref.data.partition import CORRUPTIONS, MODALITIES, make_partition
 from semanticfl_ref.data.scenarios import long_tail, quantity
 from semanticfl_ref.errors import UserError
 from semanticfl_ref.randomness import generator
@@ -51,7 +51,7 @@ def test_the_whole_range(scenario, alpha, clients, imbalance):
         clients=clients,
         imbalance=imbalance,
         classes_per_client=50 if clients == 2 else 10,
-        features="camera",
+        features="corruption",
         modality="mixed",
     )
     assert time.process_time() - started < 2
@@ -183,14 +183,14 @@ def test_cameras_and_modalities_are_dealt_in_turn():
     """Each as often as any other, by draws of their own, and without a bearing on who holds what."""
     plain, p = (
         split("nid1", clients=20),
-        split("nid1", clients=20, features="camera", modality="mixed"),
+        split("nid1", clients=20, features="corruption", modality="mixed"),
     )
-    assert p.sha256 == plain.sha256 and (plain.cameras, plain.modalities) == ((), ())
-    assert {p.cameras.count(name) for name in CAMERAS} == {4} and {
+    assert p.sha256 == plain.sha256 and (plain.corruptions, plain.modalities) == ((), ())
+    assert {p.corruptions.count(name) for name in CORRUPTIONS} == {4} and {
         p.modalities.count(name) for name in MODALITIES
     } == {5}
-    assert len(set(zip(p.cameras, p.modalities, strict=True))) > 5
-    assert p.cameras != split("nid1", clients=20, features="camera", seed=1).cameras
+    assert len(set(zip(p.corruptions, p.modalities, strict=True))) > 5
+    assert p.corruptions != split("nid1", clients=20, features="corruption", seed=1).corruptions
     told = {
         name: (p.gets(p.modalities.index(name), "visual"), p.gets(p.modalities.index(name), "text"))
         for name in MODALITIES

@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 from synthetic_archives import NAMES, cifar_members, sha256, tar_gz
 
-from semanticfl_ref.data import fetch, sources
-from semanticfl_ref.data.sources import load_dataset, stratified
+from semanticfl_ref.data import dataset as sources
+from semanticfl_ref.data import download as fetch
+from semanticfl_ref.data.dataset import load_dataset, stratified
 from semanticfl_ref.errors import DataError, UserError
 from semanticfl_ref.randomness import generator
 

@@ -1,4 +1,4 @@
-"""A small bank for the tests, its files, and what two banks have in common."""
+"""A small cache for the tests, its files, and what two caches have in common."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch
 from semanticfl_ref.diffusion import extract
 
 LABELS, NAMES = torch.arange(12) % 3, ("one", "two", "three")
-RECIPE = {"taps": ("mid", "down.1"), "timestep": 50, "precision": "fp32"}
+RECIPE = {"layers": ("mid", "down.1"), "timestep": 50, "precision": "fp32"}
 
 
 def contents(path) -> dict[str, bytes]:
@@ -17,9 +17,9 @@ def same(one, other) -> bool:
     return (
         one.widths == other.widths
         and torch.equal(one.text, other.text)
-        and all(torch.equal(one.read(tap), other.read(tap)) for tap in one.widths)
+        and all(torch.equal(one.read(layer), other.read(layer)) for layer in one.widths)
     )
 
 
 def no_extraction(monkeypatch):
-    monkeypatch.setattr(extract, "_make", lambda *_: pytest.fail("the bank was made again"))
+    monkeypatch.setattr(extract, "_make", lambda *_: pytest.fail("the cache was made again"))

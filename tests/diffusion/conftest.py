@@ -79,7 +79,7 @@ def deep_folder(model_folder, tmp_path_factory):
 def loaded(model_folder):
     from semanticfl_ref.diffusion.backbone import Backbone
 
-    return Backbone.load(model_folder, taps=["vae", "down.1", "mid", "up.0"], offline=True)
+    return Backbone.load(model_folder, layers=["vae", "down.1", "mid", "up.0"], offline=True)
 
 
 @pytest.fixture(scope="session")
@@ -105,20 +105,21 @@ def images():
 @pytest.fixture(scope="module")
 def small_shards(small_passes):
     """A dozen images in three shards, one pass each."""
-    from semanticfl_ref.diffusion import bank, extract
+    from semanticfl_ref.diffusion import extract
+    from semanticfl_ref.diffusion import feature_cache as cache
     from semanticfl_ref.diffusion.backbone import Backbone
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Backbone, "SMALL_PASS", 4)
-        for module in (bank, extract):
+        for module in (cache, extract):
             patch.setattr(module, "SHARD", 4)
         yield
 
 
 @pytest.fixture(scope="module")
 def want(model_folder, images, small_shards):
-    """A function: options of a recipe -> the plan of its bank."""
-    from semanticfl_ref.diffusion.bank import Recipe, plan
+    """A function: options of a recipe -> the plan of its cache."""
+    from semanticfl_ref.diffusion.feature_cache import Recipe, plan
 
     def want(cache_dir, **options):
         given = {"source": str(model_folder), **RECIPE} | options
@@ -140,15 +141,15 @@ def want(model_folder, images, small_shards):
 
 @pytest.fixture(scope="module")
 def made(want, tmp_path_factory):
-    from semanticfl_ref.diffusion.bank import open_or_build
+    from semanticfl_ref.diffusion.feature_cache import open_or_build
 
-    wanted = want(tmp_path_factory.mktemp("bank"))
+    wanted = want(tmp_path_factory.mktemp("cache"))
     open_or_build(wanted)
     return wanted
 
 
 @pytest.fixture
 def cached(made, want, tmp_path):
-    """The plan of a finished bank in a cache folder of the test's own."""
+    """The plan of a finished cache in a cache folder of the test's own."""
     shutil.copytree(made.path, tmp_path / made.path.name)
     return want(tmp_path)

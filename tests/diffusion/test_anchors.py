@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from semanticfl_ref.diffusion.anchors import fisher_ratio, make_anchors, pca
-from semanticfl_ref.diffusion.bank import in_memory
+from semanticfl_ref.diffusion.feature_cache import in_memory
 from semanticfl_ref.errors import UserError
 
 N, CLASSES = 120, 5
@@ -16,7 +16,7 @@ def draw(*shape, seed=0):
 
 
 @pytest.fixture
-def bank():
+def cache():
     means = draw(CLASSES, 30, seed=1) * 2
     features = {
         "mid": (means[LABELS] + draw(N, 30)).half(),
@@ -25,18 +25,18 @@ def bank():
     meta = {
         "source": "tiny",
         "condition": "null",
-        "taps": list(features),
+        "layers": list(features),
         "timestep": 50,
         "pool": 1,
         "prompt": "a {}",
         "dataset_sha256": "d",
         "images": N,
     }
-    return in_memory(features, draw(CLASSES, 16, seed=3), "bank-id", meta)
+    return in_memory(features, draw(CLASSES, 16, seed=3), "cache-id", meta)
 
 
-def make(bank, **options):
-    return make_anchors(bank, LABELS, **({"width": 12, "classes": CLASSES} | options))
+def make(cache, **options):
+    return make_anchors(cache, LABELS, **({"width": 12, "classes": CLASSES} | options))
 
 
 def test_pca_closed_form():
@@ -51,19 +51,19 @@ def test_pca_closed_form():
     )  # the larger entry is positive in both
 
 
-def test_pca_sign_and_value_do_not_depend_on_the_images_order(bank):
-    values = bank.read("mid").double()
+def test_pca_sign_and_value_do_not_depend_on_the_images_order(cache):
+    values = cache.read("mid").double()
     first, second = pca(lambda: [values], 8), pca(lambda: [values.flip(0)], 8)
     torch.testing.assert_close(first[1], second[1])
     assert (first[1].gather(0, first[1].abs().argmax(0, keepdim=True)) > 0).all()
     assert all(torch.equal(a, b) for a, b in zip(pca(lambda: [values], 8), first, strict=True))
 
 
-def test_pca_in_pieces_is_pca_of_the_whole(bank):
+def test_pca_in_pieces_is_pca_of_the_whole(cache):
     """Also far from zero, where the sum of squares minus the squared mean would have nothing left
     in fp32.
     """
-    values = bank.read("up.0").float() + 1e4
+    values = cache.read("up.0").float() + 1e4
     whole, pieces = pca(lambda: [values], 6), pca(lambda: values.split(7), 6)
     for one, other in zip(whole, pieces, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
@@ -83,11 +83,11 @@ def test_fisher_ratio_closed_form():
     assert fisher_ratio(values * 7 + 3, torch.tensor([0, 0, 1, 1]), 2) == pytest.approx(4.0)
 
 
-def test_separability_lengthens_the_level_that_tells_classes_apart(bank):
+def test_separability_lengthens_the_level_that_tells_classes_apart(cache):
     """`mid` holds the classes, `up.0` is noise: their mean squared lengths stand as their Fisher
     ratios do, and sum to the width.
     """
-    equal, weighted = make(bank), make(bank, aggregation="separability")
+    equal, weighted = make(cache), make(cache, aggregation="separability")
     strengths = weighted.provenance["level_strengths"]
     ratios = [
         fisher_ratio(equal.visual[:, part], LABELS, CLASSES) for part in (slice(0, 6), slice(6, 12))
@@ -108,76 +108,76 @@ def test_separability_lengthens_the_level_that_tells_classes_apart(bank):
     )
 
 
-def own_class_bank(bank, **meta):
-    features = {tap: bank.read(tap)[:25] * 2 + 1 for tap in bank.widths}
+def own_class_bank(cache, **meta):
+    features = {layer: cache.read(layer)[:25] * 2 + 1 for layer in cache.widths}
     return in_memory(
-        features, bank.text, "text-id", {**bank.meta, "condition": "own-class", **meta}
+        features, cache.text, "text-id", {**cache.meta, "condition": "own-class", **meta}
     )
 
 
 @pytest.mark.parametrize("aggregation", ["equal", "separability"])
-def test_texts_from_the_unet_lie_in_the_visual_anchors_space(bank, aggregation):
-    """A bank that says of its images what the visual bank says gives the class means of the visual
+def test_texts_from_the_unet_lie_in_the_visual_anchors_space(cache, aggregation):
+    """A cache that says of its images what the visual cache says gives the class means of the visual
     anchors themselves.
     """
     copy = in_memory(
-        {tap: bank.read(tap) for tap in bank.widths},
-        bank.text,
+        {layer: cache.read(layer) for layer in cache.widths},
+        cache.text,
         "text-id",
-        {**bank.meta, "condition": "own-class"},
+        {**cache.meta, "condition": "own-class"},
     )
-    anchors = make(bank, text_bank=copy, text_labels=LABELS, aggregation=aggregation)
+    anchors = make(cache, text_cache=copy, text_labels=LABELS, aggregation=aggregation)
     assert (
         anchors.text.shape == (CLASSES, 12)
         and anchors.provenance["text"] == "unet"
-        and anchors.provenance["text_bank"] == "text-id"
+        and anchors.provenance["text_cache"] == "text-id"
     )
     torch.testing.assert_close(
-        anchors.text, make(bank, per="class", aggregation=aggregation).visual
+        anchors.text, make(cache, per="class", aggregation=aggregation).visual
     )
-    other = make(bank, text_bank=own_class_bank(bank), text_labels=LABELS[:25])
-    assert torch.equal(other.visual, make(bank).visual) and not torch.allclose(
+    other = make(cache, text_cache=own_class_bank(cache), text_labels=LABELS[:25])
+    assert torch.equal(other.visual, make(cache).visual) and not torch.allclose(
         other.text, anchors.text
     )
-    assert make(bank).provenance["text"] == "clip"
+    assert make(cache).provenance["text"] == "clip"
 
 
-def test_a_text_bank_must_fit(bank):
+def test_a_text_bank_must_fit(cache):
     with pytest.raises(UserError, match="own class's caption"):
-        make(bank, text_bank=own_class_bank(bank, condition="null"), text_labels=LABELS[:25])
-    with pytest.raises(UserError, match="same taps"):
+        make(cache, text_cache=own_class_bank(cache, condition="null"), text_labels=LABELS[:25])
+    with pytest.raises(UserError, match="same layers"):
         make(
-            bank,
-            text_bank=in_memory(
-                {"mid": bank.read("mid")}, bank.text, "id", {"condition": "own-class"}
+            cache,
+            text_cache=in_memory(
+                {"mid": cache.read("mid")}, cache.text, "id", {"condition": "own-class"}
             ),
             text_labels=LABELS,
         )
     with pytest.raises(UserError, match="class 3 has no image"):
-        make(bank, text_bank=own_class_bank(bank), text_labels=LABELS[:25] % 3)
+        make(cache, text_cache=own_class_bank(cache), text_labels=LABELS[:25] % 3)
 
 
-def test_anchors_are_whitened_levels_side_by_side(bank):
-    anchors = make(bank, width=13)
+def test_anchors_are_whitened_levels_side_by_side(cache):
+    anchors = make(cache, width=13)
     assert anchors.visual.shape == (N, 13) and anchors.visual.dtype == torch.float32
     covariance = anchors.visual.T.cov()
     torch.testing.assert_close(covariance[:7, :7], torch.eye(7), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(covariance[7:, 7:], torch.eye(6), rtol=1e-4, atol=1e-4)
-    assert anchors.provenance["widths"] == [7, 6] and anchors.provenance["bank"] == "bank-id"
+    assert anchors.provenance["widths"] == [7, 6] and anchors.provenance["cache"] == "cache-id"
     assert (
         anchors.provenance["images"] == "train"
         and anchors.provenance["source"] == "tiny"
         and anchors.provenance["condition"] == "null"
     )
-    total = torch.linalg.eigvalsh(bank.read("mid").double().T.cov()).flip(0)
+    total = torch.linalg.eigvalsh(cache.read("mid").double().T.cov()).flip(0)
     assert anchors.provenance["explained_variance"]["mid"] == pytest.approx(
         float(total[:7].sum() / total.sum()), abs=1e-5
     )
-    assert torch.equal(anchors.text, bank.text)
+    assert torch.equal(anchors.text, cache.text)
 
 
-def test_without_whitening_levels_keep_their_shape_but_not_their_scale(bank):
-    visual = make(bank, whiten=False).visual
+def test_without_whitening_levels_keep_their_shape_but_not_their_scale(cache):
+    visual = make(cache, whiten=False).visual
     variances = visual.var(0)
     assert variances[:6].mean() == pytest.approx(1, rel=1e-4) and variances[
         6:
@@ -185,46 +185,47 @@ def test_without_whitening_levels_keep_their_shape_but_not_their_scale(bank):
     assert variances[0] > 2 * variances[5]
 
 
-def test_aggregation_by_widths(bank):
-    assert make(bank, aggregation="8-4").provenance["widths"] == [8, 4]
+def test_aggregation_by_widths(cache):
+    assert make(cache, aggregation="8-4").provenance["widths"] == [8, 4]
     for wrong in ("8-5", "12", "8-4-0", "paper"):
         with pytest.raises(UserError, match="aggregation"):
-            make(bank, aggregation=wrong)
+            make(cache, aggregation=wrong)
 
 
-def test_a_width_that_the_levels_cannot_give_is_refused(bank):
+def test_a_width_that_the_levels_cannot_give_is_refused(cache):
     with pytest.raises(
-        UserError, match=r"tap up\.0 gives 20 components of 120 images, 30 were asked"
+        UserError, match=r"layer up\.0 gives 20 components of 120 images, 30 were asked"
     ):
-        make(bank, width=60)
+        make(cache, width=60)
     with pytest.raises(UserError, match="below one component"):
-        make(bank, width=1)
-    constant = in_memory({"mid": torch.ones(N, 30).half()}, bank.text, "id", {"images": N})
+        make(cache, width=1)
+    constant = in_memory({"mid": torch.ones(N, 30).half()}, cache.text, "id", {"images": N})
     with pytest.raises(UserError, match="gives 0 components"):
         make(constant)
 
 
-def test_class_anchors_are_the_classes_means(bank):
-    each, means = make(bank), make(bank, per="class")
+def test_class_anchors_are_the_classes_means(cache):
+    each, means = make(cache), make(cache, per="class")
     assert means.visual.shape == (CLASSES, 12)
     for label in range(CLASSES):
         torch.testing.assert_close(means.visual[label], each.visual[label == LABELS].mean(0))
     with pytest.raises(UserError, match="class 5 has no image"):
-        make(bank, per="class", classes=6)
+        make(cache, per="class", classes=6)
 
 
-def test_visual_for(bank):
+def test_visual_for(cache):
     labels, indices = torch.tensor([1, 0, 4]), torch.tensor([11, 5, 119])
-    assert torch.equal(make(bank).visual_for(labels, indices), make(bank).visual[indices])
+    assert torch.equal(make(cache).visual_for(labels, indices), make(cache).visual[indices])
     assert torch.equal(
-        make(bank, per="class").visual_for(labels, indices), make(bank, per="class").visual[labels]
+        make(cache, per="class").visual_for(labels, indices),
+        make(cache, per="class").visual[labels],
     )
 
 
 @pytest.mark.parametrize("per", ["image", "class"])
 @pytest.mark.parametrize("control", ["shuffled", "permuted", "random", "onehot"])
-def test_controls_keep_shapes_and_lengths_and_are_seeded(bank, control, per):
-    true, other = make(bank, per=per), make(bank, per=per, control=control)
+def test_controls_keep_shapes_and_lengths_and_are_seeded(cache, control, per):
+    true, other = make(cache, per=per), make(cache, per=per, control=control)
     assert (
         other.visual.shape == true.visual.shape
         and other.text.shape == true.text.shape
@@ -236,9 +237,9 @@ def test_controls_keep_shapes_and_lengths_and_are_seeded(bank, control, per):
         true.text.norm(dim=1).sort().values, other.text.norm(dim=1).sort().values
     )
     assert not torch.allclose(true.visual, other.visual)
-    again = make(bank, per=per, control=control)
+    again = make(cache, per=per, control=control)
     assert torch.equal(again.visual, other.visual) and torch.equal(again.text, other.text)
-    assert not torch.equal(make(bank, per=per, control=control, seed=1).visual, other.visual)
+    assert not torch.equal(make(cache, per=per, control=control, seed=1).visual, other.visual)
     assert other.provenance["control"] == control
 
 
@@ -247,46 +248,46 @@ def rows_of(part, whole):
     return (part[:, None] == whole[None]).all(2).int().argmax(1)
 
 
-def test_shuffled_gives_every_image_another_images_anchor_once(bank):
-    true, shuffled = make(bank), make(bank, control="shuffled")
+def test_shuffled_gives_every_image_another_images_anchor_once(cache):
+    true, shuffled = make(cache), make(cache, control="shuffled")
     taken = rows_of(shuffled.visual, true.visual)
     assert torch.equal(taken.sort().values, torch.arange(N)) and (taken != torch.arange(N)).all()
     assert torch.equal(shuffled.text, true.text)
 
 
-def test_permuted_moves_whole_classes_and_their_text_together(bank):
-    true, permuted = make(bank), make(bank, control="permuted")
+def test_permuted_moves_whole_classes_and_their_text_together(cache):
+    true, permuted = make(cache), make(cache, control="permuted")
     taken = rows_of(permuted.visual, true.visual)
     assert torch.equal(taken.sort().values, torch.arange(N))  # equal classes: each anchor once
     other = rows_of(permuted.text, true.text)
     assert (other != torch.arange(CLASSES)).all() and torch.equal(LABELS[taken], other[LABELS])
-    by_class = make(bank, per="class", control="permuted")
-    assert torch.equal(by_class.visual, make(bank, per="class").visual[other])
+    by_class = make(cache, per="class", control="permuted")
+    assert torch.equal(by_class.visual, make(cache, per="class").visual[other])
 
 
-def test_permuted_with_unequal_and_absent_classes(bank):
+def test_permuted_with_unequal_and_absent_classes(cache):
     labels = torch.where(torch.arange(N) < 100, 0, torch.arange(N) % 2 + 1)
-    true = make_anchors(bank, labels, width=12, classes=CLASSES)
-    permuted = make_anchors(bank, labels, width=12, classes=CLASSES, control="permuted")
+    true = make_anchors(cache, labels, width=12, classes=CLASSES)
+    permuted = make_anchors(cache, labels, width=12, classes=CLASSES, control="permuted")
     taken = labels[rows_of(permuted.visual, true.visual)]
     assert (taken != labels).all() and all(
         len(taken[labels == label].unique()) == 1 for label in range(3)
     )
     with pytest.raises(UserError, match="two classes"):
         make_anchors(
-            bank, torch.zeros(N, dtype=torch.long), width=12, classes=CLASSES, control="permuted"
+            cache, torch.zeros(N, dtype=torch.long), width=12, classes=CLASSES, control="permuted"
         )
 
 
-def test_onehot_tells_the_label_and_nothing_else(bank):
-    anchors = make(bank, control="onehot")
+def test_onehot_tells_the_label_and_nothing_else(cache):
+    anchors = make(cache, control="onehot")
     unit = torch.nn.functional.normalize(anchors.visual, dim=1)
     expected = (LABELS[:, None] == LABELS[None]).float()
     torch.testing.assert_close(unit @ unit.T, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_unknown_names(bank):
+def test_unknown_names(cache):
     with pytest.raises(UserError, match="unknown control 'shufled'; did you mean 'shuffled'"):
-        make(bank, control="shufled")
+        make(cache, control="shufled")
     with pytest.raises(UserError, match="unknown granularity of anchors 'img'"):
-        make(bank, per="img")
+        make(cache, per="img")

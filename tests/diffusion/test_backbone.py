@@ -15,10 +15,10 @@ from semanticfl_ref.diffusion.backbone import (
     _content,
     _noise,
     settled_precision,
-    settled_taps,
+    resolve_layers,
     vae_dtype,
 )
-from semanticfl_ref.diffusion.parts import layers, parameters
+from semanticfl_ref.diffusion.modules import parameters, unet_layers
 from semanticfl_ref.diffusion.text import captions
 from semanticfl_ref.errors import NonFiniteError, UserError
 
@@ -31,7 +31,7 @@ def hook_count(backbone):
 
 @pytest.mark.parametrize("size", [32, 40], ids=["even", "odd"])
 @pytest.mark.parametrize(
-    "taps",
+    "layers",
     [
         ["down.0.resnets.0"],
         ["down.1.attentions.1", "down.2"],
@@ -41,10 +41,10 @@ def hook_count(backbone):
         ["up.1", "up.2", "up.3"],
         ["up.2.attentions.1", "up.1.resnets.2"],
     ],
-    ids=lambda taps: taps[-1],
+    ids=lambda layers: layers[-1],
 )
 def test_early_stop_behind_a_pruned_unet_is_bitwise_the_full_forward(
-    deep_folder, whole_unet, taps, size
+    deep_folder, whole_unet, layers, size
 ):
     """Stable Diffusion's blocks; at 40 pixels the levels are 10, 5, 3 and 2 a side, where diffusers
     treats the last up-block differently.
@@ -52,30 +52,32 @@ def test_early_stop_behind_a_pruned_unet_is_bitwise_the_full_forward(
     images = torch.randint(
         0, 256, (2, size, size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(2)
     )
-    early = Backbone.load(deep_folder, taps=taps, offline=True)
+    early = Backbone.load(deep_folder, layers=layers, offline=True)
     full = copy.copy(whole_unet)
     full.stop_early = False
     expected = full.features(images, prompt_embedding=full.null_prompt, **OPTIONS)
     found = early.features(images, prompt_embedding=full.null_prompt, **OPTIONS)
-    assert list(found) == taps and all(torch.equal(found[tap], expected[tap]) for tap in taps)
-    assert {tap: values.shape[1] for tap, values in found.items()} == early.widths()
+    assert list(found) == layers and all(
+        torch.equal(found[layer], expected[layer]) for layer in layers
+    )
+    assert {layer: values.shape[1] for layer, values in found.items()} == early.widths()
     assert hook_count(early) == 0
 
 
 @pytest.fixture(scope="module")
 def whole_unet(deep_folder):
-    """Every layer of the deep model tapped, nothing cut off."""
-    probe = Backbone.load(deep_folder, taps=["vae"], offline=True)
-    whole = Backbone.load(deep_folder, taps=probe.tap_names(), offline=True, pruned=False)
+    """Every layer of the deep model selected, nothing cut off."""
+    probe = Backbone.load(deep_folder, layers=["vae"], offline=True)
+    whole = Backbone.load(deep_folder, layers=probe.layer_names(), offline=True, pruned=False)
     whole.null_prompt  # noqa: B018 (kept by every copy)
     return whole
 
 
 def test_layers_are_named_in_the_order_in_which_they_end(whole_unet, images):
-    names = whole_unet.tap_names()
+    names = whole_unet.layer_names()
     assert len(names) == 1 + (4 * 2 + 3 * 2 + 4) + (2 + 1 + 1) + (4 * 3 + 3 * 3 + 4)
     ended, handles = ["vae"], []
-    for name, module in layers(whole_unet.unet).items():
+    for name, module in unet_layers(whole_unet.unet).items():
         handles.append(module.register_forward_hook(lambda *_, name=name: ended.append(name)))
     whole = copy.copy(whole_unet)
     whole.batch = 1
@@ -87,15 +89,15 @@ def test_layers_are_named_in_the_order_in_which_they_end(whole_unet, images):
 
 def test_the_pruned_unet_is_smaller_by_what_lies_behind(deep_folder, whole_unet):
     sizes = {}
-    for tap in ("down.0", "down.3", "mid", "up.0", "up.3"):
-        backbone = Backbone.load(deep_folder, taps=[tap], offline=True)
-        sizes[tap] = parameters(backbone.unet)
-        assert backbone.unet_parameters == parameters(whole_unet.unet) > sizes[tap]
-        assert f"U-Net up to {tap}: " in backbone.memory()
+    for layer in ("down.0", "down.3", "mid", "up.0", "up.3"):
+        backbone = Backbone.load(deep_folder, layers=[layer], offline=True)
+        sizes[layer] = parameters(backbone.unet)
+        assert backbone.unet_parameters == parameters(whole_unet.unet) > sizes[layer]
+        assert f"U-Net up to {layer}: " in backbone.memory()
     assert list(sizes.values()) == sorted(sizes.values())
     blocks = {f"up.{i}": parameters(block) for i, block in enumerate(whole_unet.unet.up_blocks)}
     assert sizes["up.3"] - sizes["up.0"] == blocks["up.1"] + blocks["up.2"] + blocks["up.3"]
-    alone = Backbone.load(deep_folder, taps=["vae"], offline=True)
+    alone = Backbone.load(deep_folder, layers=["vae"], offline=True)
     assert (
         all(parameter.is_meta for parameter in alone.unet.parameters())
         and "0.0 of" in alone.memory()
@@ -103,12 +105,12 @@ def test_the_pruned_unet_is_smaller_by_what_lies_behind(deep_folder, whole_unet)
 
 
 def test_early_stop_leaves_out_what_lies_beyond(model_folder, images):
-    backbone = Backbone.load(model_folder, taps=["mid"], offline=True, pruned=False)
+    backbone = Backbone.load(model_folder, layers=["mid"], offline=True, pruned=False)
     backbone.unet.up_blocks[0].register_forward_pre_hook(
-        lambda *_: pytest.fail("a block beyond the deepest tap ran")
+        lambda *_: pytest.fail("a block beyond the deepest layer ran")
     )
     assert backbone.features(images, **OPTIONS)["mid"].shape == (12, 112)
-    backbone = Backbone.load(model_folder, taps=["vae"], offline=True)
+    backbone = Backbone.load(model_folder, layers=["vae"], offline=True)
     backbone.unet.register_forward_pre_hook(
         lambda *_: pytest.fail("the latent alone needs no U-Net")
     )
@@ -150,21 +152,21 @@ def test_taps_equal_hooks_on_diffusers_own_pipeline_parts(model_folder, backbone
         .last_hidden_state.expand(len(fill), -1, -1)
     )
     seen = {}
-    for tap, module in {
+    for layer, module in {
         "down.1": unet.down_blocks[1],
         "mid": unet.mid_block,
         "up.0": unet.up_blocks[0],
     }.items():
         module.register_forward_hook(
-            lambda _m, _i, out, tap=tap: seen.__setitem__(
-                tap, out[0] if isinstance(out, tuple) else out
+            lambda _m, _i, out, layer=layer: seen.__setitem__(
+                layer, out[0] if isinstance(out, tuple) else out
             )
         )
     unet(latent * share.sqrt().float() + noise * (1 - share).sqrt().float(), 150, hidden)
     features = backbone.features(images, **OPTIONS)
-    for tap, values in {"vae": latent, **seen}.items():
+    for layer, values in {"vae": latent, **seen}.items():
         torch.testing.assert_close(
-            features[tap], values[: len(images)].mean((2, 3)), rtol=1e-4, atol=1e-4
+            features[layer], values[: len(images)].mean((2, 3)), rtol=1e-4, atol=1e-4
         )
 
 
@@ -220,11 +222,11 @@ def test_features_do_not_depend_on_batch_or_order(backbone, images):
     alone = backbone.features(images[5:6], **OPTIONS)
     backbone.batch = 8  # another size of pass, which the user cannot choose: looser
     small = backbone.features(images, **OPTIONS)
-    for tap, values in whole.items():
+    for layer, values in whole.items():
         bound = values.abs().max() * 2e-6
-        assert (shuffled[tap] - values[order]).abs().max() <= bound
-        assert (alone[tap] - values[5:6]).abs().max() <= bound
-        assert (small[tap] - values).abs().max() <= 10 * bound
+        assert (shuffled[layer] - values[order]).abs().max() <= bound
+        assert (alone[layer] - values[5:6]).abs().max() <= bound
+        assert (small[layer] - values).abs().max() <= 10 * bound
 
 
 def test_own_prompts_reach_the_unet_in_their_order(backbone, text_encoder, images):
@@ -287,13 +289,17 @@ def test_hooks_are_gone_after_an_exception(backbone, images, monkeypatch):
 
 @pytest.mark.parametrize("layer", ["vae", "down.0", "mid"])
 def test_a_non_finite_image_is_named_with_its_first_layer(model_folder, images, layer):
-    backbone = Backbone.load(model_folder, taps=["down.0", "mid"], offline=True)
+    backbone = Backbone.load(model_folder, layers=["down.0", "mid"], offline=True)
 
     def spoil(_module, _inputs, output):
         (output[0] if isinstance(output, tuple) else output)[4] = float("nan")
 
-    {"vae": backbone.vae.quant_conv, **layers(backbone.unet)}[layer].register_forward_hook(spoil)
-    with pytest.raises(NonFiniteError, match=rf"image 104, tap {layer}: .* choose precision fp32"):
+    {"vae": backbone.vae.quant_conv, **unet_layers(backbone.unet)}[layer].register_forward_hook(
+        spoil
+    )
+    with pytest.raises(
+        NonFiniteError, match=rf"image 104, layer {layer}: .* choose precision fp32"
+    ):
         backbone.features(images, first=100, **OPTIONS)
 
 
@@ -330,7 +336,7 @@ def test_text_is_the_pooled_output_of_the_caption(text_encoder):
 
 
 def test_bf16_is_near_fp32(model_folder, backbone, images):
-    half = Backbone.load(model_folder, taps=["mid"], precision="bf16", offline=True).features(
+    half = Backbone.load(model_folder, layers=["mid"], precision="bf16", offline=True).features(
         images, **OPTIONS
     )["mid"]
     full = backbone.features(images, **OPTIONS)["mid"]
@@ -340,7 +346,7 @@ def test_bf16_is_near_fp32(model_folder, backbone, images):
 
 def test_loading_leaves_the_global_generator_alone(model_folder, images):
     before = torch.get_rng_state()
-    Backbone.load(model_folder, taps=["mid"], offline=True).features(images[:1], **OPTIONS)
+    Backbone.load(model_folder, layers=["mid"], offline=True).features(images[:1], **OPTIONS)
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -361,15 +367,15 @@ def test_options_out_of_range(backbone, images, options, message):
 
 def test_unknown_tap_and_prompt_without_a_place(model_folder):
     with pytest.raises(UserError, match="did you mean 'mid'"):
-        Backbone.load(model_folder, taps=["midd"], offline=True)
+        Backbone.load(model_folder, layers=["midd"], offline=True)
     with pytest.raises(UserError, match="none twice"):
-        Backbone.load(model_folder, taps=["mid", "mid"], offline=True)
+        Backbone.load(model_folder, layers=["mid", "mid"], offline=True)
     with pytest.raises(UserError, match="no place for the class"):
         captions("a photo", ["one"])
     assert captions("a {class}, {}", ["sea_lion"]) == ["a sea lion, sea lion"]
     with pytest.raises(UserError, match="at least one"):
-        Backbone.load(model_folder, taps=[], offline=True)
-    assert settled_taps(
+        Backbone.load(model_folder, layers=[], offline=True)
+    assert resolve_layers(
         ["all"], ["vae", "down.0.resnets.0", "down.0", "mid.attentions.0", "mid"]
     ) == ("vae", "down.0", "mid")
 
@@ -392,7 +398,7 @@ def test_precisions():
 
 
 def test_modules_import_neither_library():
-    code = "import sys; from semanticfl_ref.diffusion import backbone, bank, anchors; print([m for m in ('diffusers', 'transformers') if m in sys.modules])"
+    code = "import sys; from semanticfl_ref.diffusion import backbone, cache, anchors; print([m for m in ('diffusers', 'transformers') if m in sys.modules])"
     assert (
         subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=True
@@ -416,7 +422,7 @@ def test_pooling_is_the_mean_of_cells(backbone, images):
 )
 def test_half_precision_is_channels_last(model_folder, precision, layout):
     """fp32 on a CPU gains nothing by it."""
-    backbone = Backbone.load(model_folder, taps=["mid"], precision=precision, offline=True)
+    backbone = Backbone.load(model_folder, layers=["mid"], precision=precision, offline=True)
     for part in (backbone.unet, backbone.vae):
         kernels = [
             weight

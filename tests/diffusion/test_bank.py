@@ -1,4 +1,4 @@
-"""The bank on disk: what is in it, what names it, and what a cached run does not need."""
+"""The cache on disk: what is in it, what names it, and what a cached run does not need."""
 
 import subprocess
 import sys
@@ -7,44 +7,44 @@ import pytest
 import torch
 from bank_files import LABELS, NAMES, RECIPE, contents, no_extraction, same
 
-from semanticfl_ref.diffusion import bank as bank_module
+from semanticfl_ref.diffusion import feature_cache as bank_module
 from semanticfl_ref.diffusion.backbone import Backbone
-from semanticfl_ref.diffusion.bank import in_memory, open_bank, open_or_build
+from semanticfl_ref.diffusion.feature_cache import in_memory, open_cache, open_or_build
 from semanticfl_ref.errors import UserError
 
 
 def test_a_bank_holds_the_backbones_features(made, model_folder, images, text_encoder):
-    bank = open_bank(made)
-    assert made.path.name == f"bank-{bank.id}"
+    cache = open_cache(made)
+    assert made.path.name == f"cache-{cache.id}"
     assert set(contents(made.path)) == {
-        "bank.json",
+        "cache.json",
         "text.safetensors",
         *(f"shard-0000{i}.safetensors" for i in range(3)),
     }
-    features = Backbone.load(model_folder, taps=["down.1", "mid"], offline=True).features(
+    features = Backbone.load(model_folder, layers=["down.1", "mid"], offline=True).features(
         images, timestep=50, seed=0
     )
-    assert list(bank.widths.items()) == [("mid", 112), ("down.1", 112)], "in the order asked for"
-    assert all(torch.equal(bank.read(tap), features[tap].half()) for tap in bank.widths)
+    assert list(cache.widths.items()) == [("mid", 112), ("down.1", 112)], "in the order asked for"
+    assert all(torch.equal(cache.read(layer), features[layer].half()) for layer in cache.widths)
     assert (
-        torch.equal(bank.text, text_encoder.encode([f"a photo of a {name}" for name in NAMES])[1])
-        and bank.text.dtype == torch.float32
+        torch.equal(cache.text, text_encoder.encode([f"a photo of a {name}" for name in NAMES])[1])
+        and cache.text.dtype == torch.float32
     )
     assert (
-        bank.meta["timestep"] == 50
-        and bank.meta["condition"] == "null"
-        and bank.meta["vae_precision"] == "float32"
+        cache.meta["timestep"] == 50
+        and cache.meta["condition"] == "null"
+        and cache.meta["vae_precision"] == "float32"
     )
 
 
 @pytest.mark.parametrize("rows", [1, 3, 4, 5, 8, 12, 100])
 def test_chunks_are_the_whole_in_pieces(made, rows):
-    bank = open_bank(made)
-    chunks = list(bank.chunks("mid", rows))
-    assert torch.equal(torch.cat(chunks), bank.read("mid")) and [
+    cache = open_cache(made)
+    chunks = list(cache.chunks("mid", rows))
+    assert torch.equal(torch.cat(chunks), cache.read("mid")) and [
         len(chunk) for chunk in chunks
     ] == [rows] * (12 // rows) + ([12 % rows] if 12 % rows else [])
-    whole = in_memory({"mid": bank.read("mid")}, bank.text, "id", {})
+    whole = in_memory({"mid": cache.read("mid")}, cache.text, "id", {})
     assert [chunk.tolist() for chunk in whole.chunks("mid", rows)] == [
         chunk.tolist() for chunk in chunks
     ]
@@ -53,7 +53,7 @@ def test_chunks_are_the_whole_in_pieces(made, rows):
 def test_a_hit_is_equal_and_makes_nothing(made, cached, monkeypatch):
     no_extraction(monkeypatch)
     monkeypatch.setattr(torch, "load", lambda *_a, **_k: pytest.fail("torch.load was called"))
-    assert same(open_or_build(cached), open_bank(made))
+    assert same(open_or_build(cached), open_cache(made))
 
 
 def test_a_hit_imports_neither_library(cached, model_folder, images, tmp_path):
@@ -61,13 +61,13 @@ def test_a_hit_imports_neither_library(cached, model_folder, images, tmp_path):
     code = f"""
 import sys, torch
 from pathlib import Path
-from semanticfl_ref.diffusion import bank
-bank.SHARD = 4
+from semanticfl_ref.diffusion import feature_cache as cache
+cache.SHARD = 4
 images = torch.load({str(tmp_path / "images.pt")!r}, weights_only=True)
-recipe = bank.Recipe(source={str(model_folder)!r}, **{RECIPE})
-wanted = bank.plan(images, torch.arange(12) % 3, {NAMES}, "data", recipe, cache_dir=Path({str(tmp_path)!r}), offline=True, device="cpu")
-assert bank.finished(wanted)
-bank.open_or_build(wanted)
+recipe = cache.Recipe(source={str(model_folder)!r}, **{RECIPE})
+wanted = cache.plan(images, torch.arange(12) % 3, {NAMES}, "data", recipe, cache_dir=Path({str(tmp_path)!r}), offline=True, device="cpu")
+assert cache.finished(wanted)
+cache.open_or_build(wanted)
 print([name for name in ("diffusers", "transformers") if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -84,8 +84,8 @@ print([name for name in ("diffusers", "transformers") if name in sys.modules])
         {"condition": "own-class"},
         {"input_size": 16},
         {"precision": "bf16"},
-        {"taps": ("mid",)},
-        {"taps": ("down.1", "mid")},
+        {"layers": ("mid",)},
+        {"layers": ("down.1", "mid")},
         {"latent": "sample"},
         {"names": ("one", "two", "four")},
     ],
@@ -116,9 +116,9 @@ def test_images_weights_and_labels_make_another_bank_where_they_matter(
 
 def test_own_class_depends_on_the_label(want, tmp_path, images, made, model_folder, text_encoder):
     own = open_or_build(want(tmp_path, condition="own-class"))
-    assert not torch.equal(own.read("mid"), open_bank(made).read("mid"))
+    assert not torch.equal(own.read("mid"), open_cache(made).read("mid"))
     hidden = text_encoder.encode([f"a photo of a {name}" for name in NAMES])[0]
-    expected = Backbone.load(model_folder, taps=["mid"], offline=True).features(
+    expected = Backbone.load(model_folder, layers=["mid"], offline=True).features(
         images, timestep=50, seed=0, prompt_embedding=hidden[LABELS]
     )["mid"]
     assert torch.equal(own.read("mid"), expected.half())
@@ -143,7 +143,7 @@ def test_size_progress_and_speed_are_told(want, tmp_path, capsys):
     open_or_build(want(tmp_path / "a"), said.append)
     assert capsys.readouterr() == ("", "")
     assert (
-        "feature bank of 12 images: 0.0 MiB at" in said[0]
+        "feature cache of 12 images: 0.0 MiB at" in said[0]
         and "U-Net up to mid" in said[1]
         and len(said) == 2
     )

@@ -1,4 +1,4 @@
-"""What a bank survives: kills, damage, full disks, a second process."""
+"""What a cache survives: kills, damage, full disks, a second process."""
 
 import errno
 import os
@@ -11,7 +11,7 @@ from bank_files import contents, no_extraction, same
 
 from semanticfl_ref.diffusion import extract
 from semanticfl_ref.diffusion.backbone import Backbone
-from semanticfl_ref.diffusion.bank import finished, open_bank, open_or_build
+from semanticfl_ref.diffusion.feature_cache import finished, open_cache, open_or_build
 from semanticfl_ref.errors import DataError, MismatchError, NonFiniteError
 
 
@@ -48,7 +48,7 @@ def test_killed_at_every_write_it_ends_with_the_same_bytes(made, want, tmp_path,
 
 
 def test_a_resumed_extraction_describes_only_what_is_missing(made, cached, monkeypatch):
-    (cached.path / "bank.json").unlink(), (cached.path / "shard-00001.safetensors").unlink()
+    (cached.path / "cache.json").unlink(), (cached.path / "shard-00001.safetensors").unlink()
     real, firsts, said = Backbone.features, [], []
     monkeypatch.setattr(
         Backbone,
@@ -59,8 +59,8 @@ def test_a_resumed_extraction_describes_only_what_is_missing(made, cached, monke
     )
     open_or_build(cached, said.append)
     assert firsts == [4] and contents(cached.path) == contents(made.path)
-    assert any("feature bank of 12 images, 8 of them done before" in text for text in said)
-    (cached.path / "bank.json").unlink()
+    assert any("feature cache of 12 images, 8 of them done before" in text for text in said)
+    (cached.path / "cache.json").unlink()
     monkeypatch.setattr(
         Backbone, "load", lambda *_a, **_k: pytest.fail("no image is missing: no model is needed")
     )
@@ -69,7 +69,7 @@ def test_a_resumed_extraction_describes_only_what_is_missing(made, cached, monke
 
 
 def test_a_damaged_or_foreign_shard_of_an_unfinished_bank_is_made_again(made, cached):
-    (cached.path / "bank.json").unlink()
+    (cached.path / "cache.json").unlink()
     first, second = (cached.path / f"shard-0000{i}.safetensors" for i in (0, 1))
     damaged = bytearray(first.read_bytes())
     damaged[-1] ^= 1
@@ -84,7 +84,7 @@ def test_every_damaged_byte_is_detected_or_harmless(made, cached, monkeypatch):
     read.
     """
     no_extraction(monkeypatch)
-    whole, detected, places = open_bank(made), 0, 0
+    whole, detected, places = open_cache(made), 0, 0
     for file in sorted(cached.path.glob("[bst]*")):
         good = file.read_bytes()
         header = 8 + int.from_bytes(good[:8], "little") if file.suffix == ".safetensors" else 0
@@ -131,7 +131,7 @@ def test_truncated_missing_and_misnamed_files_are_refused(cached, want, monkeypa
 
 def test_anew_replaces_a_damaged_bank(made, cached):
     (cached.path / "shard-00001.safetensors").write_bytes(b"")
-    extract.build(cached, print, anew=True)
+    extract.build(cached, print, rebuild=True)
     assert contents(cached.path) == contents(made.path)
 
 
@@ -186,16 +186,18 @@ def test_a_disk_that_is_too_small_is_refused_before_the_work(want, tmp_path, mon
 
 def test_a_cache_folder_that_is_a_file(want, tmp_path):
     (tmp_path / "cache").write_text("not a folder")
-    with pytest.raises(DataError, match="cannot write .*cache/bank-"):
+    with pytest.raises(DataError, match="cannot write .*cache/cache-"):
         open_or_build(want(tmp_path / "cache"))
 
 
 def test_what_does_not_fit_fp16_is_named(want, tmp_path, monkeypatch):
     def features(self, part, first, **_options):
-        return {tap: torch.full((len(part), 112), 1e5 if first == 8 else 1.0) for tap in self.taps}
+        return {
+            layer: torch.full((len(part), 112), 1e5 if first == 8 else 1.0) for layer in self.layers
+        }
 
     monkeypatch.setattr(Backbone, "features", features)
-    with pytest.raises(NonFiniteError, match="image 8, tap mid.*does not fit"):
+    with pytest.raises(NonFiniteError, match="image 8, layer mid.*does not fit"):
         open_or_build(want(tmp_path))
 
 

@@ -17,10 +17,11 @@ from processes import ROOT, command, environment
 from safetensors.torch import load_file
 
 from bench.random_model import write_model
-from semanticfl_ref import config, prepare
+from semanticfl_ref.config.settings import settings as config
 from semanticfl_ref.diffusion.backbone import Backbone
-from semanticfl_ref.diffusion.parts import parameters
-from semanticfl_ref.diffusion.weights import fingerprint
+from semanticfl_ref.diffusion.model_files import fingerprint
+from semanticfl_ref.diffusion.modules import parameters
+from semanticfl_ref.run import setup as prepare
 
 pytestmark = pytest.mark.heavy
 SIZE = os.environ.get(
@@ -80,23 +81,23 @@ def finish(cache, *arguments: str) -> tuple[str, str]:
 
 @pytest.fixture(scope="module")
 def built(sd, place, tmp_path_factory):
-    """The bank's folder: its building was killed behind the first shard and resumed. And what the
+    """The cache's folder: its building was killed behind the first shard and resumed. And what the
     resumed command said.
     """
     cache = tmp_path_factory.mktemp("cache")
     flags = ["features", "build", *place[1], "--sd", str(sd), "--set", f"run.threads={THREADS}"]
     process = run(cache, *flags)
-    while process.poll() is None and not list(cache.glob("banks/*/shard-*.safetensors")):
+    while process.poll() is None and not list(cache.glob("caches/*/shard-*.safetensors")):
         time.sleep(0.05)
     process.kill()
     process.communicate()
     assert process.returncode == -signal.SIGKILL
-    first = next(cache.glob("banks/*/shard-00000.safetensors"))
+    first = next(cache.glob("caches/*/shard-00000.safetensors"))
     when = first.stat().st_mtime_ns
-    assert not (first.parent / "bank.json").exists()
+    assert not (first.parent / "cache.json").exists()
     _, err = finish(cache, *flags)
     assert first.stat().st_mtime_ns == when, "the shard before the kill was made again"
-    assert f"feature bank of {IMAGES} images, 64 of them done before" in err and "images/s" in err
+    assert f"feature cache of {IMAGES} images, 64 of them done before" in err and "images/s" in err
     print(
         "\n"
         + "\n".join(
@@ -130,7 +131,7 @@ def test_the_bank_holds_what_the_whole_forward_gives(built, sd, place, as_many_t
         }
     )
     dataset = prepare.load_images(settings, offline=True)[0]
-    manifest = json.loads((built[1] / "bank.json").read_text())
+    manifest = json.loads((built[1] / "cache.json").read_text())
     assert (
         manifest["meta"]["weights_sha256"] == fingerprint(sd)
         and manifest["meta"]["timestep"] == 150
@@ -139,7 +140,7 @@ def test_the_bank_holds_what_the_whole_forward_gives(built, sd, place, as_many_t
     stored = load_file(built[1] / "shard-00001.safetensors")
     whole = Backbone.load(
         sd,
-        taps=["up.1", "up.2", "up.3"],
+        layers=["up.1", "up.2", "up.3"],
         precision=manifest["meta"]["precision"],
         offline=True,
         pruned=False,
@@ -149,7 +150,7 @@ def test_the_bank_holds_what_the_whole_forward_gives(built, sd, place, as_many_t
     encode = whole.vae.encode
     whole.vae.encode = lambda values: seen.append(values) or encode(values)
     features = whole.features(dataset.train_images[64:], timestep=150, seed=0, input_size=INPUT)
-    assert all(torch.equal(features[tap].half(), stored[tap]) for tap in features) and set(
+    assert all(torch.equal(features[layer].half(), stored[layer]) for layer in features) and set(
         features
     ) == set(stored)
     assert (
@@ -163,8 +164,8 @@ def test_the_bank_holds_what_the_whole_forward_gives(built, sd, place, as_many_t
     shuffled = whole.features(
         dataset.train_images[64:].flip(0), timestep=150, seed=0, input_size=INPUT
     )
-    for tap, values in features.items():
-        assert (shuffled[tap].flip(0) - values).norm() <= 2e-2 * values.norm()
+    for layer, values in features.items():
+        assert (shuffled[layer].flip(0) - values).norm() <= 2e-2 * values.norm()
 
 
 def test_the_pruned_unet_needs_less_memory(sd):
@@ -173,7 +174,7 @@ def test_the_pruned_unet_needs_less_memory(sd):
 import sys
 from pathlib import Path
 from semanticfl_ref.diffusion.backbone import Backbone
-backbone = Backbone.load(sys.argv[1], taps=["mid"], precision="bf16", offline=True, pruned=sys.argv[2] == "pruned")
+backbone = Backbone.load(sys.argv[1], layers=["mid"], precision="bf16", offline=True, pruned=sys.argv[2] == "pruned")
 print(backbone.memory() if sys.argv[2] == "pruned" else "U-Net whole")
 print([int(line.split()[1]) / 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")][0])
 """
@@ -214,11 +215,13 @@ def test_train_uses_the_bank(built, sd, place, tmp_path):
         built[0], "train", *place[1], "--sd", str(sd), *few, "--out", str(tmp_path / "run")
     )
     assert (
-        "from the feature bank in the cache" in err
+        "from the feature cache in the cache" in err
         and {file: file.stat().st_mtime_ns for file in built[1].iterdir()} == before
     )
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert f"bank-{summary['anchors']['bank']}" == built[1].name and summary["anchors"]["taps"] == [
+    assert f"cache-{summary['anchors']['cache']}" == built[1].name and summary["anchors"][
+        "layers"
+    ] == [
         "up.1",
         "up.2",
         "up.3",

@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from semanticfl_ref.diffusion import weights
+from semanticfl_ref.diffusion import model_files as weights
 from semanticfl_ref.diffusion.backbone import Backbone
-from semanticfl_ref.diffusion.parts import RENAMED
-from semanticfl_ref.diffusion.weights import fingerprint
+from semanticfl_ref.diffusion.model_files import fingerprint
+from semanticfl_ref.diffusion.modules import RENAMED
 from semanticfl_ref.errors import DataError, DownloadError, UserError
 
 OPTIONS = {"timestep": 150, "seed": 3}
@@ -42,7 +42,7 @@ def test_vanished_ids_name_their_successor(name):
     with pytest.raises(
         UserError, match="withdrawn.*--sd (stable-diffusion-v1-5|sd2-community)/"
     ) as caught:
-        Backbone.load(name, taps=["mid"])
+        Backbone.load(name, layers=["mid"])
     assert caught.value.exit_code == 2
 
 
@@ -61,13 +61,13 @@ def test_missing_weights_offline_name_the_command_and_open_no_socket(monkeypatch
         DownloadError,
         match=r"hf download somebody/model .*--include .unet/diffusion_pytorch_model.fp16",
     ) as caught:
-        Backbone.load("somebody/model", taps=["mid"], offline=True)
+        Backbone.load("somebody/model", layers=["mid"], offline=True)
     assert "--sd tiny" in str(caught.value) and caught.value.exit_code == 5
 
 
 def test_a_local_folder_opens_no_socket(model_folder, images, monkeypatch):
     forbid_sockets(monkeypatch)
-    Backbone.load(model_folder, taps=["mid"]).features(images[:1], **OPTIONS)
+    Backbone.load(model_folder, layers=["mid"]).features(images[:1], **OPTIONS)
 
 
 def test_no_network_is_a_download_error(monkeypatch, tmp_path):
@@ -83,7 +83,7 @@ def test_no_network_is_a_download_error(monkeypatch, tmp_path):
         DownloadError,
         match="could not be fetched .Name or service not known.*: hf download somebody/model",
     ):
-        Backbone.load("somebody/model", taps=["mid"])
+        Backbone.load("somebody/model", layers=["mid"])
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_a_folder_without_a_part_is_named(folder, part):
     target = folder / part
     shutil.rmtree(target) if target.is_dir() else target.unlink()
     with pytest.raises(DataError, match=f"lacks {part}"):
-        Backbone.load(folder, taps=["mid"], offline=True)
+        Backbone.load(folder, layers=["mid"], offline=True)
 
 
 def test_a_pickled_weight_is_not_read(folder):
@@ -108,7 +108,7 @@ def test_a_pickled_weight_is_not_read(folder):
         folder / "unet" / "diffusion_pytorch_model.bin"
     )
     with pytest.raises(DataError, match="only safetensors are read"):
-        Backbone.load(folder, taps=["mid"], offline=True)
+        Backbone.load(folder, layers=["mid"], offline=True)
 
 
 def test_damaged_or_partial_weights_are_refused(folder):
@@ -119,24 +119,26 @@ def test_damaged_or_partial_weights_are_refused(folder):
     with pytest.raises(
         DataError, match=r"unet of model folder .* has no weights for conv_in\.weight \(1 such\)"
     ):
-        Backbone.load(folder, taps=["mid"], offline=True)
+        Backbone.load(folder, layers=["mid"], offline=True)
     file.write_bytes(file.read_bytes()[:-1000])
     with pytest.raises(DataError, match="unet of model folder .* cannot be read"):
-        Backbone.load(folder, taps=["mid"], offline=True)
+        Backbone.load(folder, layers=["mid"], offline=True)
     (folder / "vae" / "config.json").write_text("{")
     with pytest.raises(DataError, match="vae of model folder .* cannot be read"):
-        Backbone.load(folder, taps=["mid"], offline=True)
+        Backbone.load(folder, layers=["mid"], offline=True)
 
 
 def test_another_kind_of_unet_is_refused(folder):
     config = folder / "unet" / "config.json"
     config.write_text(config.read_text().replace('"in_channels": 4', '"in_channels": 9'))
     with pytest.raises(DataError, match="not a plain text-to-image Stable Diffusion"):
-        Backbone.load(folder, taps=["mid"], offline=True)
+        Backbone.load(folder, layers=["mid"], offline=True)
 
 
 def features_of(folder, images):
-    return Backbone.load(folder, taps=["vae", "up.0"], offline=True).features(images[:3], **OPTIONS)
+    return Backbone.load(folder, layers=["vae", "up.0"], offline=True).features(
+        images[:3], **OPTIONS
+    )
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +147,7 @@ def expected(model_folder, images):
 
 
 def same(one, other) -> bool:
-    return all(torch.equal(one[tap], other[tap]) for tap in one)
+    return all(torch.equal(one[layer], other[layer]) for layer in one)
 
 
 def test_the_fp16_variant_is_read_and_preferred(folder, images, expected):
@@ -204,11 +206,11 @@ def test_nothing_of_the_decoder_or_behind_the_last_tap_is_read(folder, images):
             file,
             metadata={"format": "pt"},
         )
-    assert Backbone.load(folder, taps=["down.1"], offline=True).features(images[:1], **OPTIONS)[
+    assert Backbone.load(folder, layers=["down.1"], offline=True).features(images[:1], **OPTIONS)[
         "down.1"
     ].shape == (1, 112)
     with pytest.raises(DataError, match=r"has no weights for mid_block\."):
-        Backbone.load(folder, taps=["mid"], offline=True)
+        Backbone.load(folder, layers=["mid"], offline=True)
 
 
 def test_a_remembered_fingerprint_reads_no_weights(folder, tmp_path, monkeypatch):
@@ -344,4 +346,4 @@ def test_full_files_that_another_program_fetched_are_found_offline(folder, tmp_p
 
 def test_a_folder_that_is_not_there(tmp_path):
     with pytest.raises(DataError, match="does not exist"):
-        Backbone.load(tmp_path / "none", taps=["mid"])
+        Backbone.load(tmp_path / "none", layers=["mid"])

@@ -6,20 +6,20 @@ import pytest
 import torch
 from quadratic import TARGETS, Quadratic
 
-from semanticfl_ref.config import build
+from semanticfl_ref.config.settings import build
+from semanticfl_ref.data.dataset import Dataset
 from semanticfl_ref.data.partition import Partition, make_partition
-from semanticfl_ref.data.sources import Dataset
 from semanticfl_ref.diffusion.anchors import Anchors
 from semanticfl_ref.federated import client as client_module
-from semanticfl_ref.federated.flat import layout_of
-from semanticfl_ref.federated.world import World, make_world
+from semanticfl_ref.federated.context import RunContext, make_context
+from semanticfl_ref.federated.flat import flat_layout
 
 CLASSES, TRAIN, TEST = 3, 30, 12
 
 
 @pytest.fixture
-def small_world():
-    """A function: settings by dotted name -> World."""
+def small_context():
+    """A function: settings by dotted name -> RunContext."""
 
     def make(**settings):
         source = torch.Generator().manual_seed(0)
@@ -62,7 +62,7 @@ def small_world():
             torch.randn(TRAIN, 8, generator=source),
             torch.randn(CLASSES, 6, generator=source),
         )
-        return make_world(
+        return make_context(
             config,
             dataset,
             partition,
@@ -74,7 +74,7 @@ def small_world():
 
 @pytest.fixture
 def quadratic_world(monkeypatch):
-    """A function: settings -> a world of three clients with the loss |w - t_k|^2 / 2 and no
+    """A function: settings -> a context of three clients with the loss |w - t_k|^2 / 2 and no
     randomness. t_k is `TARGETS[k]`; each client holds `images[k]` copies of it, one batch an epoch
     unless the batch size is set. Learning rate 1/2, two epochs, no momentum."""
     monkeypatch.setattr(client_module, "cross_entropy", lambda logits, labels: logits.mean())
@@ -119,13 +119,13 @@ def quadratic_world(monkeypatch):
             sha256="0" * 64,
         )
         model = Quadratic()
-        return World(
+        return RunContext(
             config=config,
             dataset=dataset,
             partition=partition,
             anchors=None,
             model=model,
-            layout=layout_of(model),
+            layout=flat_layout(model),
             device=torch.device("cpu"),
             precision="fp32",
         )

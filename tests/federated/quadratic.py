@@ -4,8 +4,8 @@ number of a round can be redone on paper.
 
 import torch
 
-from semanticfl_ref.federated.round import play_round
-from semanticfl_ref.federated.world import new_state
+from semanticfl_ref.federated.context import new_state
+from semanticfl_ref.federated.round import run_round
 
 TARGETS = torch.tensor(
     [[1.0, -1.0, 0.2], [-1.0, -0.6, 0.2], [0.6, 0.2, 1.0]]
@@ -27,11 +27,11 @@ class Quadratic(torch.nn.Module):
         return (features_B3 - images[:, :, 0, 0]).square().sum(1, keepdim=True) / 2, features_B3
 
 
-def play(world, rounds=2):
+def play(context, rounds=2):
     """The state after some rounds from the start, and their metrics."""
-    state, lines = new_state(world), []
+    state, lines = new_state(context), []
     for _ in range(rounds):
-        state, line = play_round(state, world)
+        state, line = run_round(state, context)
         lines.append(line)
     return state, lines
 

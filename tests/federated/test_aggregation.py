@@ -7,17 +7,17 @@ import pytest
 import torch
 from quadratic import MEAN, near, play
 
-from semanticfl_ref.config import build
+from semanticfl_ref.config.settings import build
 from semanticfl_ref.errors import NonFiniteError, UserError
 from semanticfl_ref.federated import round as story
-from semanticfl_ref.federated.aggregation import (
+from semanticfl_ref.federated.aggregate import (
     Aggregator,
     server_memory,
     server_step,
     trimmed,
     trimmed_mean,
 )
-from semanticfl_ref.federated.flat import load_row, to_row
+from semanticfl_ref.federated.flat import load_params, flatten_params
 from semanticfl_ref.federated.methods import METHODS
 
 ROWS = torch.tensor([[1.0, -8.0], [2.0, 0.0], [4.0, 1.0], [7.0, 2.0], [1e9, 3.0]])
@@ -77,24 +77,24 @@ def test_a_row_that_is_not_finite_is_left_out(rule):
 
 
 @pytest.mark.parametrize("rule", ["median", "trimmed-mean"])
-def test_a_hostile_client_does_not_carry_the_round(small_world, monkeypatch, rule):
+def test_a_hostile_client_does_not_carry_the_round(small_context, monkeypatch, rule):
     """One of three returns its row times a million: the mean follows it, the robust rules stay
     among the honest rows.
     """
     honest, rows = story.train_client, []
 
-    def train(visit):
-        report, model = honest(visit), visit.world.model
-        load_row(model, to_row(model) * (1e6 if visit.client == 1 else 1))
-        rows.append(to_row(model))
+    def train(update):
+        report, model = honest(update), update.context.model
+        load_params(model, flatten_params(model) * (1e6 if update.client == 1 else 1))
+        rows.append(flatten_params(model))
         return report
 
     monkeypatch.setattr(story, "train_client", train)
     settings = {"federation__clients_per_round": 3, "federation__method": "fedavg"}
-    state, _ = play(small_world(**settings, federation__aggregation=rule, server__trim=0.34), 1)
+    state, _ = play(small_context(**settings, federation__aggregation=rule, server__trim=0.34), 1)
     honest_rows = torch.stack([rows[0], rows[2]])
-    assert (state.row.abs() <= honest_rows.abs().amax(0) * (1 + 1e-6)).all()
-    hijacked, _ = play(small_world(**settings), 1)
+    assert (state.params.abs() <= honest_rows.abs().amax(0) * (1 + 1e-6)).all()
+    hijacked, _ = play(small_context(**settings), 1)
     assert hijacked.row.abs().max() > 1e4
 
 
@@ -163,36 +163,36 @@ def test_fedavgm_with_a_method_over_two_rounds(quadratic_world):
         ),
         2,
     )
-    near(state.row, 21 / 16 * MEAN)
+    near(state.params, 21 / 16 * MEAN)
     near(state.memory["server.velocity"], 9 / 16 * MEAN)
 
 
 @pytest.mark.parametrize("kind", ["fedavgm", "fedadam"])
-def test_running_averages_take_the_clients_average(small_world, kind):
+def test_running_averages_take_the_clients_average(small_context, kind):
     """And Adam leaves every variance positive."""
-    world = small_world(federation__method="fedavg", federation__server_optimizer=kind)
-    state, _ = play(world, 1)
-    plain, _ = play(small_world(federation__method="fedavg"), 1)
-    buffers = world.layout.buffers
-    assert torch.equal(state.row[buffers], plain.row[buffers]) and not torch.equal(
-        state.row, plain.row
+    context = small_context(federation__method="fedavg", federation__server_optimizer=kind)
+    state, _ = play(context, 1)
+    plain, _ = play(small_context(federation__method="fedavg"), 1)
+    buffers = context.layout.buffers
+    assert torch.equal(state.params[buffers], plain.row[buffers]) and not torch.equal(
+        state.params, plain.row
     )
     assert len(buffers) == sum(
         shape.numel()
-        for name, shape in zip(world.layout.names, world.layout.shapes, strict=True)
+        for name, shape in zip(context.layout.names, context.layout.shapes, strict=True)
         if "running" in name
     )
 
 
-def test_a_round_whose_survivors_weigh_nothing(small_world, monkeypatch):
+def test_a_round_whose_survivors_weigh_nothing(small_context, monkeypatch):
     """FedDisco gave the only surviving client no weight: the run stops by name instead of dividing
     by zero.
     """
     honest = story.train_client
 
-    def train(visit):
-        report = honest(visit)
-        report.loss = report.loss * (1 if visit.client == 0 else float("nan"))
+    def train(update):
+        report = honest(update)
+        report.loss = report.loss * (1 if update.client == 0 else float("nan"))
         return report
 
     monkeypatch.setattr(story, "train_client", train)
@@ -202,7 +202,7 @@ def test_a_round_whose_survivors_weigh_nothing(small_world, monkeypatch):
     monkeypatch.setitem(METHODS, "feddisco", method)
     with pytest.raises(NonFiniteError, match="every client that has a weight"):
         play(
-            small_world(
+            small_context(
                 federation__method="feddisco",
                 federation__clients_per_round=3,
                 federation__non_finite="drop",

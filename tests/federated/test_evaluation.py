@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 
 from semanticfl_ref.data.partition import make_partition
-from semanticfl_ref.federated.evaluation import confusion, evaluate
+from semanticfl_ref.federated.evaluate import confusion, evaluate
 
 
 class AlwaysFirst(torch.nn.Module):
@@ -17,10 +17,10 @@ class AlwaysFirst(torch.nn.Module):
         return logits, logits
 
 
-def test_a_client_is_judged_by_its_own_mix_of_labels(small_world):
-    world = small_world()
-    line = evaluate(AlwaysFirst(), world)
-    mix_MC = torch.tensor(world.partition.histograms, dtype=torch.float64)
+def test_a_client_is_judged_by_its_own_mix_of_labels(small_context):
+    context = small_context()
+    line = evaluate(AlwaysFirst(), context)
+    mix_MC = torch.tensor(context.partition.histograms, dtype=torch.float64)
     assert line["test_accuracy"] == 4 / 12
     assert torch.tensor(line["client_accuracy"], dtype=torch.float64).allclose(
         mix_MC[:, 0] / mix_MC.sum(1)
@@ -28,7 +28,7 @@ def test_a_client_is_judged_by_its_own_mix_of_labels(small_world):
     assert "own_accuracy" not in line and line["validation_accuracy"] is None
     assert (
         line["class_accuracy"] == [1.0, 0.0, 0.0]
-        and confusion(AlwaysFirst(), world) == [[4, 0, 0]] * 3
+        and confusion(AlwaysFirst(), context) == [[4, 0, 0]] * 3
     )
 
 
@@ -41,36 +41,36 @@ class ByBrightness(torch.nn.Module):
         return logits, logits
 
 
-def test_classes_and_their_confusion_on_numbers(small_world):
+def test_classes_and_their_confusion_on_numbers(small_context):
     """Seven test images of classes 0 and 1, none of class 2. A client of class 2 alone has nothing
     to be judged by.
     """
-    world = small_world()
+    context = small_context()
     bytes_N, labels_N = (
         torch.tensor([0, 0, 128, 255, 128, 128, 0]),
         torch.tensor([0, 0, 0, 0, 1, 1, 1]),
     )
     images = bytes_N.to(torch.uint8)[:, None, None, None].expand(7, 32, 32, 3)
-    partition = replace(world.partition, histograms=((3, 1, 0), (0, 2, 8), (0, 0, 5)))
-    world = replace(
-        world,
-        dataset=replace(world.dataset, test_images=images, test_labels=labels_N),
+    partition = replace(context.partition, histograms=((3, 1, 0), (0, 2, 8), (0, 0, 5)))
+    context = replace(
+        context,
+        dataset=replace(context.dataset, test_images=images, test_labels=labels_N),
         partition=partition,
     )
-    assert confusion(ByBrightness(), world) == [[2, 1, 1], [1, 2, 0], [0, 0, 0]]
-    line = evaluate(ByBrightness(), world)
+    assert confusion(ByBrightness(), context) == [[2, 1, 1], [1, 2, 0], [0, 0, 0]]
+    line = evaluate(ByBrightness(), context)
     assert line["class_accuracy"] == [2 / 4, 2 / 3, None] and line["test_accuracy"] == 4 / 7
     torch.testing.assert_close(line["client_accuracy"], [(3 * 2 / 4 + 2 / 3) / 4, 2 / 3, 0.0])
 
 
-def test_a_client_is_judged_by_the_images_it_kept(small_world):
-    world = small_world()
-    labels = world.dataset.train_labels
+def test_a_client_is_judged_by_the_images_it_kept(small_context):
+    context = small_context()
+    labels = context.dataset.train_labels
     partition = make_partition(
         labels, scenario="iid", clients=3, classes=3, alpha=1.0, seed=0, held_out_share=0.3
     )
     partition = replace(partition, held_out=(*partition.held_out[:2], partition.held_out[2][:0]))
-    line = evaluate(AlwaysFirst(), replace(world, partition=partition))
+    line = evaluate(AlwaysFirst(), replace(context, partition=partition))
     assert line["own_accuracy"][:2] == [
         (labels[i] == 0).double().mean().item() for i in partition.held_out[:2]
     ]

@@ -12,10 +12,10 @@ from quadratic import MEAN, TARGETS, play
 
 from semanticfl_ref.federated import round as story
 from semanticfl_ref.federated.client import ClientReport, feature_gradients
-from semanticfl_ref.federated.ledger import RoundLedger
+from semanticfl_ref.federated.context import new_state
 from semanticfl_ref.federated.methods import METHODS
-from semanticfl_ref.federated.round import play_round
-from semanticfl_ref.federated.world import new_state
+from semanticfl_ref.federated.metrics import RoundLedger
+from semanticfl_ref.federated.round import run_round
 
 VISUAL, TEXT = (
     4 * 30 * 8,
@@ -24,20 +24,22 @@ VISUAL, TEXT = (
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_methods_bytes(small_world, name):
+def test_every_methods_bytes(small_context, name):
     """Three clients, two rounds: the row both ways, SCAFFOLD's controls both ways, the anchors in
     the first round, and nothing else.
     """
-    world = small_world(federation__method=name, federation__clients_per_round=3, fedcda__warm_up=0)
+    context = small_context(
+        federation__method=name, federation__clients_per_round=3, fedcda__warm_up=0
+    )
     model, parameters = (
-        3 * 4 * world.layout.entries,
-        3 * 4 * sum(p.numel() for p in world.model.parameters()),
+        3 * 4 * context.layout.entries,
+        3 * 4 * sum(p.numel() for p in context.model.parameters()),
     )
     controls, anchors = (
         parameters if name == "scaffold" else 0,
         VISUAL + TEXT if name in ("semanticfl", "feddifrc") else 0,
     )
-    for line, handed_out in zip(play(world)[1], (anchors, 0), strict=True):
+    for line, handed_out in zip(play(context)[1], (anchors, 0), strict=True):
         assert line["bytes"] == {
             "down": {"model": model, "anchors": handed_out, "controls": controls},
             "up": {"model": model, "anchors": 0, "controls": controls},
@@ -58,28 +60,28 @@ def test_every_methods_bytes(small_world, name):
         ({"federation__method": "feddifrc", "feddifrc__lambda_text": 0.0}, VISUAL),
     ],
 )
-def test_anchors_that_no_term_reads_are_not_sent(small_world, settings, anchors):
-    (line,) = play(small_world(federation__clients_per_round=3, **settings), 1)[1]
+def test_anchors_that_no_term_reads_are_not_sent(small_context, settings, anchors):
+    (line,) = play(small_context(federation__clients_per_round=3, **settings), 1)[1]
     assert line["bytes"]["down"]["anchors"] == anchors
 
 
-def test_no_control_is_sent_at_scale_zero(small_world):
-    (line,) = play(small_world(federation__method="scaffold", scaffold__control_scale=0.0), 1)[1]
+def test_no_control_is_sent_at_scale_zero(small_context):
+    (line,) = play(small_context(federation__method="scaffold", scaffold__control_scale=0.0), 1)[1]
     assert line["bytes"]["down"]["controls"] == line["bytes"]["up"]["controls"] == 0
 
 
-def test_a_clients_own_batch_norm_does_not_come_down(small_world):
+def test_a_clients_own_batch_norm_does_not_come_down(small_context):
     """Width 2: BatchNorm of 2, 2 + 2, 4 + 4 + 4, 8 + 8 + 8, 16 + 16 + 16 channels, four entries
     each.
     """
-    world = small_world(
+    context = small_context(
         federation__method="fedavg", model__batch_norm="local", federation__clients_per_round=3
     )
-    (line,) = play(world, 1)[1]
+    (line,) = play(context, 1)[1]
     own = 4 * (2 + 2 * 2 + 3 * 4 + 3 * 8 + 3 * 16)
     assert (line["bytes_down"], line["bytes_up"]) == (
-        3 * 4 * (world.layout.entries - own),
-        3 * 4 * world.layout.entries,
+        3 * 4 * (context.layout.entries - own),
+        3 * 4 * context.layout.entries,
     )
 
 
@@ -118,7 +120,7 @@ def test_gradients_at_the_features_on_numbers():
 
 def test_the_line_means_over_clients_and_holds_no_nan():
     """Cosines 1/2 and, of a client whose term vanished, none; a third client's loss is NaN."""
-    world = SimpleNamespace(
+    context = SimpleNamespace(
         anchors=None,
         layout=SimpleNamespace(entries=5, buffers=[0], batch_norm=[0]),
         config=SimpleNamespace(
@@ -126,7 +128,7 @@ def test_the_line_means_over_clients_and_holds_no_nan():
         ),
     )
     ledger, x, flat = (
-        RoundLedger(world, SimpleNamespace(served=[False] * 3)),
+        RoundLedger(context, SimpleNamespace(served=[False] * 3)),
         torch.tensor([[1.0, 0.0]], requires_grad=True),
         torch.tensor([0.0, 1.0]),
     )
@@ -160,33 +162,38 @@ def test_drift_on_numbers(quadratic_world):
     """From w clients end at w + 3/4 (t_k - w), so the average moves by 3/4 of the way to the
     weighted mean of the targets.
     """
-    world, weights = (
+    context, weights = (
         quadratic_world(images=(2, 4, 10), federation__method="fedavg"),
         torch.tensor([2.0, 4.0, 10.0]) / 16,
     )
-    state, start = new_state(world), torch.zeros(3)
+    state, start = new_state(context), torch.zeros(3)
     for _ in range(2):
         norms, mean = (
             0.75 * (TARGETS - start).norm(dim=1),
             0.75 * (weights @ TARGETS - start).norm(),
         )
-        state, line = play_round(state, world)
+        state, line = run_round(state, context)
         assert line["drift"]["update_norm"] == pytest.approx(norms.tolist(), rel=1e-5)
-        assert (line["drift"]["mean_update_norm"], line["drift"]["agreement"]) == pytest.approx(
-            (mean.item(), (mean / (weights @ norms)).item()), rel=1e-5
-        )
-        start = state.row
+        assert (
+            line["drift"]["mean_update_norm"],
+            line["drift"]["update_alignment"],
+        ) == pytest.approx((mean.item(), (mean / (weights @ norms)).item()), rel=1e-5)
+        start = state.params
 
 
 def test_clients_that_do_not_move_have_no_agreement(quadratic_world):
     (line,) = play(
         quadratic_world(federation__method="fedavg", federation__learning_rate=1e-60), 1
     )[1]
-    assert line["drift"] == {"update_norm": [0, 0, 0], "mean_update_norm": 0, "agreement": None}
+    assert line["drift"] == {
+        "update_norm": [0, 0, 0],
+        "mean_update_norm": 0,
+        "update_alignment": None,
+    }
     _, lines = play(
         quadratic_world(federation__method="fedavg", federation__clients_per_round=1), 1
     )
-    assert lines[0]["drift"]["agreement"] == pytest.approx(1), "a client agrees with itself"
+    assert lines[0]["drift"]["update_alignment"] == pytest.approx(1), "a client agrees with itself"
 
 
 @pytest.mark.parametrize(
@@ -198,14 +205,14 @@ def test_clients_that_do_not_move_have_no_agreement(quadratic_world):
         {"model__batch_norm": "local"},
     ],
 )
-def test_drift_is_over_what_descends_from_the_global_row(small_world, settings):
+def test_drift_is_over_what_descends_from_the_global_row(small_context, settings):
     """Whatever rows are averaged by whatever rule; running averages are left out, and under "local"
     all of BatchNorm.
     """
-    world = small_world(**{"federation__method": "fedavg"} | settings)
-    first, _ = play(world, 2)
-    second, line = play_round(first, world)
-    apart = world.layout.batch_norm if "model__batch_norm" in settings else world.layout.buffers
+    context = small_context(**{"federation__method": "fedavg"} | settings)
+    first, _ = play(context, 2)
+    second, line = run_round(first, context)
+    apart = context.layout.batch_norm if "model__batch_norm" in settings else context.layout.buffers
     moved = (second.row.double() - first.row).index_fill(0, apart, 0.0)
     assert line["drift"]["mean_update_norm"] == pytest.approx(moved.norm().item(), rel=1e-9)
     assert len(line["drift"]["update_norm"]) == 2 and min(line["drift"]["update_norm"]) > 0
@@ -214,11 +221,11 @@ def test_drift_is_over_what_descends_from_the_global_row(small_world, settings):
 def test_a_dropped_client_has_no_drift(quadratic_world, monkeypatch):
     honest = story.train_client
 
-    def train(visit):
-        report = honest(visit)
-        if visit.client == 1:
+    def train(update):
+        report = honest(update)
+        if update.client == 1:
             with torch.no_grad():
-                visit.world.model.w[0] = float("inf")
+                update.context.model.w[0] = float("inf")
         return report
 
     monkeypatch.setattr(story, "train_client", train)

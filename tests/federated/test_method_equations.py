@@ -22,12 +22,12 @@ from semanticfl_ref.federated.methods.fedcda import batches, least_divergent
 from semanticfl_ref.federated.methods.feddisco import discrepancy, discrepancy_weights
 from semanticfl_ref.federated.methods.method import Participants
 from semanticfl_ref.federated.methods.scaffold import effective_steps, update_controls
-from semanticfl_ref.federated.round import play_round
+from semanticfl_ref.federated.round import run_round
 
 
 def test_fedavg_weighs_by_images(quadratic_world):
     state, lines = play(quadratic_world(images=(2, 4, 10), federation__method="fedavg"), 1)
-    near(state.row, 0.75 * (2 * TARGETS[0] + 4 * TARGETS[1] + 10 * TARGETS[2]) / 16)
+    near(state.params, 0.75 * (2 * TARGETS[0] + 4 * TARGETS[1] + 10 * TARGETS[2]) / 16)
     assert lines[0]["steps"] == 6 and state.memory == {}
 
 
@@ -36,7 +36,7 @@ def test_fedprox_stays_nearer(quadratic_world):
     second stays.
     """
     state, lines = play(quadratic_world(federation__method="fedprox", fedprox__mu=1.0), 1)
-    near(state.row, 0.5 * MEAN)
+    near(state.params, 0.5 * MEAN)
     # The term is 0 before the first step and |t/2|^2 / 2 before the second; the ledger's mean over
     # steps and clients is half of that.
     assert lines[0]["terms"]["proximal"] == pytest.approx(
@@ -58,13 +58,13 @@ def test_scaffold_over_two_rounds(quadratic_world):
     """Round 1, controls zero, K = 2: y_i = 3/4 t_i, the gradients were -t_i and -t_i/2, so c_i =
     -3/4 t_i and c = -3/4 t. Round 2 starts at 3/4 t; the corrected gradient is w - 1/4 t_i - 3/4 t:
     the steps go to 3/4 t + 1/8 t_i and 3/4 t + 3/16 t_i."""
-    world = quadratic_world(federation__method="scaffold")
-    state, _ = play(world, 1)
-    near(state.row, 0.75 * MEAN)
+    context = quadratic_world(federation__method="scaffold")
+    state, _ = play(context, 1)
+    near(state.params, 0.75 * MEAN)
     near(state.memory["scaffold.clients"], -0.75 * TARGETS)
     near(state.memory["scaffold.server"], -0.75 * MEAN)
-    state, line = play_round(state, world)
-    near(state.row, 0.9375 * MEAN)
+    state, line = run_round(state, context)
+    near(state.params, 0.9375 * MEAN)
     near(state.memory["scaffold.clients"], 0.75 * MEAN - 0.9375 * TARGETS)
     near(state.memory["scaffold.server"], -0.1875 * MEAN)
     assert line["bytes_down"] == line["bytes_up"] == 3 * 4 * (3 + 3), (
@@ -76,13 +76,13 @@ def test_scaffold_counts_the_steps_made(quadratic_world):
     """Batches of 2, one epoch: 1, 2 and 1 steps, since a last batch of one image joins the one
     before. After one step c_i is the first gradient, -t_i; after two the mean of -t_i and
     -t_i/2."""
-    world = quadratic_world(
+    context = quadratic_world(
         images=(2, 4, 3),
         federation__method="scaffold",
         federation__batch_size=2,
         federation__local_epochs=1,
     )
-    state, lines = play(world, 1)
+    state, lines = play(context, 1)
     assert lines[0]["steps"] == 1 + 2 + 1
     near(
         state.memory["scaffold.clients"],
@@ -119,15 +119,15 @@ def test_scaffold_under_momentum(steps, control):
     config = SimpleNamespace(
         scaffold=scaffold, federation=federation, partition=SimpleNamespace(clients=3)
     )
-    world = SimpleNamespace(layout=SimpleNamespace(buffers=torch.tensor([2])))
-    visit = SimpleNamespace(
+    context = SimpleNamespace(layout=SimpleNamespace(buffers=torch.tensor([2])))
+    update = SimpleNamespace(
         config=config,
-        world=world,
+        context=context,
         client=1,
         start_P=torch.zeros(3),
         memory={name: rows.clone() for name, rows in memory.items()},
     )
-    update_controls(memory, visit, w.detach(), ClientReport(steps=2))
+    update_controls(memory, update, w.detach(), ClientReport(steps=2))
     near(
         memory["scaffold.clients"], torch.tensor([[0.0, 0, 0], [control, control, 0], [0, 0, 0]])
     )  # the third entry is a buffer
@@ -281,7 +281,7 @@ def test_fedcda_remembers_absent_clients(quadratic_world):
         assert one != two, "the seed draws two clients"
         first = 0.75 * TARGETS[one]
         second = first + 0.75 * (TARGETS[two] - first)
-        near(state.row, (first + second) / 2 if absent == "remembered" else second)
+        near(state.params, (first + second) / 2 if absent == "remembered" else second)
         near(
             state.memory["fedcda.losses"][one, 0], TARGETS[one].square().sum() / 8
         )  # of the last epoch, whose one step is at t/2: |t/2|^2 / 2
@@ -292,20 +292,20 @@ def test_fedcda_takes_an_older_row_that_fits_better(quadratic_world):
     """All three clients, memory 2, L large: round 2's choice minimises the variance over the 2^3
     combinations, found here by trying them.
     """
-    world = quadratic_world(
+    context = quadratic_world(
         federation__method="fedcda",
         fedcda__warm_up=0,
         fedcda__memory=2,
         fedcda__batches=1,
         fedcda__smoothness=1000.0,
     )
-    state, _ = play(world, 1)
+    state, _ = play(context, 1)
     old, middle = 0.75 * TARGETS, 0.75 * MEAN
-    near(state.row, middle)
+    near(state.params, middle)
     new = middle + 0.75 * (TARGETS - middle)
-    state, _ = play_round(state, world)
+    state, _ = run_round(state, context)
     choices = [torch.stack([(new, old)[(code >> k) & 1][k] for k in range(3)]) for code in range(8)]
     best = min(choices, key=lambda rows: (rows - rows.mean(0)).square().sum().item())
     assert not torch.equal(best, new), "else the newest rows would do"
-    near(state.row, best.mean(0))
+    near(state.params, best.mean(0))
     near(state.memory["fedcda.rows"], torch.stack([new, old], dim=1))

@@ -11,14 +11,16 @@ from documents import blocks
 from processes import ROOT, run_cli
 from quadratic import play
 
-from semanticfl_ref import cli, config, method_settings
+from semanticfl_ref import cli
+from semanticfl_ref.config.settings import methods as method_settings
+from semanticfl_ref.config.settings import settings as config
 from semanticfl_ref.errors import UserError
 from semanticfl_ref.federated import round as story
+from semanticfl_ref.federated.context import new_state
 from semanticfl_ref.federated.methods import METHODS, add_method
 from semanticfl_ref.federated.methods.method import Method
-from semanticfl_ref.federated.round import play_round
+from semanticfl_ref.federated.round import run_round
 from semanticfl_ref.federated.state import load_checkpoint, save_checkpoint
-from semanticfl_ref.federated.world import new_state
 
 IDLE = {
     "fedprox": {"fedprox__mu": 0.0},
@@ -53,86 +55,86 @@ def test_one_list_of_names():
 
 
 @pytest.fixture
-def fedavg(small_world):
+def fedavg(small_context):
     """FedAvg's row after three rounds."""
-    return play(small_world(federation__method="fedavg"), 3)[0].row
+    return play(small_context(federation__method="fedavg"), 3)[0].row
 
 
 @pytest.mark.parametrize("name", IDLE)
-def test_zero_strength_is_fedavg_bit_for_bit(small_world, fedavg, name):
+def test_zero_strength_is_fedavg_bit_for_bit(small_context, fedavg, name):
     """Over the entries both have: heads come last in a row. And not because the method does
     nothing: at its strength it differs.
     """
-    idle, lines = play(small_world(federation__method=name, **IDLE[name]), 3)
+    idle, lines = play(small_context(federation__method=name, **IDLE[name]), 3)
     assert torch.equal(idle.row[: len(fedavg)], fedavg)
     assert idle.memory == {} and set(lines[0]["terms"]) == {"cross_entropy"}, (
         "nothing is kept or computed for nothing"
     )
-    active, _ = play(small_world(federation__method=name, **ACTIVE.get(name, {})), 3)
+    active, _ = play(small_context(federation__method=name, **ACTIVE.get(name, {})), 3)
     assert not torch.equal(active.row[: len(fedavg)], fedavg)
 
 
 @pytest.mark.parametrize(
     ("name", "settings"), [("scaffold", {}), ("moon", {}), ("fedcda", {"fedcda__warm_up": 1})]
 )
-def test_the_first_round_is_fedavg(small_world, name, settings):
+def test_the_first_round_is_fedavg(small_context, name, settings):
     """Controls are zero; the model received is the last one, so that the contrast's gradient
     cancels, within rounding; warm-up.
     """
-    plain, _ = play(small_world(federation__method="fedavg"), 1)
-    first, _ = play(small_world(federation__method=name, **settings), 1)
+    plain, _ = play(small_context(federation__method="fedavg"), 1)
+    first, _ = play(small_context(federation__method=name, **settings), 1)
     torch.testing.assert_close(
         first.row[: len(plain.row)], plain.row, rtol=0, atol=1e-6 if name == "moon" else 0
     )
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_memory_is_allocated_where_it_is_needed(small_world, name):
-    world = small_world(federation__method=name)
+def test_memory_is_allocated_where_it_is_needed(small_context, name):
+    context = small_context(federation__method=name)
     shapes = {
-        key: tuple(world.layout.entries if n == "P" else n for n in shape)
+        key: tuple(context.layout.entries if n == "P" else n for n in shape)
         for key, shape in KEEPS.get(name, {}).items()
     }
-    assert {key: tuple(rows.shape) for key, rows in new_state(world).memory.items()} == shapes
+    assert {key: tuple(rows.shape) for key, rows in new_state(context).memory.items()} == shapes
 
 
 @pytest.mark.parametrize(("name", "server"), STATEFUL)
-def test_a_round_leaves_the_state_before_it_whole(small_world, name, server):
+def test_a_round_leaves_the_state_before_it_whole(small_context, name, server):
     """So that an interrupted round can be played again: twice from one state, the same comes out."""
-    world = small_world(
+    context = small_context(
         federation__method=name, federation__server_optimizer=server, **ACTIVE.get(name, {})
     )
-    state, _ = play(world, 2)
+    state, _ = play(context, 2)
     before = {key: rows.clone() for key, rows in state.memory.items()}
-    (one, line), (two, again) = play_round(state, world), play_round(state, world)
+    (one, line), (two, again) = run_round(state, context), run_round(state, context)
     assert torch.equal(one.row, two.row) and line == again
     assert all(torch.equal(state.memory[key], rows) for key, rows in before.items())
     assert all(torch.equal(one.memory[key], two.memory[key]) for key in before)
 
 
 @pytest.mark.parametrize(("name", "server"), STATEFUL)
-def test_what_is_kept_survives_a_checkpoint(small_world, tmp_path, name, server):
-    world = small_world(federation__method=name, federation__server_optimizer=server)
-    state, _ = play(world, 1)
+def test_what_is_kept_survives_a_checkpoint(small_context, tmp_path, name, server):
+    context = small_context(federation__method=name, federation__server_optimizer=server)
+    state, _ = play(context, 1)
     save_checkpoint(tmp_path / "c", state, {})
     loaded = load_checkpoint(tmp_path / "c", {})
     assert set(loaded.memory) == set(state.memory) and all(
         torch.equal(loaded.memory[key], rows) for key, rows in state.memory.items()
     )
-    assert torch.equal(play_round(loaded, world)[0].row, play_round(state, world)[0].row)
+    assert torch.equal(run_round(loaded, context)[0].row, run_round(state, context)[0].row)
 
 
-def test_a_dropped_client_is_not_remembered(small_world, monkeypatch):
+def test_a_dropped_client_is_not_remembered(small_context, monkeypatch):
     honest = story.train_client
 
-    def train(visit):
-        report = honest(visit)
-        report.loss = report.loss * (float("nan") if visit.client == 2 else 1)
+    def train(update):
+        report = honest(update)
+        report.loss = report.loss * (float("nan") if update.client == 2 else 1)
         return report
 
     monkeypatch.setattr(story, "train_client", train)
     state, lines = play(
-        small_world(
+        small_context(
             federation__method="scaffold",
             federation__clients_per_round=3,
             federation__non_finite="drop",
@@ -144,19 +146,19 @@ def test_a_dropped_client_is_not_remembered(small_world, monkeypatch):
     torch.testing.assert_close(state.memory["scaffold.server"], controls.sum(0) / 3)
 
 
-def test_scaffold_corrects_no_running_average(small_world):
-    world = small_world(federation__method="scaffold")
-    state, lines = play(world, 1)
-    assert not state.memory["scaffold.clients"][:, world.layout.buffers].any()
-    parameters = sum(p.numel() for p in world.model.parameters())
-    assert lines[0]["bytes_up"] == 2 * 4 * (world.layout.entries + parameters), (
+def test_scaffold_corrects_no_running_average(small_context):
+    context = small_context(federation__method="scaffold")
+    state, lines = play(context, 1)
+    assert not state.memory["scaffold.clients"][:, context.layout.buffers].any()
+    parameters = sum(p.numel() for p in context.model.parameters())
+    assert lines[0]["bytes_up"] == 2 * 4 * (context.layout.entries + parameters), (
         "two clients' models and controls"
     )
 
 
-def test_levels_change_no_bit(small_world):
+def test_levels_change_no_bit(small_context):
     model, images = (
-        small_world().model.eval(),
+        small_context().model.eval(),
         torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0)),
     )
     logits, features = model(images)
@@ -253,9 +255,9 @@ def test_two_rounds_from_the_command_line(job, tmp_path, capsys, name):
 @pytest.mark.parametrize(("name", "server"), STATEFUL)
 def test_resumed_bit_for_bit(job, tmp_path, monkeypatch, capsys, name, server):
     """Ctrl-C in the third round, then --resume: the same checkpoint and metrics as without a break."""
-    from semanticfl_ref import train
+    from semanticfl_ref.run import train
 
-    real = train.play_round
+    real = train.run_round
     arguments = cli_job(
         name,
         "--dataset",
@@ -268,15 +270,15 @@ def test_resumed_bit_for_bit(job, tmp_path, monkeypatch, capsys, name, server):
         "fedcda.warm_up=1",
     )
 
-    def interrupting(state, world):
+    def interrupting(state, context):
         if state.round == 2:
             raise KeyboardInterrupt
-        return real(state, world)
+        return real(state, context)
 
     assert cli.main([*arguments, "--out", str(tmp_path / "whole")]) == 0
-    monkeypatch.setattr(train, "play_round", interrupting)
+    monkeypatch.setattr(train, "run_round", interrupting)
     assert cli.main([*arguments, "--out", str(tmp_path / "broken")]) == 130
-    monkeypatch.setattr(train, "play_round", real)
+    monkeypatch.setattr(train, "run_round", real)
     assert cli.main(["train", "--resume", str(tmp_path / "broken")]) == 0
     for file in ("checkpoint.safetensors", "metrics.jsonl"):
         assert (tmp_path / "broken" / file).read_bytes() == (

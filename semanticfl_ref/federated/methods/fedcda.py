@@ -1,171 +1,160 @@
-"""FedCDA: of each client's last models, average those that diverge least from one another.
+"""FedCDA: of each client's recent models, average those that diverge least from one another.
 
-    min over choices of   1/N sum_n [ F_n(w_n) + L/2 |w_n|^2 ]  -  L/2 |w_bar|^2  =  mean loss + L/2
-    mean |w_n - w_bar|^2
+    min over choices of   1/N sum_n [ F_n(w_n) + L/2 |w_n|^2 ]  -  L/2 |w_bar|^2
+                      =   mean loss + L/2 mean |w_n - w_bar|^2
 
 Source: Wang, Xu, Li, Xu, Li, Zhang: FedCDA: Federated Learning with Cross-rounds Divergence-aware
-    Aggregation. ICLR 2024, from
-its abstract and as public re-implementations read it (its equations were not at hand). The server
-keeps K = 3 models of each client and the loss F_n of its last local epoch. The first 50 rounds are
-FedAvg's. Then the round's clients are split at random into B = 3 batches; batch by batch, the best
-combination of kept models is taken with all that was chosen before held fixed, and clients that sit
-out keep their last choice.
+Aggregation. ICLR 2024, from its abstract and as public re-implementations read it (its equations were
+not at hand). The server keeps K = 3 models of each client and the loss F_n of its last local epoch.
+The first 50 rounds are FedAvg's. Then the round's clients are split at random into B = 3 batches;
+batch by batch, the best combination of kept models is selected, with everything selected before held
+fixed. Clients that are not sampled keep their last selection.
 
-`Choice:` 1/N is the share of images, as in FedAvg, where the paper averages evenly; divergence is
-over parameters, not over BatchNorm's running averages; more batches are made where one would have
-more than 4096 combinations. memory = 1 is FedAvg: nothing outlives a round, so absent clients are
-out too. The server holds M x memory rows. With many clients and few of them a round the models
-chosen are old, and the average lags."""
+Choice: 1/N is the share of images, as in FedAvg, where the paper averages evenly; divergence is over
+parameters, not over BatchNorm's running statistics; there are more batches where one would have more
+than 4096 combinations. memory = 1 is FedAvg: nothing is kept across rounds, so absent clients are left
+out too. The server holds M x memory models. With many clients and few of them per round, the models
+selected are old, and the average lags.
+"""
 
 import itertools
 
 import torch
 
-from semanticfl_ref.config import Config
-from semanticfl_ref.federated.methods.method import Memory, Method, Visit
+from semanticfl_ref.config.settings import Config
+from semanticfl_ref.federated.methods.method import (
+    LocalUpdate,
+    Method,
+    MethodState,
+    SelectedModel,
+)
 from semanticfl_ref.randomness import generator
 
 MOST_COMBINATIONS = 4096
-CHUNK = 2**20  # entries of each row that are in memory as float64 at a time
+CHUNK = 2**20  # entries of each model that are in memory as float64 at a time
 
 
-def cached_rows(config: Config, row_P: torch.Tensor) -> Memory:
-    """Last rows [M, memory, P], newest first; their losses [M, memory]; how many are valid [M];
-    which one was chosen [M].
-    """
-    clients, kept = config.partition.clients, config.fedcda.memory
-    if kept == 1:
+def recent_models(config: Config, params_P: torch.Tensor) -> MethodState:
+    """Recent models [M, memory, P], newest first; their losses [M, memory]; how many are valid [M];
+    which one was selected [M]."""
+    clients, memory = config.partition.clients, config.method.memory
+    if memory == 1:
         return {}
     return {
-        "fedcda.rows": torch.zeros(clients, kept, len(row_P)),
-        "fedcda.losses": torch.zeros(clients, kept),
+        "fedcda.models": torch.zeros(clients, memory, len(params_P)),
+        "fedcda.losses": torch.zeros(clients, memory),
         "fedcda.valid": torch.zeros(clients, dtype=torch.int64),
-        "fedcda.chosen": torch.zeros(clients, dtype=torch.int64),
+        "fedcda.selected": torch.zeros(clients, dtype=torch.int64),
     }
 
 
-def cache_row(memory: Memory, visit: Visit, row_P: torch.Tensor, report) -> None:
-    """The newest row pushes out the oldest; until `choose` says otherwise the newest is the one
-    chosen.
-    """
-    if visit.config.fedcda.memory == 1:
+def keep_model(state: MethodState, update: LocalUpdate, params_P: torch.Tensor, report) -> None:
+    """The newest model replaces the oldest; it counts as selected until `select` decides."""
+    if update.settings.memory == 1:
         return
-    client = visit.client
-    for name, newest in (
-        ("fedcda.rows", row_P),
-        ("fedcda.losses", torch.as_tensor(report.last_epoch_loss)),
-    ):
-        memory[name][client] = torch.cat([newest.detach().cpu()[None], memory[name][client][:-1]])
-    memory["fedcda.valid"][client] = min(
-        int(memory["fedcda.valid"][client]) + 1, visit.config.fedcda.memory
-    )
-    memory["fedcda.chosen"][client] = 0
+    client, loss = update.client, torch.as_tensor(report.last_epoch_loss)
+    for name, newest in (("fedcda.models", params_P), ("fedcda.losses", loss)):
+        kept = state[name][client][:-1]
+        state[name][client] = torch.cat([newest.detach().cpu()[None], kept])
+    valid = int(state["fedcda.valid"][client])
+    state["fedcda.valid"][client] = min(valid + 1, update.settings.memory)
+    state["fedcda.selected"][client] = 0
 
 
-def choose_rows(
-    world, memory: Memory, clients: list[int], round: int
-) -> list[tuple[int, torch.Tensor, float]] | None:
-    """The rows to average: (client, row [P], images), in ascending client number; writes the choice
-    into the memory. None: the round's own rows.
+def select(
+    context, state: MethodState, clients: list[int], round: int
+) -> list[SelectedModel] | None:
+    """The models to average, by images; writes the selection into the state.
+
+    None: the round's own models.
     """
-    options, images = world.config.fedcda, world.partition.sizes
-    if options.memory == 1 or round <= options.warm_up:
+    settings, images = context.config.method, context.partition.sizes
+    if settings.memory == 1 or round <= settings.warm_up:
         return None
-    rows, losses, valid, chosen = (
-        memory[f"fedcda.{name}"] for name in ("rows", "losses", "valid", "chosen")
-    )
-    settled = (
-        set(valid.nonzero()[:, 0].tolist()) - set(clients)
-        if options.absent == "remembered"
-        else set()
-    )
-    for batch in batches(
-        clients, options.batches, options.memory, generator(world.config.run.seed, "fedcda", round)
-    ):
-        members = sorted([*settled, *batch])
-        kept = [torch.arange(int(valid[k])) if k in batch else chosen[k : k + 1] for k in members]
-        candidates = [rows[k, own] for k, own in zip(members, kept, strict=True)]
-        their_losses = [losses[k, own] for k, own in zip(members, kept, strict=True)]
+    models, losses = state["fedcda.models"], state["fedcda.losses"]
+    valid, selected = state["fedcda.valid"], state["fedcda.selected"]
+    fixed: set[int] = set()
+    if settings.absent == "remembered":
+        fixed = set(valid.nonzero()[:, 0].tolist()) - set(clients)
+    source = generator(context.config.run.seed, "fedcda", round)
+    for batch in batches(clients, settings.batches, settings.memory, source):
+        members = sorted([*fixed, *batch])
+        options = [
+            torch.arange(int(valid[k])) if k in batch else selected[k : k + 1] for k in members
+        ]
         picks = least_divergent(
-            candidates,
-            their_losses,
+            [models[k, own] for k, own in zip(members, options, strict=True)],
+            [losses[k, own] for k, own in zip(members, options, strict=True)],
             [float(images[k]) for k in members],
-            options.smoothness,
-            _parameters(world.layout),
+            settings.smoothness,
+            context.layout.optimised,
         )
-        for k, own, pick in zip(members, kept, picks, strict=True):
-            chosen[k] = own[pick]
-        settled |= set(batch)
-    return [(k, rows[k, chosen[k]], float(images[k])) for k in sorted(settled)]
+        for k, own, pick in zip(members, options, picks, strict=True):
+            selected[k] = own[pick]
+        fixed |= set(batch)
+    return [SelectedModel(k, models[k, selected[k]], float(images[k])) for k in sorted(fixed)]
 
 
-def batches(clients: list[int], count: int, kept: int, source: torch.Generator) -> list[list[int]]:
-    """The clients in random order in `count` nearly equal batches, or in more, so that none has
-    more than 4096 combinations.
-    """
-    largest = max(
-        size for size in range(1, len(clients) + 1) if size == 1 or kept**size <= MOST_COMBINATIONS
-    )
+def batches(
+    clients: list[int], count: int, memory: int, source: torch.Generator
+) -> list[list[int]]:
+    """The clients in random order in `count` nearly equal batches, or in more, so that none has more
+    than 4096 combinations."""
+    sizes = range(1, len(clients) + 1)
+    largest = max(size for size in sizes if size == 1 or memory**size <= MOST_COMBINATIONS)
     count = min(len(clients), max(count, -(-len(clients) // largest)))
     order = torch.randperm(len(clients), generator=source).tolist()
     return [[clients[i] for i in order[start::count]] for start in range(count)]
 
 
 def least_divergent(
-    rows: list[torch.Tensor],
+    models: list[torch.Tensor],
     losses: list[torch.Tensor],
     images: list[float],
     smoothness: float,
-    columns: torch.Tensor | None = None,
+    entries: torch.Tensor | None = None,
 ) -> list[int]:
-    """The combination of one row per client that minimises mean loss + L/2 * variance; the newest
-    rows win a tie.
+    """The combination of one model per client that minimises mean loss + L/2 * variance.
 
-    Equation (least-divergent) [FedCDA, from its abstract]: min over choices of mean_n F_n(w_n) +
-        L/2 mean_n |w_n - w_bar|^2
+    Equation (least-divergent) [FedCDA, from its abstract]:
+        min over choices of mean_n F_n(w_n) + L/2 mean_n |w_n - w_bar|^2
     Test: tests/federated/test_method_equations.py::test_fedcda_chooses_on_numbers
 
     Args:
-        rows: per client float32 [c, P], its candidates; a client that is settled has one.
+        models: per client float32 [c, P], its candidates; one for a client whose model is fixed.
         losses: per client [c].
         images: per client, its weight.
         smoothness: L.
-        columns: int64, the entries that count; None = all.
+        entries: int64, the entries that count; None: all.
 
     Returns:
-        per client the number of its candidate.
+        Per client the index of its candidate; the newest wins a tie.
     """
-    all_RP, weights = torch.cat(rows), [n / sum(images) for n in images]
-    products_RR = _products(all_RP, columns)
-    loss_R, first = torch.cat(losses).double(), [0, *itertools.accumulate(len(r) for r in rows)]
+    products_RR = _inner_products(torch.cat(models), entries)
+    weights = torch.tensor([n / sum(images) for n in images], dtype=torch.float64)
+    loss_R, starts = torch.cat(losses).double(), [0, *itertools.accumulate(map(len, models))]
 
     def objective(picks: tuple[int, ...]) -> float:
-        places, p = (
-            torch.tensor([f + i for f, i in zip(first[:-1], picks, strict=True)]),
-            torch.tensor(weights, dtype=torch.float64),
-        )
-        variance = p @ products_RR[places, places] - p @ products_RR[places][:, places] @ p
-        return float(p @ loss_R[places] + smoothness / 2 * variance)
+        rows = torch.tensor([start + i for start, i in zip(starts[:-1], picks, strict=True)])
+        second_moment = weights @ products_RR[rows, rows]
+        variance = second_moment - weights @ products_RR[rows][:, rows] @ weights
+        return float(weights @ loss_R[rows] + smoothness / 2 * variance)
 
-    return list(min(itertools.product(*(range(len(r)) for r in rows)), key=objective))
+    return list(min(itertools.product(*(range(len(m)) for m in models)), key=objective))
 
 
-def _products(rows_RP: torch.Tensor, columns: torch.Tensor | None) -> torch.Tensor:
-    """Inner products float64 [R, R] of the rows seen from the first one: the variance is the same
-    from anywhere, and nearby it cancels less.
+def _inner_products(models_RP: torch.Tensor, entries: torch.Tensor | None) -> torch.Tensor:
+    """Inner products float64 [R, R], relative to the first model.
+
+    The variance does not depend on the origin, and a near one loses fewer digits.
     """
-    products_RR = torch.zeros(len(rows_RP), len(rows_RP), dtype=torch.float64)
-    for part in (torch.arange(rows_RP.shape[1]) if columns is None else columns).split(CHUNK):
-        seen = rows_RP[:, part].double()
-        seen -= seen[0].clone()
-        products_RR += seen @ seen.T
+    products_RR = torch.zeros(len(models_RP), len(models_RP), dtype=torch.float64)
+    entries = torch.arange(models_RP.shape[1]) if entries is None else entries
+    for chunk in entries.split(CHUNK):
+        relative = models_RP[:, chunk].double()
+        relative -= relative[0].clone()
+        products_RR += relative @ relative.T
     return products_RR
 
 
-def _parameters(layout) -> torch.Tensor:
-    mask = torch.ones(layout.entries, dtype=torch.bool)
-    mask[layout.buffers] = False
-    return mask.nonzero()[:, 0]
-
-
-FEDCDA = Method(keeps=cached_rows, remember=cache_row, choose=choose_rows)
+FEDCDA = Method(init_state=recent_models, update_state=keep_model, select_models=select)

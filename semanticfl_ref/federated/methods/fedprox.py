@@ -1,14 +1,15 @@
-"""FedProx: a client's model is held near the model that it received.
+"""FedProx: a client's model is kept near the model that it received.
 
     h_k(w; w_t) = F_k(w) + mu/2 |w - w_t|^2
 
 Source: Li, Sahu, Zaheer, Sanjabi, Talwalkar, Smith: Federated Optimization in Heterogeneous
-    Networks. MLSys 2020, Eq. 2, Algorithm 2.
+Networks. MLSys 2020, Eq. 2, Algorithm 2.
 
-mu = 0 is FedAvg. A gradient step with learning rate eta multiplies the distance to w_t by 1 - eta
-mu, so eta mu must stay below 2 (with momentum beta below 2 (1 + beta)), and well below 1 to be of
-use. Every parameter counts, BatchNorm's weights among them; its running averages are no parameters
-and are left free. The paper also lets clients stop early; here all make their full epochs."""
+mu = 0 is FedAvg. A gradient step with learning rate eta multiplies the distance to w_t by
+1 - eta mu, so eta mu must stay below 2 (with momentum beta, below 2 (1 + beta)), and well below 1 to
+be useful. Every parameter counts, those of BatchNorm included; its running statistics are buffers
+and stay free. The paper also lets clients stop early; here all complete their epochs.
+"""
 
 from semanticfl_ref.federated.losses import proximal
 from semanticfl_ref.federated.methods.method import LocalBatch, Method, Terms
@@ -16,8 +17,8 @@ from semanticfl_ref.federated.methods.method import LocalBatch, Method, Terms
 
 def proximal_term(batch: LocalBatch) -> Terms:
     """mu * |w - w_t|^2 / 2."""
-    mu = batch.config.fedprox.mu
-    return {"proximal": (mu, proximal(batch.visit.parameters))} if mu > 0 else {}
+    mu = batch.settings.mu
+    return {"proximal": (mu, proximal(batch.update.parameters))} if mu > 0 else {}
 
 
 FEDPROX = Method(local_terms=proximal_term)

@@ -1,68 +1,64 @@
-"""SemanticFL: features are drawn to their images' diffusion anchors and to their class's text
-anchor.
+"""SemanticFL: features agree with their images' diffusion anchors, and contrast with the text anchors
+of the classes.
 
-    L = CE + lambda_kd * consistency(features, visual anchors) + lambda_con * InfoNCE(features, text
-    anchors; own class, tau)
+    L = CE + lambda_kd * consistency(features, visual anchors)
+           + lambda_con * InfoNCE(features, text anchors; own class, tau)
 
-Source: arXiv 2603.19337 (objective and weights as summarised second-hand; what is not published is
-    an option, see method_settings.py).
+Source: arXiv 2603.19337 (objective and weights as summarised second-hand; what is not published is an
+option, see config/methods.py and docs/choices.md).
 
-With both weights zero this is FedAvg. The paper's ablation: lambda_kd = 0 is without visual
-anchors, lambda_con = 0 without text anchors; the VAE's latents alone or the U-Net alone are
-settings of `diffusion.taps`. The literal KL between unit vectors at temperature 1 does next to
-nothing."""
+Both weights 0 is FedAvg. The literal KL divergence between unit vectors at temperature 1 has a
+negligible gradient.
+"""
 
-from semanticfl_ref.config import Config
+from semanticfl_ref.config.settings import Config
 from semanticfl_ref.diffusion.anchors import Anchors
 from semanticfl_ref.errors import UserError
 from semanticfl_ref.federated.losses import consistency, contrast
-from semanticfl_ref.federated.methods.method import LocalBatch, Method, Terms
+from semanticfl_ref.federated.methods.method import LocalBatch, Method, Payload, Terms
 
 
 def anchor_heads(config: Config, anchors: Anchors, features: int) -> dict[str, int]:
-    """A head towards each anchor's space; the visual one can be left out where the widths agree."""
-    if not config.semantic.visual_head and anchors.visual.shape[1] != features:
+    """A head towards each anchor's space; the visual one is optional if the widths are equal."""
+    width, head = anchors.visual.shape[1], config.method.visual_head
+    if not head and width != features:
         raise UserError(
-            f"semantic.visual_head = false needs anchors as wide as the features: anchors.width is {anchors.visual.shape[1]}, features have {features}"
+            f"semanticfl.visual_head = false needs anchors as wide as the features: anchors.width "
+            f"is {width}, features have {features}"
         )
-    return {
-        "visual_width": anchors.visual.shape[1] if config.semantic.visual_head else 0,
-        "text_width": anchors.text.shape[1],
-    }
+    return {"visual_width": width if head else 0, "text_width": anchors.text.shape[1]}
 
 
 def semantic_terms(batch: LocalBatch) -> Terms:
-    """The two terms beside the cross-entropy. A term of weight zero, or whose anchors the client
-    does not get, is not computed.
+    """Two terms; one of weight zero, or whose anchors the client lacks, is not computed.
 
-    Equation (semanticfl) [S]: lambda_kd * consistency(visual head(f), visual anchors) + lambda_con
-        * InfoNCE(text head(f), text anchors; own class, tau)
+    Equation (semanticfl) [S]:
+        lambda_kd * consistency(visual head(f), visual anchors)
+        + lambda_con * InfoNCE(text head(f), text anchors; own class, tau)
     Test: tests/federated/test_round.py::test_each_term_alone_changes_the_result_and_is_reported
     """
-    o, terms = batch.config.semantic, {}
-    if o.lambda_kd > 0 and batch.visual_BD is not None:
-        seen_BD = (
-            batch.features_BD
-            if batch.model.visual_head is None
-            else batch.model.visual_head(batch.features_BD)
+    s, model, terms = batch.settings, batch.model, {}
+    if s.lambda_kd > 0 and batch.visual_BD is not None:
+        mapped_BD = model.to_visual(batch.features_BD)
+        value = consistency(
+            mapped_BD, batch.visual_BD, s.consistency, s.kd_temperature, s.kd_squared
         )
-        terms["consistency"] = (
-            o.lambda_kd,
-            consistency(seen_BD, batch.visual_BD, o.consistency, o.kd_temperature, o.kd_squared),
-        )
-    if o.lambda_con > 0 and batch.text_CD is not None:
-        terms["contrast"] = (
-            o.lambda_con,
-            contrast(
-                batch.model.text_head(batch.features_BD), batch.text_CD, batch.labels_B, o.tau
-            ),
-        )
+        terms["consistency"] = (s.lambda_kd, value)
+    if s.lambda_con > 0 and batch.text_CD is not None:
+        mapped_BD = model.to_text(batch.features_BD)
+        value = contrast(mapped_BD, batch.text_CD, batch.labels_B, s.tau)
+        terms["contrast"] = (s.lambda_con, value)
     return terms
+
+
+def anchors_of_active_terms(config: Config) -> Payload:
+    """A term of weight zero needs no anchors."""
+    return Payload(visual=config.method.lambda_kd > 0, text=config.method.lambda_con > 0)
 
 
 SEMANTICFL = Method(
     local_terms=semantic_terms,
     heads=anchor_heads,
+    payload=anchors_of_active_terms,
     needs_anchors=True,
-    reads_anchors=lambda config: (config.semantic.lambda_kd > 0, config.semantic.lambda_con > 0),
 )

@@ -1,0 +1,86 @@
+"""The flags for settings that every command with a configuration shares."""
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+
+from semanticfl_ref.config.command_line import FLAGS
+from semanticfl_ref.config.resolve import read_toml, resolve
+from semanticfl_ref.config.schema import choices_of
+from semanticfl_ref.config.settings import Config, setting_fields, to_flat
+from semanticfl_ref.errors import UserError
+
+METAVARS = {int: "N", float: "X", str: "TEXT", bool: "BOOL"}
+
+
+def add_settings(
+    parser: argparse.ArgumentParser,
+    argv: list[str],
+    preset: Mapping[str, object] | None = None,
+) -> None:
+    """Add the flags of FLAGS, --config, --set and --offline.
+
+    Args:
+        parser: of the command.
+        argv: the command's arguments: help shows the value that each setting has with them.
+        preset: settings whose defaults the command changes.
+    """
+    fields, values = setting_fields(), _values(argv, preset or {})
+    for flag, name in FLAGS.items():
+        field, value = fields[name], values[name]
+        shown = f"default: {value}" if value != "" else "default: empty"
+        parser.add_argument(
+            flag,
+            metavar="|".join(choices_of(field)) or METAVARS[field.type],
+            help=f"{field.metadata['help']} ({name}; {shown})".replace("%", "%%"),
+        )
+    _add_sources(parser)
+    parser.add_argument(
+        "--offline", action="store_true", help="no network access; what is missing is named"
+    )
+
+
+def _add_sources(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="TOML file with settings; flags override it"
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="any setting, see `config list`; overrides flags; repeatable",
+    )
+
+
+def settings_of(
+    arguments: argparse.Namespace, preset: Mapping[str, object] | None = None
+) -> Config:
+    """The configuration that --config, the flags and --set make, in this order."""
+    return resolve(
+        {**(preset or {}), **from_file(arguments), **given(arguments)}, None, arguments.set
+    )
+
+
+def from_file(arguments: argparse.Namespace) -> dict[str, object]:
+    """Dotted name -> value of every setting in the --config file."""
+    return read_toml(arguments.config) if arguments.config is not None else {}
+
+
+def given(arguments: argparse.Namespace) -> dict[str, str]:
+    """Dotted name -> string of every flag that was given."""
+    values = {name: getattr(arguments, flag[2:].replace("-", "_")) for flag, name in FLAGS.items()}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _values(argv: list[str], preset: Mapping[str, object]) -> dict[str, object]:
+    """The value of every setting with these arguments; of a mistaken one, its default."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for flag in FLAGS:
+        parser.add_argument(flag)
+    _add_sources(parser)
+    try:
+        arguments, _ = parser.parse_known_args(argv)
+        return to_flat(settings_of(arguments, preset))
+    except (UserError, argparse.ArgumentError, SystemExit):
+        return to_flat(resolve(preset))

@@ -1,0 +1,45 @@
+"""The data sets of the package, and the settings whose defaults differ with each.
+
+The presets of the embedded data sets were chosen on their validation images.
+"""
+
+from semanticfl_ref.config.registry import register_dataset
+
+# With the embedded diffusion model, whose layers are fewer and narrower than Stable Diffusion's.
+TINY_MODEL = {
+    "diffusion.layers": "mid",
+    "diffusion.timestep": 20,
+    "diffusion.input_size": 0,
+    "diffusion.precision": "fp32",
+    "anchors.width": 96,
+    "anchors.whiten": False,
+    "anchors.aggregation": "equal",
+}
+EMBEDDED = {
+    **TINY_MODEL,
+    "data.augment": False,
+    "partition.alpha": 0.3,
+    "diffusion.source": "tiny",
+    "model.width": 16,
+    "federation.rounds": 40,
+    "federation.local_epochs": 10,
+    "federation.batch_size": 32,
+    "federation.learning_rate": 0.1,
+    "semanticfl.consistency": "cosine",
+    "semanticfl.lambda_kd": 20.0,
+    "semanticfl.lambda_con": 0.1,
+    "fedcda.warm_up": 10,
+}
+
+register_dataset("digit-scenes", "semanticfl_ref.data.digits:read_scenes", EMBEDDED)
+register_dataset("digits", "semanticfl_ref.data.digits:read_digits", EMBEDDED)
+register_dataset("cifar10", "semanticfl_ref.data.cifar:read_cifar10")
+register_dataset(
+    "cifar100", "semanticfl_ref.data.cifar:read_cifar100", {"federation.weight_decay": 1e-4}
+)
+register_dataset(
+    "tinyimagenet",
+    "semanticfl_ref.data.tinyimagenet:read",
+    {"federation.weight_decay": 1e-4},
+)
+register_dataset("image_folder", "semanticfl_ref.data.image_folder:read", {"data.image_size": 32})

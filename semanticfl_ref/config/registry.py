@@ -1,0 +1,140 @@
+"""What settings choose by name: federated methods, data sets, models, partition scenarios.
+
+The package's own entries are import paths, so that reading their names (for `--help`) imports
+nothing heavy. An entry from outside the package is registered by the same calls.
+"""
+
+import importlib
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+from semanticfl_ref.config.schema import Section
+from semanticfl_ref.errors import UserError, unknown
+
+
+class Entry(NamedTuple):
+    """One registered name.
+
+    Attributes:
+        target: the object, or "module:attribute" to import it from.
+        settings: section of the entry's own settings, which appear as `name.field`.
+        preset: dotted name -> value of the settings whose default differs with this entry.
+    """
+
+    target: object
+    settings: type[Section] | None = None
+    preset: Mapping[str, object] = {}
+
+
+class Registry(Mapping):
+    """name -> object, imported when it is first looked up.
+
+    Args:
+        kind: what the names name, for messages.
+    """
+
+    def __init__(self, kind: str):
+        self.kind = kind
+        self.entries: dict[str, Entry] = {}
+
+    def register(self, name: str, entry: Entry) -> None:
+        """Add an entry.
+
+        Raises:
+            UserError: the name is taken.
+        """
+        if name in self.entries:
+            raise UserError(f"{self.kind} {name!r} is already registered: choose another name")
+        self.entries[name] = entry
+
+    def __getitem__(self, name: str):
+        if name not in self.entries:
+            raise unknown(self.kind, name, self.entries)
+        target = self.entries[name].target
+        if isinstance(target, str):
+            module, _, attribute = target.partition(":")
+            return getattr(importlib.import_module(module), attribute)
+        return target
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.entries
+
+
+METHODS = Registry("method")
+DATASETS = Registry("data set")
+MODELS = Registry("model")
+SCENARIOS = Registry("scenario")
+
+
+def register_method(
+    name: str,
+    method,
+    settings: type[Section] | None = None,
+    preset: Mapping[str, object] | None = None,
+) -> None:
+    """Make a federated method available as `--method NAME`.
+
+    Args:
+        name: what the user writes.
+        method: a `Method`, or "module:attribute".
+        settings: a frozen dataclass of `option` fields, derived from `Section`.
+        preset: defaults of other settings that this method changes.
+
+    Raises:
+        UserError: the name is taken.
+    """
+    METHODS.register(name, Entry(method, settings, preset or {}))
+
+
+def register_dataset(name: str, reader, preset: Mapping[str, object] | None = None) -> None:
+    """Make a data set available as `--dataset NAME`.
+
+    Args:
+        name: what the user writes.
+        reader: a function of a `ReadOptions` that returns `Parts` (see data/dataset.py), or
+            "module:attribute".
+        preset: defaults of settings for this data set.
+
+    Raises:
+        UserError: the name is taken.
+    """
+    DATASETS.register(name, Entry(reader, None, preset or {}))
+
+
+def register_model(name: str, build) -> None:
+    """Make a client model available as `--set model.name=NAME`.
+
+    Args:
+        name: what the user writes.
+        build: a class or function with the arguments and the interface of `ResNet10`, or
+            "module:attribute".
+
+    Raises:
+        UserError: the name is taken.
+    """
+    MODELS.register(name, Entry(build))
+
+
+def register_scenario(name: str, assign) -> None:
+    """Make a partition scenario available as `--scenario NAME`.
+
+    Args:
+        name: what the user writes.
+        assign: a function of an `Assignment` that returns the client of every image, int64 [N]
+            (see data/scenarios.py), or "module:attribute".
+
+    Raises:
+        UserError: the name is taken.
+    """
+    SCENARIOS.register(name, Entry(assign))
+
+
+register_model("resnet10", "semanticfl_ref.federated.model:ResNet10")
+for _name in ("iid", "nid1", "nid2", "pathological", "quantity"):
+    register_scenario(_name, f"semanticfl_ref.data.scenarios:{_name}")

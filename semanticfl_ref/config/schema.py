@@ -1,0 +1,119 @@
+"""Settings: dataclass fields with help, range, unit and source, checked when their section is made."""
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Callable, Collection
+
+from semanticfl_ref.errors import UserError, unknown
+
+Choices = Collection[str] | Callable[[], Collection[str]]
+KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
+BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+
+
+def option(
+    default,
+    help: str,
+    *,
+    low=None,
+    high=None,
+    above=None,
+    choices: Choices | None = None,
+    source: str = "",
+    unit: str = "",
+):
+    """A setting.
+
+    Args:
+        default: its type is the setting's type.
+        help: a noun phrase that stands alone.
+        low, high: inclusive bounds.
+        above: exclusive lower bound.
+        choices: the admissible names, or a function that returns them (for registries).
+        source: where the default comes from; the tags are explained in settings.py.
+        unit: for numbers with one, for example "pixels".
+    """
+    metadata = {
+        "help": help,
+        "low": low,
+        "high": high,
+        "above": above,
+        "choices": choices,
+        "source": source,
+        "unit": unit,
+    }
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+class Section:
+    """Base of all sections: checks the type and range of every field when a section is made.
+
+    Raises:
+        UserError: names the field, the value and what is admissible.
+    """
+
+    def __post_init__(self):
+        section = type(self).__name__.removesuffix("Settings").lower()
+        for field in dataclasses.fields(self):
+            _check(f"{section}.{field.name}", field, getattr(self, field.name))
+
+
+def choices_of(field: dataclasses.Field) -> tuple[str, ...]:
+    """The admissible names of a setting; empty if any value of its type is admissible."""
+    choices = field.metadata["choices"] or ()
+    return tuple(choices() if callable(choices) else choices)
+
+
+def convert(name: str, field: dataclasses.Field, value):
+    """`value` as the field's type if it is a string that spells one, and names as registered.
+
+    Names are matched without regard to case, hyphens and underscores: "CIFAR-10" is cifar10.
+
+    Raises:
+        UserError: the string does not spell a value of the field's type.
+    """
+    kind = field.type
+    if isinstance(value, str) and kind is not str:
+        try:
+            return BOOLEANS[value.lower()] if kind is bool else kind(value)
+        except (KeyError, ValueError):
+            raise UserError(f"{name} = {value!r}: expected {KINDS[kind]}") from None
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, str):
+        return next((c for c in choices_of(field) if _folded(c) == _folded(value)), value)
+    return value
+
+
+def toml_value(value) -> str:
+    """A bool, int, float or str as TOML writes it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        # TOML's escapes are JSON's, and DEL.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return repr(value)
+
+
+def _folded(name: str) -> str:
+    return re.sub(r"[-_ ]", "", name).lower()
+
+
+def _check(name: str, field: dataclasses.Field, value) -> None:
+    limits = field.metadata
+    if type(value) is not field.type:
+        raise UserError(
+            f"{name} = {value!r}: expected {KINDS[field.type]}, not {type(value).__name__}"
+        )
+    if field.metadata["choices"] and value not in choices_of(field):
+        raise unknown(name, value, choices_of(field))
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{name} = {value}: expected a finite number")
+    if limits["low"] is not None and value < limits["low"]:
+        raise UserError(f"{name} = {value}: must be at least {limits['low']}")
+    if limits["high"] is not None and value > limits["high"]:
+        raise UserError(f"{name} = {value}: must be at most {limits['high']}")
+    if limits["above"] is not None and value <= limits["above"]:
+        raise UserError(f"{name} = {value}: must be above {limits['above']}")

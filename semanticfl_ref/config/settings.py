@@ -1,0 +1,419 @@
+"""The whole configuration: frozen sections, each field with its help, unit, source and range.
+
+Sources: [A] the paper's abstract, [S] a second-hand summary of the paper, [N] the nearest published
+system (FedDifRC, arXiv 2507.06482), [O] our own reading where nothing is published. docs/choices.md
+gives the reasons.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+import semanticfl_ref.config.methods
+import semanticfl_ref.config.presets  # noqa: F401  (registers the data sets)
+from semanticfl_ref.config.registry import DATASETS, METHODS, MODELS, SCENARIOS
+from semanticfl_ref.config.schema import Section, convert, option, toml_value
+from semanticfl_ref.errors import UserError, unknown_setting
+
+CONTROLS = ("sd", "shuffled", "permuted", "random", "onehot")
+STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+# Locations and bookkeeping: a run may be resumed with these changed. The content behind the paths
+# is part of a run's identity.
+NOT_IDENTITY = frozenset(
+    {
+        "data.dir",
+        "data.sha256",
+        "partition.file",
+        "diffusion.source",
+        "anchors.images",
+        "run.checkpoint_every",
+    }
+)
+SMALLEST_IMAGE = 9  # pixels per side: below, the last stage would normalise over a single pixel
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings(Section):
+    name: str = option("digit-scenes", "data set", choices=lambda: tuple(DATASETS))
+    dir: str = option(
+        "", "folder with the data files, or with class folders; empty: the download cache"
+    )
+    sha256: str = option(
+        "", "SHA-256 of a local file to accept although it differs from the published one"
+    )
+    image_size: int = option(
+        0, "side to which images are resized; 0: as published", low=0, high=512, unit="pixels"
+    )
+    validation_share: float = option(
+        0.0, "share of the training images set aside for tuning", low=0.0, high=0.5
+    )
+    augment: bool = option(
+        True, "random horizontal flips and crops of the training images", source="O"
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if 0 < self.image_size < SMALLEST_IMAGE:
+            raise UserError(
+                f"data.image_size = {self.image_size}: must be 0 or at least {SMALLEST_IMAGE}, "
+                f"since ResNet-10 halves the side three times and a single pixel has no variance"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartitionSettings(Section):
+    scenario: str = option(
+        "nid1",
+        "how training images are partitioned across clients: iid; nid1, nid2, pathological (label "
+        "skew); quantity (size skew)",
+        choices=lambda: tuple(SCENARIOS),
+        source="S",
+    )
+    alpha: float = option(
+        0.2,
+        "Dirichlet concentration of nid1 and quantity; small values are skewed",
+        above=0.0,
+        source="S",
+    )
+    classes_per_client: int = option(
+        2, "classes per client of pathological", low=1, source="McMahan et al. 2017: 2"
+    )
+    imbalance: float = option(
+        1.0,
+        "long tail: ratio of the training images of the first class to those of the last; 1: none",
+        low=1.0,
+        source="N",
+    )
+    feature_shift: str = option(
+        "none",
+        "corruption: a fixed image corruption per client, also in the images that make anchors",
+        choices=("none", "corruption"),
+        source="O",
+    )
+    modality: str = option(
+        "none",
+        "mixed: clients receive both kinds of anchors, text only, visual only, or neither, in turn",
+        choices=("none", "mixed"),
+        source="O",
+    )
+    file: str = option(
+        "",
+        "JSON file with the image indices of each client, as `partition show --save` writes it; "
+        "replaces the scenario",
+    )
+    clients: int = option(10, "total number of clients", low=1, high=100_000, source="N")
+    held_out_share: float = option(
+        0.0, "share of each client's images reserved as its own test set", low=0.0, high=0.5
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionSettings(Section):
+    source: str = option(
+        STABLE_DIFFUSION,
+        "frozen Stable Diffusion: hub id or folder; tiny: the embedded model",
+        source="S",
+    )
+    layers: str = option(
+        "up.1,up.2,up.3",
+        "layers to read, separated by commas: vae, down.0, mid, up.3, up.1.resnets.0, "
+        "up.1.attentions.2, ...; all: vae and every block",
+        source="N",
+    )
+    timestep: int = option(150, "noise level of the U-Net pass", low=0, high=999, source="S")
+    pool: int = option(
+        1,
+        "cells per side of the pooled grid; 1: global average, 2: 2x2",
+        low=1,
+        high=4,
+        source="S",
+    )
+    prompt: str = option(
+        "a photo of a {}", "caption of a class; {} is replaced by its name", source="S"
+    )
+    condition: str = option(
+        "null",
+        "caption of an image's U-Net pass: null (empty) or own-class, which leaks the label into "
+        "the anchor",
+        choices=("null", "own-class"),
+        source="O",
+    )
+    input_size: int = option(
+        224,
+        "side to which images are resized before the VAE; 0: not resized",
+        low=0,
+        high=1024,
+        source="N",
+        unit="pixels",
+    )
+    latent: str = option(
+        "mean",
+        "latent of an image: mean of the VAE's distribution, or a sample seeded by its content",
+        choices=("mean", "sample"),
+        source="O",
+    )
+    precision: str = option(
+        "auto",
+        "U-Net precision; auto: fp16 on CUDA, bf16 on a CPU with native support, else fp32",
+        choices=("auto", "fp32", "bf16", "fp16"),
+    )
+
+    @property
+    def layer_names(self) -> tuple[str, ...]:
+        """The layers as a tuple, in the order in which they are written."""
+        return tuple(name.strip() for name in self.layers.split(","))
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnchorsSettings(Section):
+    control: str = option(
+        "sd",
+        "source of the anchors; the others are control conditions",
+        choices=CONTROLS,
+    )
+    images: str = option(
+        "train",
+        "images that make the visual anchors: train, heldout:N (N per class, given to no client), "
+        "or a folder of class folders",
+        source="O",
+    )
+    per: str = option(
+        "image", "one visual anchor per image or per class", choices=("image", "class"), source="N"
+    )
+    width: int = option(512, "width of a visual anchor", low=2, high=4096, source="S")
+    aggregation: str = option(
+        "256-128-128",
+        "width per layer, in the order of diffusion.layers; equal: the same for each; separability: "
+        "equal, with layers weighted by their Fisher ratio",
+        source="N",
+    )
+    whiten: bool = option(True, "PCA components scaled to unit variance", source="O")
+    text: str = option(
+        "clip",
+        "text anchors: clip (text encoder), unet (mean U-Net features of a class's images under "
+        "its caption)",
+        choices=("clip", "unet"),
+        source="S",
+    )
+    text_images: int = option(
+        16, "images per class that make its text anchor with anchors.text = unet", low=1, source="O"
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        kind, sign, number = self.images.partition(":")
+        valid = sign and number.isascii() and number.isdigit() and int(number) > 0
+        if kind == "heldout" and not valid:
+            raise UserError(
+                f"anchors.images = {self.images!r}: expected heldout:N with N images per class, "
+                f"for example heldout:20"
+            )
+
+    @property
+    def held_out(self) -> int:
+        """Images per class that are held out for the anchors and given to no client."""
+        return int(self.images[8:]) if self.images.startswith("heldout:") else 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings(Section):
+    name: str = option("resnet10", "client model", choices=lambda: tuple(MODELS), source="S")
+    width: int = option(
+        64,
+        "channels of the first stage; features have 8 times as many",
+        low=1,
+        high=256,
+        source="N",
+    )
+    batch_norm: str = option(
+        "average",
+        "BatchNorm across clients: average (like any parameter) or local (each client keeps its "
+        "own; the global model is evaluated with their average)",
+        choices=("average", "local"),
+        source="O",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FederationSettings(Section):
+    method: str = option("semanticfl", "federated method", choices=lambda: tuple(METHODS))
+    rounds: int = option(100, "number of communication rounds", low=1, source="O")
+    clients_per_round: int = option(5, "clients sampled per round", low=1, source="N")
+    local_epochs: int = option(10, "local epochs per round", low=1, source="N")
+    batch_size: int = option(64, "batch size", low=1, source="S")
+    learning_rate: float = option(0.01, "SGD learning rate", above=0.0, source="N")
+    momentum: float = option(
+        0.9, "SGD momentum; starts from zero in every round", low=0.0, high=0.9999, source="N"
+    )
+    weight_decay: float = option(1e-5, "SGD weight decay", low=0.0, source="N")
+    aggregation: str = option(
+        "mean",
+        "aggregation of the clients' models: weighted mean, or the unweighted and robust median or "
+        "trimmed-mean of every parameter",
+        choices=("mean", "median", "trimmed-mean"),
+    )
+    server_optimizer: str = option(
+        "none",
+        "optimizer that turns the clients' average into the next global model: fedavgm (momentum), "
+        "fedadam (Adam)",
+        choices=("none", "fedavgm", "fedadam"),
+    )
+    non_finite: str = option(
+        "stop",
+        "reaction to a client that returns NaN or infinity: stop the run or drop the client from "
+        "the round",
+        choices=("stop", "drop"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerSettings(Section):
+    """Of `federation.server_optimizer` and of `federation.aggregation = trimmed-mean`."""
+
+    learning_rate: float = option(
+        0.0,
+        "server learning rate eta; 0: the optimizer's default (fedavgm 1, fedadam 0.01)",
+        low=0.0,
+        source="Hsu et al. 2019; Reddi et al. 2021",
+    )
+    momentum: float = option(
+        0.9,
+        "beta of fedavgm, beta_1 of fedadam",
+        low=0.0,
+        high=0.9999,
+        source="Hsu et al. 2019; Reddi et al. 2021",
+    )
+    beta_2: float = option(
+        0.99, "beta_2 of fedadam", low=0.0, high=0.999999, source="Reddi et al. 2021"
+    )
+    tau: float = option(
+        1e-3, "tau of fedadam, added to the square root", above=0.0, source="Reddi et al. 2021"
+    )
+    trim: float = option(
+        0.2,
+        "share of clients that trimmed-mean removes at each end",
+        low=0.0,
+        high=0.4999,
+        source="O",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings(Section):
+    seed: int = option(0, "seed for all random generators", low=0, high=2**31 - 1)
+    precision: str = option(
+        "auto",
+        "training precision; auto: bf16 where the processor supports it natively",
+        choices=("auto", "fp32", "bf16"),
+    )
+    threads: int = option(
+        0,
+        "CPU threads; 0: torch's default. Results are bitwise reproducible for a fixed number",
+        low=0,
+        high=1024,
+    )
+    device: str = option("auto", "device; auto: CUDA if available", choices=("auto", "cpu", "cuda"))
+    checkpoint_every: int = option(1, "rounds between checkpoints", low=1)
+
+
+def _default_method_settings() -> Mapping[str, Section]:
+    entries = METHODS.entries.items()
+    return MappingProxyType({name: entry.settings() for name, entry in entries if entry.settings})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """All settings of a run. `methods`: method name -> its own settings, of every method."""
+
+    data: DataSettings = field(default_factory=DataSettings)
+    partition: PartitionSettings = field(default_factory=PartitionSettings)
+    diffusion: DiffusionSettings = field(default_factory=DiffusionSettings)
+    anchors: AnchorsSettings = field(default_factory=AnchorsSettings)
+    model: ModelSettings = field(default_factory=ModelSettings)
+    federation: FederationSettings = field(default_factory=FederationSettings)
+    server: ServerSettings = field(default_factory=ServerSettings)
+    run: RunSettings = field(default_factory=RunSettings)
+    methods: Mapping[str, Section] = field(default_factory=_default_method_settings)
+
+    def __post_init__(self):
+        sampled, clients = self.federation.clients_per_round, self.partition.clients
+        if sampled > clients:
+            raise UserError(
+                f"federation.clients_per_round = {sampled} exceeds partition.clients = {clients}: "
+                f"lower --clients-per-round or raise --clients"
+            )
+        trims = self.federation.aggregation == "trimmed-mean"
+        if trims and trimmed_clients(self.server.trim, sampled) < 1:
+            raise UserError(
+                f"server.trim = {self.server.trim} of federation.clients_per_round = {sampled} "
+                f"removes no client: raise --clients-per-round, raise server.trim to at least "
+                f"{1 / sampled:.3g}, or use --set federation.aggregation=median"
+            )
+
+    @property
+    def method(self) -> Section | None:
+        """The settings of the method in use."""
+        return self.methods.get(self.federation.method)
+
+    @property
+    def sections(self) -> dict[str, Section]:
+        """name -> section, in the order of declaration."""
+        general = (f.name for f in dataclasses.fields(self) if f.name != "methods")
+        return {name: getattr(self, name) for name in general} | dict(self.methods)
+
+
+def trimmed_clients(share: float, clients: int) -> int:
+    """How many clients are removed at each end: floor(share * clients), where 0.29 * 100 is 29."""
+    return math.floor(round(share * clients, 9))
+
+
+def setting_fields() -> dict[str, dataclasses.Field]:
+    """Dotted name -> field of every setting, in the order of declaration."""
+    return {
+        f"{section}.{f.name}": f
+        for section, values in Config().sections.items()
+        for f in dataclasses.fields(values)
+    }
+
+
+def from_flat(values: Mapping[str, object]) -> Config:
+    """A configuration from dotted names; strings are converted to the field's type.
+
+    Raises:
+        UserError: an unknown name (the nearest is suggested), a wrong type, a value out of range.
+    """
+    fields = setting_fields()
+    given: dict[str, dict[str, object]] = {}
+    for name, value in values.items():
+        if name not in fields:
+            raise unknown_setting(name, fields)
+        section, _, key = name.partition(".")
+        given.setdefault(section, {})[key] = convert(name, fields[name], value)
+    made = {
+        section: type(default)(**given.get(section, {}))
+        for section, default in Config().sections.items()
+    }
+    methods = {name: made.pop(name) for name in list(made) if name in METHODS}
+    return Config(**made, methods=MappingProxyType(methods))
+
+
+def to_flat(config: Config) -> dict[str, object]:
+    """Dotted name -> value of every setting, in the order of declaration."""
+    return {
+        f"{section}.{key}": value
+        for section, values in config.sections.items()
+        for key, value in dataclasses.asdict(values).items()
+    }
+
+
+def to_toml(config: Config) -> str:
+    """The configuration as TOML that `resolve(file=...)` reads back to an equal one."""
+    lines = []
+    for section, values in config.sections.items():
+        lines.append(f"[{section}]")
+        for key, value in dataclasses.asdict(values).items():
+            lines.append(f"{key} = {toml_value(value)}")
+        lines.append("")
+    return "\n".join(lines)

@@ -1,0 +1,172 @@
+"""Data sets: one resident uint8 tensor per part, read by the reader that is registered by name.
+
+    digit-scenes  the digits below, each rotated, scaled, shifted and coloured; embedded
+    digits        1 797 handwritten digits as grey 32x32 images; embedded
+    cifar10, cifar100, tinyimagenet   the published archives, downloaded or local
+    image_folder  a folder of class folders of images
+
+Letters: N images, C classes.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from semanticfl_ref.config.registry import DATASETS
+from semanticfl_ref.config.settings import DataSettings
+from semanticfl_ref.randomness import generator
+
+CHUNK = 1000  # images that are resized at a time
+
+
+class Labelled(NamedTuple):
+    """Images uint8 [N, H, W, 3] and their labels int64 [N]."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+
+    def subset(self, indices: torch.Tensor) -> "Labelled":
+        """The images with these indices, in their order."""
+        return Labelled(self.images[indices], self.labels[indices])
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadOptions:
+    """What a reader is given: the section `data`, the seed of the run, whether to stay offline."""
+
+    settings: DataSettings
+    seed: int
+    offline: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What a reader returns. Without `validation`, a share of the training images is set aside."""
+
+    class_names: tuple[str, ...]
+    train: Labelled
+    test: Labelled
+    validation: Labelled | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """Three parts, each images uint8 [N, H, W, 3] and labels int64 [N]; validation may be empty.
+
+    `sha256` covers class names, images and labels.
+    """
+
+    name: str
+    class_names: tuple[str, ...]
+    train_images: torch.Tensor
+    train_labels: torch.Tensor
+    validation_images: torch.Tensor
+    validation_labels: torch.Tensor
+    test_images: torch.Tensor
+    test_labels: torch.Tensor
+    sha256: str
+
+    @property
+    def image_size(self) -> int:
+        """Pixels per side."""
+        return self.train_images.shape[1]
+
+    @property
+    def classes(self) -> int:
+        """C."""
+        return len(self.class_names)
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Field name -> tensor, of all six."""
+        return {name: value for name, value in vars(self).items() if torch.is_tensor(value)}
+
+
+def load_dataset(settings: DataSettings, *, seed: int = 0, offline: bool = False) -> Dataset:
+    """Read a data set into memory.
+
+    Args:
+        settings: the section `data`.
+        seed: of the images that are set aside for validation or test.
+        offline: no network access.
+
+    Raises:
+        UserError: an option that the data set does not have.
+        DataError: files that are missing, damaged or hostile.
+        DownloadError: a download is needed and impossible.
+    """
+    options = ReadOptions(settings=settings, seed=seed, offline=offline)
+    parts: Parts = DATASETS[settings.name](options)
+    train, validation = parts.train, parts.validation
+    if validation is None:
+        share = settings.validation_share
+        train, validation = hold_out(train, share, generator(seed, "validation"))
+    tensors = {}
+    for name, part in (("train", train), ("validation", validation), ("test", parts.test)):
+        tensors[f"{name}_images"] = resized(part.images, settings.image_size)
+        tensors[f"{name}_labels"] = part.labels
+    sha256 = content_sha256(parts.class_names, tensors)
+    return Dataset(name=settings.name, class_names=parts.class_names, sha256=sha256, **tensors)
+
+
+def hold_out(part: Labelled, share: float, source: torch.Generator) -> tuple[Labelled, Labelled]:
+    """The same share of every class set aside: what stays, and what is set aside."""
+    if share == 0:
+        return part, Labelled(part.images[:0], part.labels[:0])
+    stay, aside = stratified(part.labels, (1 - share, share), source)
+    return part.subset(stay), part.subset(aside)
+
+
+def stratified(
+    labels: torch.Tensor, shares: tuple[float, ...], source: torch.Generator
+) -> tuple[torch.Tensor, ...]:
+    """Split every class by the same shares; the first part gets at least one image of each.
+
+    Args:
+        labels: int64 [N].
+        shares: of the parts, summing to one.
+
+    Returns:
+        For each share the ascending indices, int64; disjoint, together all of them.
+    """
+    part_N = torch.empty_like(labels)
+    for c in labels.unique():
+        (own,) = torch.where(labels == c)
+        own = own[torch.randperm(len(own), generator=source)]
+        # From the last part to the first: each takes all that the parts before it leave.
+        for part in reversed(range(len(shares))):
+            part_N[own[: max(1, round(sum(shares[: part + 1]) * len(own)))]] = part
+    return tuple(torch.where(part_N == part)[0] for part in range(len(shares)))
+
+
+def resized(images: torch.Tensor, size: int) -> torch.Tensor:
+    """Images uint8 [N, H, W, 3] -> [N, size, size, 3], bicubic; size 0 leaves them."""
+    if size == 0 or images.shape[1:3] == (size, size):
+        return images
+    out = torch.empty(len(images), size, size, 3, dtype=torch.uint8)
+    for start in range(0, len(images), CHUNK):
+        chunk = images[start : start + CHUNK].permute(0, 3, 1, 2).float()
+        scaled = F.interpolate(
+            chunk, size=(size, size), mode="bicubic", antialias=True, align_corners=False
+        )
+        out[start : start + CHUNK] = (
+            scaled.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
+        )
+    return out
+
+
+def content_sha256(class_names: tuple[str, ...], tensors: dict[str, torch.Tensor]) -> str:
+    """SHA-256 of class names, shapes and bytes, tensor by tensor in alphabetical order."""
+    digest = hashlib.sha256("\0".join(class_names).encode())
+    for name in sorted(tensors):
+        digest.update(f"\n{name} {tuple(tensors[name].shape)}\n".encode())
+        digest.update(tensors[name].contiguous().numpy())
+    return digest.hexdigest()
+
+
+def readable(name: str) -> str:
+    """A file's or archive's name of a class as it appears in captions: maple_tree -> maple tree."""
+    return name.replace("_", " ")

@@ -1,0 +1,43 @@
+"""The device and the precision of a run, decided once."""
+
+import torch
+
+from semanticfl_ref.errors import UserError
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device that `run.device` names: auto is CUDA if available.
+
+    Raises:
+        UserError: CUDA is asked for and not available.
+    """
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise UserError("run.device = cuda: torch finds no CUDA device; use run.device=auto or cpu")
+    return torch.device("cuda" if name != "cpu" and available else "cpu")
+
+
+def resolve_precision(name: str, device: torch.device, half_on_cuda: str = "bf16") -> str:
+    """The precision that a setting names.
+
+    auto is `half_on_cuda` on CUDA devices that support it, bf16 on CPUs whose matrix units do
+    (emulated, it is slower than fp32), else fp32.
+    """
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return half_on_cuda if half_on_cuda == "fp16" or has_bf16(device) else "fp32"
+    return "bf16" if has_bf16(device) else "fp32"
+
+
+def vae_precision(precision: str, device: torch.device) -> str:
+    """The VAE's precision beside a U-Net of this precision: it overflows in fp16."""
+    half = device.type == "cpu" or has_bf16(device)
+    return "bf16" if precision != "fp32" and half else "fp32"
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device computes in bf16 natively."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

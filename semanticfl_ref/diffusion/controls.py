@@ -1,0 +1,125 @@
+"""Control conditions: anchors of the same shape and norms without the diffusion model's meaning.
+
+    sd        no control: the anchors as they are
+    shuffled  each image gets another image's visual anchor; texts stay, as they belong to classes
+    permuted  each class's images, and its text, get another class's
+    random    Gaussian
+    onehot    only the label, through a fixed orthogonal map
+
+Letters: N images, C classes, D width of an anchor.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from semanticfl_ref.config.settings import CONTROLS
+from semanticfl_ref.errors import UserError, unknown
+from semanticfl_ref.randomness import generator
+
+
+def apply_control(
+    control: str,
+    visual_ND: torch.Tensor,
+    text_CD: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    per: str,
+    seed: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Visual and text anchors under a control condition.
+
+    A row that replaces another has its norm; a row that is only handed to another image or class
+    keeps its own.
+
+    Args:
+        control: one of CONTROLS.
+        visual_ND: float32 [N, D], one anchor per image.
+        text_CD: float32 [C, D_text].
+        labels: int64 [N].
+        per: "image", or "class" for class means.
+        seed: of the condition.
+
+    Returns:
+        Visual anchors [N, D] or [C, D], as `per` says, and text anchors [C, D_text].
+
+    Raises:
+        UserError: an unknown condition, or too few images or classes for it.
+    """
+    classes, source = len(text_CD), generator(seed, f"anchors/{control}")
+    per_image = per == "image"
+    visual = visual_ND if per_image else class_means(visual_ND, labels, classes)
+    owners = labels if per_image else torch.arange(classes)
+    if control == "sd":
+        return visual, text_CD
+    if control == "shuffled":
+        if len(visual_ND) < 2:
+            raise UserError("anchors.control = shuffled needs at least two images")
+        moved = visual_ND[_derangement(len(visual_ND), source)]
+        if not per_image:
+            moved = _with_norms_of(visual, class_means(moved, labels, classes))
+        return moved, text_CD
+    if control == "permuted":
+        present = owners.unique()
+        if len(present) < 2:
+            raise UserError("anchors.control = permuted needs images of at least two classes")
+        other = torch.arange(classes)
+        other[present] = present[_derangement(len(present), source)]
+        return visual[_rows_of_others(owners, other, source)], text_CD[other]
+    if control == "random":
+        random_visual = torch.randn(visual.shape, generator=source)
+        random_text = torch.randn(text_CD.shape, generator=source)
+        return _with_norms_of(visual, random_visual), _with_norms_of(text_CD, random_text)
+    if control == "onehot":
+        codes = _orthogonal_codes(classes, visual.shape[1], source)[owners]
+        text_codes = _orthogonal_codes(classes, text_CD.shape[1], source)
+        return _with_norms_of(visual, codes), _with_norms_of(text_CD, text_codes)
+    raise unknown("control", control, CONTROLS)
+
+
+def class_means(values_ND: torch.Tensor, labels: torch.Tensor, classes: int) -> torch.Tensor:
+    """The mean [C, D] of every class's rows, accumulated in fp64.
+
+    Raises:
+        UserError: a class without images.
+    """
+    counts = torch.bincount(labels, minlength=classes)
+    if (counts == 0).any():
+        raise UserError(
+            f"class {int((counts == 0).nonzero()[0])} has no image among those that make the "
+            f"anchors; use anchors.per = image, or more images"
+        )
+    sums = torch.zeros(classes, values_ND.shape[1], dtype=torch.float64)
+    return (sums.index_add_(0, labels, values_ND.double()) / counts[:, None]).float()
+
+
+def _rows_of_others(
+    owners: torch.Tensor, other: torch.Tensor, source: torch.Generator
+) -> torch.Tensor:
+    """For each row the index of a row whose owner is `other[its owner]`; each is used once before
+    any is used again."""
+    index = torch.empty(len(owners), dtype=torch.long)
+    for label in owners.unique():
+        rows = (owners == label).nonzero().flatten()
+        givers = (owners == other[label]).nonzero().flatten()
+        givers = givers[torch.randperm(len(givers), generator=source)]
+        index[rows] = givers.repeat(-(-len(rows) // len(givers)))[: len(rows)]
+    return index
+
+
+def _derangement(count: int, source: torch.Generator) -> torch.Tensor:
+    """A random permutation without a fixed point: one cycle through all."""
+    order = torch.randperm(count, generator=source)
+    image = torch.empty(count, dtype=torch.long)
+    image[order] = order.roll(1)
+    return image
+
+
+def _orthogonal_codes(classes: int, width: int, source: torch.Generator) -> torch.Tensor:
+    """Unit rows [C, D], orthogonal if C <= D."""
+    size = max(classes, width)
+    gaussian = torch.randn(size, size, generator=source, dtype=torch.float64)
+    return F.normalize(torch.linalg.qr(gaussian)[0][:classes, :width].float(), dim=1)
+
+
+def _with_norms_of(model: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    return F.normalize(rows, dim=1) * model.norm(dim=1, keepdim=True)

@@ -1,0 +1,91 @@
+"""What stays constant during a run: data, partition, anchors, the model that clients train.
+
+Letters: B batch, C classes, P size of a flat vector.
+"""
+
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from semanticfl_ref.config.registry import METHODS, MODELS
+from semanticfl_ref.config.settings import Config
+from semanticfl_ref.data.dataset import Dataset
+from semanticfl_ref.data.partition import Partition
+from semanticfl_ref.device import resolve_device, resolve_precision
+from semanticfl_ref.diffusion.anchors import Anchors
+from semanticfl_ref.federated.flat import FlatLayout, flat_layout
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunContext:
+    """The constants of a run; tensors are on `device`.
+
+    Attributes:
+        config, dataset, partition, anchors: `anchors` is None for a method without.
+        model: the model that clients train, one after another.
+        layout: of its flat vector.
+        device: where it runs.
+        precision: "bf16" or "fp32", of the forward pass.
+    """
+
+    config: Config
+    dataset: Dataset
+    partition: Partition
+    anchors: Anchors | None
+    model: nn.Module
+    layout: FlatLayout
+    device: torch.device
+    precision: str
+
+    def autocast(self):
+        """The context manager of a forward pass."""
+        if self.precision == "bf16":
+            return torch.autocast(self.device.type, torch.bfloat16)
+        return nullcontext()
+
+    def anchors_for(
+        self, client: int, labels_B: torch.Tensor, index_B: torch.Tensor
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """A batch's visual anchors [B, D] and the text anchors [C, D_text]; None if the client does
+        not receive them."""
+        visual_BD = text_CD = None
+        if self.anchors is not None and self.partition.receives(client, "visual"):
+            visual_BD = self.anchors.visual_for(labels_B, index_B)
+        if self.anchors is not None and self.partition.receives(client, "text"):
+            text_CD = self.anchors.text
+        return visual_BD, text_CD
+
+
+def make_context(
+    config: Config, dataset: Dataset, partition: Partition, anchors: Anchors | None
+) -> RunContext:
+    """Move everything to the device and build the model with the heads that the method needs.
+
+    Raises:
+        UserError: CUDA is asked for and not available, or anchors whose width the model cannot meet.
+    """
+    device = resolve_device(config.run.device)
+    method = METHODS[config.federation.method]
+    assert anchors is not None or not method.needs_anchors, "this method needs anchors"
+    if not method.needs_anchors:
+        anchors = None
+    heads = method.heads(config, anchors, 8 * config.model.width)
+    if anchors is not None:
+        on_device = {"visual": anchors.visual.to(device), "text": anchors.text.to(device)}
+        anchors = replace(anchors, **on_device)
+    build = MODELS[config.model.name]
+    model = build(config.model.width, dataset.classes, **heads, seed=config.run.seed)
+    model = model.to(device, memory_format=torch.channels_last)
+    tensors = {name: tensor.to(device) for name, tensor in dataset.tensors.items()}
+    return RunContext(
+        config=config,
+        dataset=replace(dataset, **tensors),
+        partition=partition,
+        anchors=anchors,
+        model=model,
+        layout=flat_layout(model),
+        device=device,
+        precision=resolve_precision(config.run.precision, device),
+    )

@@ -1,0 +1,85 @@
+"""Accuracy of the global model, overall and as each client would see it.
+
+Letters: N images, M clients in all, C classes.
+"""
+
+import torch
+from torch import nn
+
+from semanticfl_ref.data.batches import network_input
+from semanticfl_ref.federated.context import RunContext
+
+BATCH = 500  # images per forward pass
+
+
+def evaluate(model: nn.Module, context: RunContext) -> dict:
+    """Accuracies of `model`, 0 ... 1.
+
+    Returns:
+        test_accuracy; validation_accuracy, None without validation images; class_accuracy, C values,
+        None for a class without test images; client_accuracy, M values: the class accuracies
+        averaged by the client's label histogram, which is the accuracy on a test set with its label
+        distribution. With partition.held_out_share also own_accuracy, M values on the clients' own
+        test images, None for a client without.
+    """
+    data, classes = context.dataset, context.dataset.classes
+    correct_N = is_correct(model, context, data.test_images, data.test_labels)
+    count_C = torch.bincount(data.test_labels, minlength=classes).double()
+    correct_C = torch.bincount(data.test_labels, weights=correct_N.double(), minlength=classes)
+    accuracy_C = correct_C / count_C.clamp(min=1)
+    histogram_MC = torch.tensor(
+        context.partition.histograms, dtype=torch.float64, device=accuracy_C.device
+    )
+    histogram_MC = histogram_MC * (count_C > 0)
+    client_M = (histogram_MC @ accuracy_C) / histogram_MC.sum(1).clamp(min=1)
+    validation = None
+    if len(data.validation_labels):
+        images, labels = data.validation_images, data.validation_labels
+        validation = is_correct(model, context, images, labels).double().mean().item()
+    accuracies = {
+        "test_accuracy": correct_N.double().mean().item(),
+        "validation_accuracy": validation,
+        "class_accuracy": [
+            accuracy if count else None
+            for accuracy, count in zip(accuracy_C.tolist(), count_C.tolist(), strict=True)
+        ],
+        "client_accuracy": client_M.tolist(),
+    }
+    if any(len(own) for own in context.partition.held_out):
+        accuracies["own_accuracy"] = own_accuracy(model, context)
+    return accuracies
+
+
+def own_accuracy(model: nn.Module, context: RunContext) -> list[float | None]:
+    """The model's accuracy on each client's own test images, None for a client without: M values."""
+    data, held_out = context.dataset, context.partition.held_out
+    all_N = torch.cat(held_out).to(data.train_images.device)
+    images, labels = data.train_images[all_N], data.train_labels[all_N]
+    per_client = is_correct(model, context, images, labels).cpu().split([len(i) for i in held_out])
+    return [own.double().mean().item() if len(own) else None for own in per_client]
+
+
+def confusion(model: nn.Module, context: RunContext) -> list[list[int]]:
+    """How many test images of a class (row) are predicted as which class (column): C x C."""
+    data, classes = context.dataset, context.dataset.classes
+    pairs_N = data.test_labels * classes + predictions(model, context, data.test_images)
+    return torch.bincount(pairs_N, minlength=classes**2).view(classes, classes).tolist()
+
+
+def is_correct(
+    model: nn.Module, context: RunContext, images: torch.Tensor, labels_N: torch.Tensor
+) -> torch.Tensor:
+    """Which of images uint8 [N, H, W, 3] are classified correctly: bool [N]."""
+    return predictions(model, context, images) == labels_N
+
+
+@torch.no_grad()
+def predictions(model: nn.Module, context: RunContext, images: torch.Tensor) -> torch.Tensor:
+    """The most likely class of each of images uint8 [N, H, W, 3]: int64 [N]."""
+    model.eval()
+    predicted = []
+    for batch in images.split(BATCH):
+        with context.autocast():
+            logits_BC, _ = model(network_input(batch, augment=False, generator=None))
+        predicted.append(logits_BC.argmax(1))
+    return torch.cat(predicted)

@@ -1,0 +1,147 @@
+"""What a round's line of metrics records: losses, gradients, steps, communication cost, drift.
+
+Letters: K clients of the round, M clients in all, P size of a flat vector.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+
+import torch
+
+from semanticfl_ref.config.registry import METHODS
+from semanticfl_ref.federated.client import ClientReport
+from semanticfl_ref.errors import NonFiniteError
+from semanticfl_ref.federated.context import RunContext
+from semanticfl_ref.federated.methods.method import LocalUpdate
+
+FLOAT_BYTES = 4
+
+
+class RoundMetrics:
+    """Collects the clients' reports while a round runs.
+
+    Communication is counted in bytes of uncompressed float32 values: `model`, parameters and heads
+    each way, also of dropped clients; `anchors`, a client's visual ones (or those of every class) and
+    all text anchors, the first time it is sampled, if an active term needs them; `controls`, vectors
+    that the method sends beside the model.
+
+    Not counted: single numbers (image counts, FedDisco's discrepancy, FedCDA's loss); what the server
+    or a client keeps for itself; whatever reached the server before the first round to make anchors
+    (anchors.json says what it saw); evaluation.
+    """
+
+    def __init__(self, context: RunContext, anchors_sent: torch.Tensor):
+        self._context, self._anchors_sent = context, anchors_sent
+        self._down, self._up = Counter(), Counter()
+        self._reports: dict[int, ClientReport] = {}
+        self.dropped: list[int] = []
+
+    def add_cohort(
+        self, updates: list[LocalUpdate], reports: list[ClientReport], finite_S: torch.Tensor
+    ) -> torch.Tensor:
+        """Count the clients of a cohort.
+
+        Args:
+            updates, reports: S of each.
+            finite_S: bool [S], whether a client's parameters are finite.
+
+        Returns:
+            bool [S], the clients that take part in the average.
+
+        Raises:
+            NonFiniteError: a client returned NaN or infinity and `federation.non_finite` is stop.
+        """
+        finite_S = finite_S & torch.tensor([r.finite for r in reports], device=finite_S.device)
+        for update, report, finite in zip(updates, reports, finite_S.tolist(), strict=True):
+            self.add(update.client, report)
+            if finite:
+                continue
+            if update.config.federation.non_finite == "stop":
+                raise NonFiniteError(
+                    f"round {update.round}, client {update.client}: {non_finite_part(report)} "
+                    f"became NaN or infinite. Lower federation.learning_rate, or set "
+                    f"federation.non_finite=drop"
+                )
+            self.dropped.append(update.client)
+        return finite_S
+
+    def add(self, client: int, report: ClientReport) -> None:
+        """Count a client's communication and keep its report."""
+        cost = communication_cost(self._context)
+        first_time = not self._anchors_sent[client]
+        self._down.update(cost["down"], anchors=self._anchor_bytes(client) if first_time else 0)
+        self._up.update(cost["up"], anchors=0)
+        self._reports[client] = report
+
+    def line(self) -> dict:
+        """The round's metrics; dropped clients count in steps and bytes, not in means."""
+        kept = [report for client, report in self._reports.items() if client not in self.dropped]
+        gradients = [report.first.gradients for report in kept]
+        cosines = [
+            {name: g.cosine for name, g in found.items() if name != "cross_entropy"}
+            for found in gradients
+        ]
+        terms = [
+            {name: float(total) / report.steps for name, total in report.terms.items()}
+            for report in kept
+        ]
+        return {
+            "loss": _mean(float(report.loss) / report.steps for report in kept),
+            "terms": _means(terms),
+            "gradient_share": _means([{n: g.share for n, g in f.items()} for f in gradients]),
+            "gradient_norm": _means([{n: g.norm for n, g in f.items()} for f in gradients]),
+            "gradient_cosine": _means(cosines),
+            "steps": sum(report.steps for report in self._reports.values()),
+            "bytes_down": self._down.total(),
+            "bytes_up": self._up.total(),
+            "bytes": {"down": dict(self._down), "up": dict(self._up)},
+            "dropped": self.dropped,
+        }
+
+    def _anchor_bytes(self, client: int) -> int:
+        context, anchors = self._context, self._context.anchors
+        if anchors is None:
+            return 0
+        payload = METHODS[context.config.federation.method].payload(context.config)
+        total, receives = 0, context.partition.receives
+        if payload.visual and receives(client, "visual"):
+            per_image = anchors.per == "image"
+            rows = len(context.partition.indices[client]) if per_image else len(anchors.visual)
+            total += rows * anchors.visual.shape[1]
+        if payload.text and receives(client, "text"):
+            total += anchors.text.numel()
+        return FLOAT_BYTES * total
+
+
+def communication_cost(context: RunContext) -> dict[str, dict[str, int]]:
+    """Bytes that a client receives ("down") and returns ("up") per round, anchors aside.
+
+    With model.batch_norm = local, BatchNorm entries are not sent down, since the client uses its own;
+    they go up, since the server averages them for evaluation. Control vectors have no buffers.
+    """
+    layout, config = context.layout, context.config
+    own = len(layout.batch_norm) if config.model.batch_norm == "local" else 0
+    vectors = METHODS[config.federation.method].payload(config).vectors
+    controls = FLOAT_BYTES * vectors * (layout.size - len(layout.buffers))
+    return {
+        "down": {"model": FLOAT_BYTES * (layout.size - own), "controls": controls},
+        "up": {"model": FLOAT_BYTES * layout.size, "controls": controls},
+    }
+
+
+def non_finite_part(report: ClientReport) -> str:
+    """The first term that is not finite, or else the parameters, for messages."""
+    bad = [n for n, total in report.terms.items() if not torch.isfinite(torch.as_tensor(total))]
+    return f"the term {bad[0]!r}" if bad else "the parameters"
+
+
+def _means(reports: list[dict[str, float]]) -> dict[str, float | None]:
+    """Every name's mean over the reports that have it."""
+    names = dict.fromkeys(name for report in reports for name in report)
+    return {name: _mean(report[name] for report in reports if name in report) for name in names}
+
+
+def _mean(values: Iterable[float]) -> float | None:
+    finite = [value for value in values if math.isfinite(value)]
+    return sum(finite) / len(finite) if finite else None

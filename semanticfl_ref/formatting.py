@@ -1,0 +1,15 @@
+"""Numbers for readers."""
+
+
+def format_bytes(count: float) -> str:
+    """A number of bytes: 1536 is "1.5 KiB"."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def format_percent(share: float | None) -> str:
+    """A share in 0 ... 1 as per cent with one decimal; empty for None."""
+    return "" if share is None else f"{share:.1%}"

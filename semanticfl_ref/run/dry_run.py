@@ -1,0 +1,72 @@
+"""The sizes of a run, without training or downloading anything."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from semanticfl_ref.config.registry import METHODS
+from semanticfl_ref.config.settings import Config
+from semanticfl_ref.diffusion.anchors import Anchors
+from semanticfl_ref.diffusion.model_files import TINY
+from semanticfl_ref.federated.context import make_context
+from semanticfl_ref.federated.metrics import communication_cost
+from semanticfl_ref.federated.state import initial_state
+from semanticfl_ref.run.setup import load_data
+
+SD15_TEXT_WIDTH = 768
+
+
+def dry_run(config: Config) -> dict:
+    """Images, clients, steps and bytes of a run. Reads the data set, writes nothing.
+
+    Raises:
+        UserError: and its kinds, see errors.py.
+    """
+    data = load_data(config, offline=True)
+    dataset, partition, federation = data.dataset, data.partition, config.federation
+    needs_anchors = METHODS[federation.method].needs_anchors
+    anchors = placeholder_anchors(config, dataset.classes) if needs_anchors else None
+    context = make_context(config, dataset, partition, anchors)
+    state, cost = initial_state(context), communication_cost(context)
+    steps = [_steps(n, federation.batch_size) * federation.local_epochs for n in partition.sizes]
+    return {
+        "dataset": dataset.name,
+        "images": {
+            "train": len(dataset.train_labels),
+            "validation": len(dataset.validation_labels),
+            "test": len(dataset.test_labels),
+        },
+        "image_size": dataset.image_size,
+        "classes": dataset.classes,
+        "clients": len(partition.sizes),
+        "client_images": list(partition.sizes),
+        "clients_per_round": federation.clients_per_round,
+        "rounds": federation.rounds,
+        "steps_per_round": round(federation.clients_per_round * sum(steps) / len(steps), 1),
+        "parameters": context.layout.size,
+        "checkpoint_bytes": sum(tensor.nbytes for tensor in state.tensors.values()),
+        "bytes_down_per_round": federation.clients_per_round * sum(cost["down"].values()),
+        "bytes_up_per_round": federation.clients_per_round * sum(cost["up"].values()),
+    }
+
+
+def placeholder_anchors(config: Config, classes: int) -> Anchors:
+    """Zero anchors of the right widths.
+
+    Without a model folder to read it from, the text width is Stable Diffusion 1.5's.
+    """
+    width = text_width = config.anchors.width
+    if config.anchors.text == "clip":
+        source = config.diffusion.source
+        folder = TINY if source == "tiny" else Path(source)
+        description, text_width = folder / "text_encoder" / "config.json", SD15_TEXT_WIDTH
+        if description.is_file():
+            text_width = json.loads(description.read_text(encoding="utf-8"))["hidden_size"]
+    visual, text = torch.zeros(classes, width), torch.zeros(classes, text_width)
+    return Anchors(visual=visual, text=text, per="class", provenance={})
+
+
+def _steps(images: int, batch_size: int) -> int:
+    """Batches per epoch: a last batch of one joins the one before it."""
+    return max(1, images // batch_size + (images % batch_size > 1))

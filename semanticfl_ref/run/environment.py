@@ -1,0 +1,80 @@
+"""Where and when a run runs: versions, machine, command, commit."""
+
+import importlib.metadata
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from semanticfl_ref import __version__
+from semanticfl_ref.federated.context import RunContext
+
+PACKAGES = ("torch", "diffusers", "transformers", "numpy", "safetensors", "triton")
+# What a resumed run's last bits may depend on.
+NUMERIC = ("semanticfl_ref", "versions", "threads", "device", "precision", "platform", "processor")
+
+
+def environment_of(context: RunContext) -> dict:
+    """Versions and machine; JSON values."""
+    on_cuda = context.device.type == "cuda"
+    return {
+        "semanticfl_ref": __version__,
+        "commit": git_commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": command_line(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": processor(),
+        "versions": {name: _version(name) for name in PACKAGES},
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(context.device) if on_cuda else "cpu",
+        "precision": context.precision,
+    }
+
+
+def changes(before: dict, now: dict) -> list[str]:
+    """The entries that differ and that results may depend on in their last bits."""
+    return [key for key in NUMERIC if before.get(key) != now.get(key)]
+
+
+def command_line() -> str:
+    """The command that started this process, as it can be typed again."""
+    return shlex.join(["python", "-m", "semanticfl_ref", *sys.argv[1:]])
+
+
+def processor() -> str:
+    """The processor's model name."""
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def git_commit() -> str | None:
+    """The commit of the checkout that runs, with "+changes" if files differ; None if installed."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return None
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(root), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + ("+changes" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,212 @@
+"""A run's folder: made completely or not at all, never overwritten, truncated on a resume.
+
+No torch in here: the command line looks into run folders before it loads torch.
+"""
+
+import json
+import os
+import re
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+from semanticfl_ref.config.registry import METHODS
+from semanticfl_ref.config.resolve import read_toml, resolve
+from semanticfl_ref.config.settings import Config, to_toml
+from semanticfl_ref.errors import DataError, MismatchError, UserError
+from semanticfl_ref.storage import write_atomic, write_errors, write_flushed
+
+CHECKPOINT = "checkpoint.safetensors"
+METRICS, TIMINGS = "metrics.jsonl", "timings.jsonl"
+REMEDY = "free some disk space or choose another --out"
+
+
+def default_folder(config: Config) -> Path:
+    """`runs/<dataset>-<method>-seed<seed>-<time>`."""
+    stamp, seed = time.strftime("%Y%m%d-%H%M%S"), config.run.seed
+    return Path("runs") / f"{config.data.name}-{config.federation.method}-seed{seed}-{stamp}"
+
+
+def refuse_existing(folder: Path) -> None:
+    """Check before any work is done that `folder` can be made.
+
+    Raises:
+        UserError: it exists, or nothing can be written there.
+    """
+    if os.path.lexists(folder):
+        raise UserError(
+            f"{folder} exists and is never overwritten: continue it with --resume {folder}, or "
+            f"choose another --out"
+        )
+    parent = folder.absolute().parent
+    while not os.path.lexists(parent):
+        parent = parent.parent
+    problem = None
+    if not parent.is_dir():
+        problem = f"{parent} is not a folder"
+    elif not os.access(parent, os.W_OK | os.X_OK):
+        problem = f"no permission to write in {parent}"
+    if problem:
+        raise UserError(f"cannot make the run folder {folder}: {problem}; choose another --out")
+
+
+class RunFolder:
+    """The files of one run.
+
+    Lines of metrics.jsonl and timings.jsonl are on disk before the checkpoint that counts them.
+    """
+
+    def __init__(self, path: Path):
+        self.path = Path(path)
+
+    @classmethod
+    def create(cls, path: Path, config: Config, documents: dict[str, dict]) -> "RunFolder":
+        """Make the folder under a temporary name, then rename it.
+
+        Args:
+            path: of the folder.
+            config: written as config.toml.
+            documents: file name -> JSON document.
+
+        Raises:
+            UserError: the folder exists, or cannot be written.
+        """
+        path = Path(path)
+        with write_errors(path, REMEDY):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        try:
+            with write_errors(path, REMEDY):
+                write_flushed(staging / "config.toml", to_toml(config))
+                for name, document in documents.items():
+                    write_flushed(staging / name, _json(document))
+                for name in (METRICS, TIMINGS):
+                    write_flushed(staging / name, "")
+                staging.chmod(0o755)
+            refuse_existing(path)
+            with write_errors(path, REMEDY):
+                os.rename(staging, path)
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+        return cls(path)
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.path / CHECKPOINT
+
+    @property
+    def finished(self) -> bool:
+        return (self.path / "summary.json").is_file()
+
+    def config(self, flag: str = "--resume") -> Config:
+        """The configuration that the run was started with.
+
+        Args:
+            flag: what stands before the folder on the command line, for messages.
+
+        Raises:
+            DataError: there is no such folder, or it is not a run's.
+            UserError: its method comes from outside the package, and was not imported.
+        """
+        named = f"{flag} {self.path}"
+        if not self.path.is_dir():
+            raise DataError(f"{named}: there is no such run folder")
+        if not (self.path / "config.toml").is_file():
+            raise DataError(f"{named}: there is no config.toml in it, so it is not a run folder")
+        settings = read_toml(self.path / "config.toml")
+        method = settings.get("federation.method", "fedavg")
+        if method not in METHODS:
+            raise UserError(
+                f"{named}: its method {method!r} is not part of the package: add --import with the "
+                f"file that defines it"
+            )
+        return resolve(settings)
+
+    def append(self, line: dict, seconds: float) -> None:
+        """Append a round's line of metrics and its time, flushed to disk.
+
+        Raises:
+            DataError: a file cannot be written; what was there stays.
+        """
+        timing = {"round": line["round"], "seconds": round(seconds, 4)}
+        for name, document in ((METRICS, line), (TIMINGS, timing)):
+            path = self.path / name
+            with write_errors(path, REMEDY), open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(document, allow_nan=False) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+
+    def truncate(self, rounds: int) -> None:
+        """Keep the first `rounds` lines: what follows the checkpoint is run again.
+
+        Raises:
+            MismatchError: a file has fewer lines than the checkpoint has rounds, or other rounds.
+        """
+        for name in (METRICS, TIMINGS):
+            path = self.path / name
+            lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+            kept = lines[:rounds]
+            if _round_numbers(kept) != list(range(1, rounds + 1)):
+                raise MismatchError(
+                    f"{path} does not hold rounds 1 to {rounds} of its checkpoint: it was changed; "
+                    f"start again with another --out"
+                )
+            if len(lines) != rounds:
+                write_atomic(path, b"".join(kept), REMEDY)
+
+    def add_environment(self, environment: dict, round: int) -> None:
+        """Replace environment.json; the previous one moves to "earlier", with its last round."""
+        before = self.read("environment.json")
+        earlier = [*before.pop("earlier", []), {**before, "last_round": round}]
+        document = _json({**environment, "earlier": earlier})
+        write_atomic(self.path / "environment.json", document, REMEDY)
+
+    def rounds(self) -> list[dict]:
+        """The lines of metrics.jsonl."""
+        text = (self.path / METRICS).read_text(encoding="utf-8")
+        return [json.loads(line) for line in text.splitlines()]
+
+    def seconds(self) -> float:
+        """Total wall time of the rounds."""
+        text = (self.path / TIMINGS).read_text(encoding="utf-8")
+        return sum(json.loads(line)["seconds"] for line in text.splitlines())
+
+    def summary(self) -> dict:
+        """The summary of a finished run."""
+        return self.read("summary.json")
+
+    def read(self, name: str) -> dict:
+        """A JSON file of the folder.
+
+        Raises:
+            DataError: it is missing or damaged.
+        """
+        try:
+            return json.loads((self.path / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise DataError(f"cannot read {self.path / name}: {reason}") from None
+
+    def finish(self, summary: dict) -> None:
+        """Write summary.json: its presence means that the run is finished."""
+        write_atomic(self.path / "summary.json", _json(summary), REMEDY)
+
+
+def _json(document: dict) -> str:
+    """Indented JSON, with lists of plain values on one line."""
+    text = json.dumps(document, indent=2, sort_keys=True, allow_nan=False)
+    # In a JSON string a line break is written \n: those found here are the indentation's.
+    return re.sub(r"\[\n([^\[\]{}]*)\n *\]", _on_one_line, text) + "\n"
+
+
+def _on_one_line(values: re.Match) -> str:
+    return "[" + re.sub(r"\n +", " ", values[1].lstrip()) + "]"
+
+
+def _round_numbers(lines: list[bytes]) -> list[int] | None:
+    try:
+        return [json.loads(line)["round"] for line in lines]
+    except (ValueError, KeyError, TypeError):
+        return None

@@ -1,0 +1,119 @@
+"""A run's summary, from its metrics.jsonl: accuracies, communication cost, gradients, warnings.
+
+Letters: M clients in all.
+"""
+
+from collections.abc import Iterable
+from itertools import accumulate
+from statistics import fmean, pstdev
+
+LAST = 5  # rounds whose mean accuracy is reported
+NEGLIGIBLE = 0.01  # share of the gradient norm below which a term gets a warning
+TARGETS = tuple(tenths / 10 for tenths in range(1, 10))  # accuracies whose cost is reported
+
+
+def summarise(rounds: list[dict], seconds: float, about: dict) -> dict:
+    """The summary of a run.
+
+    Args:
+        rounds: lines of metrics.jsonl, rounds 1 to R in order, R >= 1.
+        seconds: wall time of the rounds.
+        about: further entries; a list under "warnings" is extended.
+
+    Returns:
+        `about` with accuracies in 0 ... 1, total bytes, gradients and drift as means over rounds,
+        and warnings. Accuracies are those of the last round, the mean of the last five, and that of
+        the round that was best on the validation images (None without); never of the round that was
+        best on the test images.
+    """
+    last = rounds[-1]
+    accuracies = last["client_accuracy"]
+    worst = min(range(len(accuracies)), key=accuracies.__getitem__)
+    validated = [line for line in rounds if line["validation_accuracy"] is not None]
+    best = max(validated, key=lambda line: line["validation_accuracy"], default=None)
+    shares = mean_by_name(line["gradient_share"] for line in rounds)
+    drift = [{**d, "update_norm": mean(d["update_norm"])} for d in (r["drift"] for r in rounds)]
+    return {
+        **about,
+        "rounds": last["round"],
+        "test_accuracy": last["test_accuracy"],
+        "test_accuracy_last_five": fmean(line["test_accuracy"] for line in rounds[-LAST:]),
+        "validation_accuracy": last["validation_accuracy"],
+        "best_validation_round": best and best["round"],
+        "test_accuracy_at_best_validation": best and best["test_accuracy"],
+        "class_accuracy": last["class_accuracy"],
+        "client_accuracy": distribution(accuracies),
+        **({"own_accuracy": distribution(last["own_accuracy"])} if "own_accuracy" in last else {}),
+        "worst_client": worst,
+        "worst_client_accuracy": accuracies[worst],
+        "cost_to_accuracy": cost_to_accuracy(rounds),
+        "loss": last["loss"],
+        "seconds": round(seconds, 3),
+        "steps": sum(line["steps"] for line in rounds),
+        "bytes_down": sum(line["bytes_down"] for line in rounds),
+        "bytes_up": sum(line["bytes_up"] for line in rounds),
+        "bytes": {
+            way: {kind: sum(line["bytes"][way][kind] for line in rounds) for kind in kinds}
+            for way, kinds in last["bytes"].items()
+        },
+        "gradient_share": shares,
+        "gradient_norm": mean_by_name(line["gradient_norm"] for line in rounds),
+        "gradient_cosine": mean_by_name(line["gradient_cosine"] for line in rounds),
+        "drift": mean_by_name(drift),
+        "warnings": [*about.get("warnings", []), *negligible_terms(shares)],
+    }
+
+
+def distribution(accuracies: list[float | None]) -> dict[str, float]:
+    """Mean, mean of the worst tenth (ceil(M / 10) clients), and standard deviation over clients.
+
+    Args:
+        accuracies: M values, None for a client without.
+    """
+    known = sorted(accuracy for accuracy in accuracies if accuracy is not None)
+    worst_tenth = known[: -(-len(known) // 10)]
+    return {"mean": fmean(known), "worst_tenth": fmean(worst_tenth), "std": pstdev(known)}
+
+
+def cost_to_accuracy(rounds: list[dict]) -> list[dict]:
+    """For every target the first round that reached it, and the bytes sent by then, both ways.
+
+    None where no round did.
+    """
+    sent = accumulate(line["bytes_down"] + line["bytes_up"] for line in rounds)
+    reached = [
+        (line["test_accuracy"], {"round": line["round"], "bytes": total})
+        for line, total in zip(rounds, sent, strict=True)
+    ]
+    never = {"round": None, "bytes": None}
+    return [
+        {"accuracy": target, **next((cost for got, cost in reached if got >= target), never)}
+        for target in TARGETS
+    ]
+
+
+def mean_by_name(values: Iterable[dict]) -> dict[str, float | None]:
+    """Each name's mean over the rounds that have it."""
+    values = list(values)
+    return {name: mean([value.get(name) for value in values]) for name in names_in(values)}
+
+
+def names_in(values: list[dict]) -> list[str]:
+    """Every name that some round has: with mixed modalities, not every round has every term."""
+    return list(dict.fromkeys(name for value in values for name in value))
+
+
+def mean(values: list[float | None]) -> float | None:
+    """The mean of those that are known; None if none is."""
+    known = [value for value in values if value is not None]
+    return fmean(known) if known else None
+
+
+def negligible_terms(shares: dict[str, float | None]) -> list[str]:
+    """A warning for every term that hardly moved the features."""
+    return [
+        f"the term {name!r} contributes {share:.2%} of the gradient norm; negligible: raise its "
+        f"weight or lower its temperature"
+        for name, share in shares.items()
+        if share is not None and share < NEGLIGIBLE
+    ]

@@ -1,0 +1,219 @@
+"""A run from end to end: data -> partition -> anchors -> rounds -> summary, and its folder."""
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from semanticfl_ref.config.resolve import is_embedded
+from semanticfl_ref.config.settings import Config
+from semanticfl_ref.diffusion.anchors import Anchors
+from semanticfl_ref.federated.context import RunContext, make_context
+from semanticfl_ref.federated.evaluate import confusion
+from semanticfl_ref.federated.flat import load_params
+from semanticfl_ref.federated.round import run_round
+from semanticfl_ref.federated.state import (
+    FederatedState,
+    initial_state,
+    load_checkpoint,
+    save_checkpoint,
+)
+from semanticfl_ref.run.environment import changes, environment_of
+from semanticfl_ref.run.folder import RunFolder
+from semanticfl_ref.run.setup import (
+    RunData,
+    Say,
+    build_anchors,
+    identity_of,
+    load_data,
+    provenance_of,
+)
+from semanticfl_ref.run.summary import summarise
+
+OnRound = Callable[[dict], None]
+
+
+def train(
+    config: Config,
+    out: Path,
+    *,
+    data: RunData | None = None,
+    anchors: Anchors | None = None,
+    on_round: OnRound = lambda line: None,
+    offline: bool = False,
+    say: Say = lambda text: None,
+) -> RunFolder:
+    """Train, and write a run folder.
+
+    Args:
+        config: the configuration.
+        out: the folder to make.
+        data, anchors: of `load_data` and `build_anchors` for the same configuration; loaded and
+            built if absent.
+        on_round: called with a round's line of metrics.
+        offline: no network access.
+        say: takes one line of progress.
+
+    Returns:
+        The folder of the finished run.
+
+    Raises:
+        UserError: and its kinds, see errors.py; before the first round nothing is left on disk.
+        KeyboardInterrupt: after a checkpoint was saved.
+    """
+    job = _prepare(config, data, anchors, offline, say)
+    folder = RunFolder.create(
+        out,
+        config,
+        {
+            "environment.json": environment_of(job.context),
+            "partition.json": _partition_document(job.data),
+            "anchors.json": provenance_of(config, job.anchors),
+        },
+    )
+    return _finish(job, folder, initial_state(job.context), on_round)
+
+
+def resume(
+    config: Config,
+    path: Path,
+    *,
+    on_round: OnRound = lambda line: None,
+    offline: bool = False,
+    say: Say = lambda text: None,
+) -> RunFolder:
+    """Continue a run from its last checkpoint; on the same machine the result is bitwise the same.
+
+    Args:
+        config: the run's configuration.
+        path: the run's folder.
+        on_round, offline, say: as in `train`.
+
+    Raises:
+        UserError: and its kinds, see errors.py.
+        KeyboardInterrupt: after a checkpoint was saved.
+    """
+    job, folder = _prepare(config, None, None, offline, say), RunFolder(path)
+    state = initial_state(job.context)
+    if folder.checkpoint.exists():
+        state = load_checkpoint(folder.checkpoint, job.identity).to(job.context.device)
+    now = environment_of(job.context)
+    changed = changes(folder.read("environment.json"), now)
+    if changed:
+        say(f"note: {', '.join(changed)} changed; resumed results may differ in the last bits")
+    folder.truncate(state.round)
+    folder.add_environment(now, state.round)
+    say(f"resuming from round {state.round} in {path}")
+    return _finish(job, folder, state, on_round)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """What both ways to start a run have prepared."""
+
+    config: Config
+    data: RunData
+    anchors: Anchors | None
+    context: RunContext
+    identity: dict
+
+
+def _prepare(
+    config: Config, data: RunData | None, anchors: Anchors | None, offline: bool, say: Say
+) -> _Job:
+    set_threads(config)
+    data = data or load_data(config, offline=offline)
+    partition = data.partition
+    say(
+        f"{len(data.dataset.train_labels)} training images, {len(partition.sizes)} clients with "
+        f"{min(partition.sizes)} to {max(partition.sizes)} each, skew {partition.skew:.2f}"
+    )
+    anchors = anchors or build_anchors(config, data, offline=offline, say=say)
+    return _Job(
+        config=config,
+        data=data,
+        anchors=anchors,
+        context=make_context(config, data.dataset, partition, anchors),
+        identity=identity_of(config, data, anchors),
+    )
+
+
+def set_threads(config: Config) -> None:
+    """Set torch's CPU threads as configured: results are bitwise reproducible for their number."""
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
+
+
+def _finish(job: _Job, folder: RunFolder, state: FederatedState, on_round: OnRound) -> RunFolder:
+    """Run the remaining rounds and write the summary."""
+    state = _run_rounds(job, folder, state, on_round)
+    # A resumed run may have had no round left.
+    load_params(job.context.model, state.params)
+    about = _about(job, folder) | {"confusion": confusion(job.context.model, job.context)}
+    folder.finish(summarise(folder.rounds(), folder.seconds(), about))
+    return folder
+
+
+def _run_rounds(
+    job: _Job, folder: RunFolder, state: FederatedState, on_round: OnRound
+) -> FederatedState:
+    """Each round is followed by its line of metrics and, as configured, a checkpoint."""
+    rounds, every = job.config.federation.rounds, job.config.run.checkpoint_every
+    bar = tqdm(
+        total=rounds,
+        initial=state.round,
+        desc=job.config.federation.method,
+        unit="round",
+        file=sys.stderr,
+    )
+    try:
+        with bar:
+            while state.round < rounds:
+                started = time.perf_counter()
+                following, line = run_round(state, job.context)
+                folder.append(line, time.perf_counter() - started)
+                state = following
+                if state.round % every == 0 or state.round == rounds:
+                    save_checkpoint(folder.checkpoint, state, job.identity)
+                accuracy, loss = f"{line['test_accuracy']:.1%}", f"{line['loss']:.3f}"
+                bar.set_postfix(accuracy=accuracy, loss=loss, refresh=False)
+                bar.update()
+                on_round(line)
+    except KeyboardInterrupt:
+        save_checkpoint(folder.checkpoint, state, job.identity)
+        raise KeyboardInterrupt(
+            f"interrupted and saved after round {state.round} of {rounds}; continue with: python -m "
+            f"semanticfl_ref train --resume {folder.path}"
+        ) from None
+    return state
+
+
+def _partition_document(data: RunData) -> dict:
+    dataset = data.dataset
+    return {
+        **data.partition.manifest(),
+        "dataset_sha256": dataset.sha256,
+        "class_names": list(dataset.class_names),
+        "image_size": dataset.image_size,
+    }
+
+
+def _about(job: _Job, folder: RunFolder) -> dict:
+    config, warnings = job.config, []
+    if job.anchors is not None and config.diffusion.source == "tiny" and not is_embedded(config):
+        warnings.append(
+            f"the anchors for {config.data.name} come from the embedded model, which knows digits "
+            f"only: a stand-in for a trial, not the paper's setting; pass a Stable Diffusion with --sd"
+        )
+    return {
+        "dataset": config.data.name,
+        "method": config.federation.method,
+        "seed": config.run.seed,
+        "folder": str(folder.path),
+        "anchors": provenance_of(config, job.anchors),
+        "warnings": warnings,
+    }
