@@ -14,9 +14,9 @@ import time
 
 import pytest
 from processes import ROOT, command, environment
+from semanticfl_ref.commands.flags import settle
 
 from semanticfl_ref import cli
-from semanticfl_ref.commands.flags import settle
 from semanticfl_ref.config.settings import settings as config
 from semanticfl_ref.diffusion import extract
 from semanticfl_ref.run import setup as prepare

@@ -8,9 +8,9 @@ import shlex
 
 import pytest
 from processes import JOB
+from semanticfl_ref.commands.flags import settle
 
 from semanticfl_ref import cli
-from semanticfl_ref.commands.flags import settle
 from semanticfl_ref.run import setup as prepare
 
 DIGITS = ["--dataset", "digits", "--clients", "4", "--clients-per-round", "2"]

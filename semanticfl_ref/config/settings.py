@@ -185,8 +185,8 @@ class AnchorsSettings(Section):
     width: int = option(512, "width of a visual anchor", low=2, high=4096, source="S")
     aggregation: str = option(
         "256-128-128",
-        "width per layer, in the order of diffusion.layers; equal: the same for each; separability: "
-        "equal, with layers weighted by their Fisher ratio",
+        "width per layer, in the order of diffusion.layers; equal: the same for each; "
+        "separability: equal, with layers weighted by their Fisher ratio",
         source="N",
     )
     whiten: bool = option(True, "PCA components scaled to unit variance", source="O")

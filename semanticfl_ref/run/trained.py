@@ -110,7 +110,9 @@ def _save_program(model: TrainedModel, out: Path, about: dict) -> None:
     staging = out.with_name(f".{out.stem}.part.pt2")
     with write_errors(out, REMEDY):
         try:
-            torch.export.save(program, staging, extra_files={"semanticfl_ref.json": json.dumps(about)})
+            torch.export.save(
+                program, staging, extra_files={"semanticfl_ref.json": json.dumps(about)}
+            )
             staging.replace(out)
         finally:
             staging.unlink(missing_ok=True)

@@ -10,8 +10,9 @@ from semanticfl_ref.config.registry import METHODS, Entry
 from semanticfl_ref.config.resolve import resolve
 from semanticfl_ref.config.settings import ServerSettings, trimmed_clients
 from semanticfl_ref.errors import NonFiniteError, UserError
-from semanticfl_ref.federated.aggregate import Drift, robust_aggregate, trimmed_mean
+from semanticfl_ref.federated.aggregate import robust_aggregate, trimmed_mean
 from semanticfl_ref.federated.flat import flatten_params, load_params
+from semanticfl_ref.federated.metrics import Drift
 from semanticfl_ref.federated.round import run_round
 from semanticfl_ref.federated.state import initial_state
 
@@ -30,7 +31,7 @@ def test_median_and_trimmed_mean_on_numbers():
 
 
 def test_an_unknown_rule_is_refused():
-    with pytest.raises(UserError, match="federation.aggregation 'krum'"):
+    with pytest.raises(UserError, match=r"federation\.aggregation 'krum'"):
         aggregate(PARAMS, "krum")
 
 

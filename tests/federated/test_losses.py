@@ -48,8 +48,8 @@ def test_kl_by_its_sum(kind, temperature):
 
 
 def test_the_literal_form_is_negligible():
-    """Why the paper's KL needs a temperature: between random unit vectors of 512 entries it is 0.002
-    nats."""
+    """Why the paper's KL needs a temperature: between random unit vectors of 512 entries it is
+    0.002 nats."""
     value = consistency(gaussian(256, 512), gaussian(256, 512, seed=1), "kl-unit", 1.0)
     assert value.item() == pytest.approx(0.002, rel=0.05)
 

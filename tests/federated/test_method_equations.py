@@ -13,17 +13,14 @@ import torch
 from quadratic import MEAN, TARGETS, assert_near, run_rounds
 
 from semanticfl_ref.config.methods import FedDiscoSettings, ScaffoldSettings
-from semanticfl_ref.federated.client import ClientReport
-from semanticfl_ref.federated.losses import (
-    divergence_penalty,
-    model_contrast,
-    proximal,
-    supervised_contrast,
-)
 from semanticfl_ref.federated.methods.fedcda import batches, least_divergent
 from semanticfl_ref.federated.methods.feddisco import discrepancy, discrepancy_weights
+from semanticfl_ref.federated.methods.fedprox import proximal
+from semanticfl_ref.federated.methods.fedrcl import divergence_penalty, supervised_contrast
 from semanticfl_ref.federated.methods.method import Participants
+from semanticfl_ref.federated.methods.moon import model_contrast
 from semanticfl_ref.federated.methods.scaffold import effective_steps, update_controls
+from semanticfl_ref.federated.report import ClientReport
 from semanticfl_ref.federated.round import run_round
 
 
@@ -77,7 +74,8 @@ def test_scaffold_over_two_rounds(quadratic_context):
 
 def test_scaffold_counts_the_steps_made(quadratic_context):
     """Batches of 2, one epoch: 1, 2 and 1 steps, since a last batch of one image joins the one
-    before. After one step c_i is the first gradient, -t_i; after two the mean of -t_i and -t_i/2."""
+    before. After one step c_i is the first gradient, -t_i; after two the mean of -t_i and
+    -t_i/2."""
     context = quadratic_context(
         images=(2, 4, 3),
         federation__method="scaffold",

@@ -231,7 +231,7 @@ OUTSIDE = '''
 from dataclasses import dataclass
 
 from semanticfl_ref import Method, Section, option, register_method
-from semanticfl_ref.federated.losses import proximal
+from semanticfl_ref.federated.methods.fedprox import proximal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -307,5 +307,5 @@ def test_a_registered_method_is_known_everywhere(monkeypatch):
     assert config.model.width == 3
     assert "fednew.rho" in setting_fields()
     assert "fednew" not in before.methods
-    with pytest.raises(UserError, match="fednew.rho = -1.0: must be at least 0"):
+    with pytest.raises(UserError, match=r"fednew\.rho = -1\.0: must be at least 0"):
         resolve({"fednew.rho": "-1"})

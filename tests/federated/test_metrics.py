@@ -9,8 +9,8 @@ import torch
 from quadratic import MEAN, TARGETS, run_rounds
 
 from semanticfl_ref.config.registry import METHODS
-from semanticfl_ref.federated.client import ClientReport, FirstBatch, feature_gradients
 from semanticfl_ref.federated.metrics import RoundMetrics
+from semanticfl_ref.federated.report import ClientReport, FirstBatch, feature_gradients
 from semanticfl_ref.federated.round import run_round
 from semanticfl_ref.federated.state import initial_state
 
@@ -60,7 +60,7 @@ def test_no_control_variate_is_sent_at_scale_zero(small_context):
 
 
 def test_a_clients_own_batch_norm_does_not_come_down(small_context):
-    """Width 2: BatchNorm of 2, 2 + 2, 4 + 4 + 4, 8 + 8 + 8, 16 + 16 + 16 channels, 4 entries each."""
+    """Width 2: BatchNorm of 2, 2 x 2, 3 x 4, 3 x 8 and 3 x 16 channels, four entries each."""
     context = small_context(
         federation__method="fedavg", model__batch_norm="local", federation__clients_per_round=3
     )

@@ -69,7 +69,7 @@ for batch in (9, 33) * 4:
 
 
 def test_narrow_models_train_on_two_threads_with_odd_batches():
-    """A strided 1x1 convolution on the shortcut corrupted the heap; the C library checks it here."""
+    """A strided 1x1 convolution on the shortcut corrupted the heap; the C library checks."""
     done = subprocess.run(
         [sys.executable, "-c", NARROW],
         env={**os.environ, "MALLOC_CHECK_": "3"},

@@ -57,7 +57,7 @@ def test_bitwise_repeatable_and_no_global_randomness(small_context):
 
 
 def test_zero_strength_is_fedavg_bitwise(small_context):
-    """Over the entries that both have: heads come last. Weight decay still moves the unused heads."""
+    """Over the entries that both have; weight decay still moves unused heads, which come last."""
     plain, _ = run_rounds(small_context(federation__method="fedavg"))
     idle, _ = run_rounds(small_context(semanticfl__lambda_kd=0.0, semanticfl__lambda_con=0.0))
     assert len(idle.params) > len(plain.params)
