@@ -56,6 +56,11 @@ setup(
         "jinja2",
         "packaging",
     ],
-    extras_require={"test": ["pytest", "pytest-benchmark"], "plots": ["matplotlib"]},
+    extras_require={
+        "test": ["pytest", "pytest-benchmark"],
+        "plots": ["matplotlib"],
+        # Pinned: another version may format otherwise.
+        "dev": ["ruff==0.17.6"],
+    },
     entry_points={"console_scripts": ["semanticfl_ref = semanticfl_ref.cli:main"]},
 )
