@@ -42,3 +42,15 @@ def environment() -> dict[str, str]:
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
     }
+
+
+def interruptible(words: list[str]) -> list[str]:
+    """The command with SIGINT at its default.
+
+    A suite started by nohup or in the background has SIGINT ignored, and its children inherit that.
+    """
+    code = (
+        "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); "
+        "os.execv(sys.argv[1], sys.argv[1:])"
+    )
+    return [sys.executable, "-c", code, *words]
