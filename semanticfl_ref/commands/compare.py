@@ -1,16 +1,15 @@
 """`compare`: methods side by side on the same partitions, seeds and batches."""
 
 import argparse
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from types import MappingProxyType
 
 from semanticfl_ref.commands.output import say, show
 from semanticfl_ref.commands.settings_flags import add_settings, from_file, given
 from semanticfl_ref.config.registry import METHODS, SCENARIOS
 from semanticfl_ref.config.resolve import parse_assignment
 from semanticfl_ref.errors import UserError
+from semanticfl_ref.tools.compare.grid import Grid, split_entries
 
 HELP = "compare methods in a grid of scenarios and seeds; writes tables and figures"
 # Settings that differ between the runs of a grid -> what to do instead of setting them.
@@ -84,7 +83,6 @@ def add_grid_flags(parser: argparse.ArgumentParser, out: Path) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from semanticfl_ref.tools.compare.experiment import run_grid
-    from semanticfl_ref.tools.compare.grid import split_entries
     from semanticfl_ref.tools.compare.tables import markdown
 
     methods, scenarios = split_entries("--methods", arguments.methods, METHODS), []
@@ -105,21 +103,16 @@ def run(arguments: argparse.Namespace) -> int:
     return show(asdict(comparison), arguments.json, lambda _: markdown(comparison))
 
 
-def grid_of(
-    arguments: argparse.Namespace, preset: Mapping[str, object] = MappingProxyType({}), **entries
-):
+def grid_of(arguments: argparse.Namespace, **entries) -> Grid:
     """The grid that the flags of `add_grid_flags` and of settings describe.
 
     Args:
         arguments: of the command.
-        preset: settings that files, flags and --set override.
         entries: the other fields of `Grid`.
 
     Raises:
         UserError: a number below 1, or a setting that the grid varies.
     """
-    from semanticfl_ref.tools.compare.grid import Grid
-
     for name in ("seeds", "workers"):
         number = getattr(arguments, name)
         if number < 1:
@@ -130,7 +123,7 @@ def grid_of(
             raise UserError(f"{name} differs between the runs of a grid: {VARIED[name]}")
     return Grid(
         seeds=arguments.seeds,
-        settings={**preset, **from_file(arguments), **settings},
+        settings={**from_file(arguments), **settings},
         out=arguments.out,
         workers=arguments.workers,
         offline=arguments.offline,

@@ -7,26 +7,25 @@ from pathlib import Path
 from semanticfl_ref.commands.compare import VARIED, add_grid_flags, grid_of, written
 from semanticfl_ref.commands.output import say, show
 from semanticfl_ref.commands.settings_flags import add_settings
+from semanticfl_ref.config.resolve import read_toml
 from semanticfl_ref.errors import UserError, unknown
+from semanticfl_ref.tools import reproduce
+from semanticfl_ref.tools.compare.grid import scenario_settings
 
 HELP = "run a published result of the paper, and print its number beside ours"
 
 
 def add_flags(parser: argparse.ArgumentParser, argv: list[str]) -> None:
-    from semanticfl_ref.tools.reproduce import published
-
     parser.add_argument(
         "name", nargs="?", metavar="NAME", help="published result (default: list them)"
     )
     add_grid_flags(parser, Path("runs/reproduce"))
-    presets = [result.settings for name, result in published().items() if name in argv]
-    add_settings(parser, argv, *presets[:1], hidden=VARIED)
+    files = [result.file for name, result in reproduce.published().items() if name in argv]
+    preset = read_toml(files[0]) if files else None
+    add_settings(parser, argv, preset, hidden=VARIED)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from semanticfl_ref.tools import reproduce
-    from semanticfl_ref.tools.compare.grid import scenario_settings
-
     results, name = reproduce.published(), arguments.name
     if name is None:
         document = {key: asdict(result) for key, result in results.items()}
@@ -42,15 +41,9 @@ def run(arguments: argparse.Namespace) -> int:
     scenarios = {key for entry in result.scenarios for key in scenario_settings(entry)}
     for setting in sorted(changes.keys() & {"federation.method", *scenarios}):
         raise UserError(f"{setting} belongs to {name}: leave it out, or use `compare`")
+    arguments.config, arguments.out = result.file, arguments.out / name
     methods = list(result.accuracy)
-    arguments.out /= name
-    grid = grid_of(
-        arguments,
-        result.settings,
-        methods=methods,
-        scenarios=result.scenarios,
-        baseline=methods[0],
-    )
+    grid = grid_of(arguments, methods=methods, scenarios=result.scenarios, baseline=methods[0])
     document = reproduce.reproduce(result, grid, say)
     document |= {"name": name, "seeds": grid.seeds, "changed": sorted(changes)}
     return show(document, arguments.json, reproduce.side_by_side)

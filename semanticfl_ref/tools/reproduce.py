@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 
-from semanticfl_ref.config.resolve import read_toml, resolve
+from semanticfl_ref.config.resolve import resolve
 from semanticfl_ref.config.settings import Config
 from semanticfl_ref.errors import DownloadError
 from semanticfl_ref.tools.compare.grid import Grid
@@ -34,9 +34,9 @@ class Published:
     unknown: list[str]
 
     @property
-    def settings(self) -> dict[str, object]:
-        """Dotted name -> value of its configuration."""
-        return read_toml(FOLDER / self.config)
+    def file(self) -> Path:
+        """The TOML file of its configuration."""
+        return FOLDER / self.config
 
 
 def published() -> dict[str, Published]:

@@ -36,7 +36,7 @@ def run_grid(grid: Grid, say: Callable[[str], None]) -> Comparison:
     )
     train_all(runs, grid)
     comparison = compare(runs, grid)
-    say(f"{write(comparison, grid.out)} in {grid.out}")
+    say(f"wrote {write(comparison, grid.out)} to {grid.out}")
     return comparison
 
 

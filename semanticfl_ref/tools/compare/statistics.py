@@ -17,7 +17,7 @@ from semanticfl_ref.run.summary import LAST
 from semanticfl_ref.tools.compare.grid import Grid, Run
 
 RESAMPLES = 10_000
-POOLED = "all"  # the scenario of results over all scenarios
+POOLED = "all scenarios"  # the scenario of results over all of them
 MACHINE = ("processor", "device", "precision", "threads", "python", "versions", "semanticfl_ref")
 
 Rounds = list[dict]  # lines of metrics.jsonl

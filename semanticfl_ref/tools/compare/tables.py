@@ -25,7 +25,7 @@ def markdown(comparison: Comparison, command: str | None = None) -> str:
     """A table per scenario, one over all scenarios, and below them what was run and where."""
     tables: dict[str, list[Result]] = {}
     for result in comparison.results:
-        heading = scenario_title(result.scenario)
+        heading = result.scenario
         if comparison.at:
             heading += f", after round {result.rounds}"
         tables.setdefault(heading, []).append(result)
@@ -57,18 +57,11 @@ def csv_text(comparison: Comparison) -> str:
         if result.scenario == POOLED:
             continue
         differences = result.gain.values if result.gain else [0.0] * len(result.last)
-        numbers = zip(
-            result.last, result.mean_of_last, result.worst_client, differences, strict=True
-        )
-        for seed, values in zip(comparison.seeds, numbers, strict=True):
+        values = (result.last, result.mean_of_last, result.worst_client, differences)
+        for seed, *numbers in zip(comparison.seeds, *values, strict=True):
             about = (result.scenario, result.method, seed, result.rounds, result.averaged)
-            writer.writerow([*about, *map("{:.4f}".format, values)])
+            writer.writerow([*about, *map("{:.4f}".format, numbers)])
     return buffer.getvalue()
-
-
-def scenario_title(scenario: str) -> str:
-    """A scenario as a heading."""
-    return "all scenarios" if scenario == POOLED else scenario
 
 
 def mean_and_deviation(values: Sequence[float]) -> str:

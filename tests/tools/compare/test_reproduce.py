@@ -6,6 +6,7 @@ from dataclasses import asdict
 import pytest
 
 from semanticfl_ref import cli
+from semanticfl_ref.config.resolve import read_toml
 from semanticfl_ref.config.settings import STABLE_DIFFUSION
 from semanticfl_ref.tools import reproduce
 from semanticfl_ref.tools.compare import experiment
@@ -24,7 +25,7 @@ def test_every_published_result_makes_its_configurations(name, tmp_path):
             methods=methods,
             scenarios=result.scenarios,
             seeds=1,
-            settings=result.settings,
+            settings=read_toml(result.file),
             out=tmp_path,
             baseline=methods[0],
         )

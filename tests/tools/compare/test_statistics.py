@@ -62,7 +62,7 @@ def test_all_scenarios_pool_the_pairs(finished_grid):
         "fedavg": {"iid": [[0.5], [0.6]], "nid2": [[0.2], [0.2]]},
         "moon": {"iid": [[0.6], [0.9]], "nid2": [[0.1], [0.0]]},
     }
-    pooled = by_entries(compare(*finished_grid(accuracies)).results)["all", "moon"]
+    pooled = by_entries(compare(*finished_grid(accuracies)).results)["all scenarios", "moon"]
     assert pooled.gain.values == pytest.approx([10, 30, -10, -20]), "scenario by scenario"
     assert pooled.gain.mean == pytest.approx(2.5)
     assert pooled.gain.wins == 2

@@ -5,6 +5,8 @@ import io
 
 import pytest
 
+from semanticfl_ref.tools.colours import method_colour
+from semanticfl_ref.tools.compare import figures
 from semanticfl_ref.tools.compare.figures import draw_curves, draw_gains
 from semanticfl_ref.tools.compare.statistics import compare
 from semanticfl_ref.tools.compare.tables import csv_text, markdown
@@ -75,6 +77,22 @@ def test_figures(finished_grid, tmp_path):
         assert contents[0].startswith(b"\x89PNG")
         assert all(name in contents[2] for name in (b"semanticfl", b"iid", b"nid2"))
     assert b"all scenarios" in contents[2], "the gains have a panel over all"
+
+
+def test_settings_change_the_line_but_not_the_colour(finished_grid, tmp_path, monkeypatch):
+    """Of a method in curves and in gains, whatever it is compared with."""
+    to_hex = pytest.importorskip("matplotlib.colors").to_hex
+    entries = ["moon", "semanticfl", "moon[moon.mu=5]", "moon[moon.mu=1;moon.tau=1]"]
+    drawn = []
+    monkeypatch.setattr(figures, "save_figure", lambda figure: drawn.append(figure.axes[0]))
+    comparison = compare(*finished_grid({entry: {"iid": [[0.5]]} for entry in entries}))
+    draw_curves(comparison)
+    draw_gains(comparison)
+    moon, semanticfl = method_colour("moon"), method_colour("semanticfl")
+    lines = [(line.get_color(), line.get_linestyle()) for line in drawn[0].get_lines()]
+    assert lines == [(moon, "-"), (semanticfl, "-"), (moon, "--"), (moon, ":")]
+    bars = [to_hex(bar.get_facecolor()).upper() for bar in drawn[1].patches]
+    assert bars == [semanticfl, moon, moon]
 
 
 def test_a_single_method_has_no_gains(finished_grid, tmp_path):
