@@ -39,6 +39,7 @@ def start_cli(*arguments: str) -> subprocess.Popen:
             env=environment(),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
+            text=True,
         )
     finally:
         signal.signal(signal.SIGINT, before)

@@ -186,7 +186,7 @@ def test_interrupted(tmp_path, job):
     while process.poll() is None and lines_in(run) < 2:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    text = process.communicate()[1].decode()
+    text = process.communicate()[1]
     assert process.returncode == 130, text
     assert "Traceback" not in text
     assert f"--resume {run}" in text.splitlines()[-1]
