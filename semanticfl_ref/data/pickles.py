@@ -59,6 +59,20 @@ class _Opcodes(dict):
         raise DataError(f"a pickle with opcode {opcode:#x}: refused, it is damaged or hostile")
 
 
+class _Encode:
+    """Stands in for codecs.encode, which protocols 1 and 2 of Python 3 call with "latin1"."""
+
+    left = MADE_BYTES
+
+    def __call__(self, text, encoding):
+        if _text(encoding) != "latin1":
+            raise DataError("a string in an encoding other than latin1: refused")
+        self.left -= len(text)
+        if self.left < 0:
+            raise DataError(f"a pickle that makes more than {MADE_BYTES >> 20} MiB: refused")
+        return text.encode("latin1")
+
+
 class _Dict(dict):
     """A dict whose keys are short strings: a nested tuple may take forever to hash."""
 
@@ -96,10 +110,10 @@ class _Unpickler(pickle._Unpickler):
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
         self.dispatch = _Opcodes(self.dispatch)
-        self.bytes_left = MADE_BYTES
-        # A fixed number of arguments each: a longer tuple is refused instead of copied.
+        # Each with a fixed number of arguments: a longer tuple is refused instead of copied. None a
+        # method of self: the memo, and all strings in it, would outlive this unpickler.
         self.callables = {
-            ("_codecs", "encode"): self.encode,
+            ("_codecs", "encode"): _Encode(),
             ("__builtin__", "bytes"): lambda: b"",  # how protocol 2 writes empty bytes
             ("numpy", "ndarray"): "ndarray",  # only ever an argument of _reconstruct
             ("numpy", "dtype"): _Dtype,
@@ -116,15 +130,6 @@ class _Unpickler(pickle._Unpickler):
             shown = f"{module}.{name}"[:NAME_LENGTH]
             raise DataError(f"a pickle that names {shown!r}: refused, it may be hostile")
         return self.callables[module, name]
-
-    def encode(self, text, encoding):
-        """Protocols 1 and 2 of Python 3 write bytes as codecs.encode(text, "latin1")."""
-        if _text(encoding) != "latin1":
-            raise DataError("a string in an encoding other than latin1: refused")
-        self.bytes_left -= len(text)
-        if self.bytes_left < 0:
-            raise DataError(f"a pickle that makes more than {MADE_BYTES >> 20} MiB: refused")
-        return text.encode("latin1")
 
     def load_reduce(self):
         arguments = self.stack.pop()
