@@ -1,10 +1,8 @@
-"""Make `assets/digits.safetensors` from scikit-learn's copy of the UCI digits.
+"""Re-make `assets/digits.safetensors` from scikit-learn's copy of the UCI digits: `python -m
+semanticfl_ref.data.make_digits [FILE]`.
 
-    python scripts/make_digits.py [FILE]
-
-It needs scikit-learn, which nothing else here does, and prints the file's SHA-256, which must equal
-`semanticfl_ref.data.digits.SHA256`.
-"""
+Needs scikit-learn, which nothing else here does. Prints the file's SHA-256, which
+`sources.DIGITS_SHA256` must equal."""
 
 import hashlib
 import sys
@@ -13,7 +11,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
-from semanticfl_ref.data.digits import FILE
+from semanticfl_ref.data.dataset import DIGITS_FILE
 
 ATTRIBUTION = (
     "Optical Recognition of Handwritten Digits, E. Alpaydin and C. Kaynak, UCI Machine Learning Repository, 1998, doi 10.24432/C50P49, "
@@ -37,4 +35,4 @@ def main(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else FILE)
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else DIGITS_FILE)
