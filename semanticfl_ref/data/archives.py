@@ -102,17 +102,18 @@ def _folder_members(path: Path, wanted: Callable[[str], bool]) -> Members:
 
 
 def _tar_members(path: Path, wanted: Callable[[str], bool]) -> Members:
-    with gzip.open(path) as unzipped:
-        stream = _Bounded(unzipped, path)
-        with tarfile.open(fileobj=stream, mode="r|", bufsize=CHUNK_BYTES) as tar:
-            for member in tar:
-                _check_name(path, member.name, plain=member.isfile() or member.isdir())
-                if member.size > TAR_BYTES:  # a sparse file may be larger than its stream
-                    raise DataError(f"{path}: {member.name} claims {member.size} bytes: refused")
-                if member.isfile() and wanted(member.name):
-                    yield member.name, tar.extractfile(member).read()
-            while stream.read(CHUNK_BYTES):  # to the end, where gzip compares its checksum
-                pass
+    with (
+        _Bounded(path) as stream,
+        tarfile.open(fileobj=stream, mode="r|", bufsize=CHUNK_BYTES) as tar,
+    ):
+        for member in tar:
+            _check_name(path, member.name, plain=member.isfile() or member.isdir())
+            if member.size > TAR_BYTES:  # a sparse file may be larger than its stream
+                raise DataError(f"{path}: {member.name} claims {member.size} bytes: refused")
+            if member.isfile() and wanted(member.name):
+                yield member.name, tar.extractfile(member).read()
+        while stream.read(CHUNK_BYTES):  # to the end, where gzip compares its checksum
+            pass
 
 
 def _zip_members(path: Path, wanted: Callable[[str], bool]) -> Members:
@@ -147,15 +148,14 @@ def _check_name(path: Path, name: str, plain: bool) -> None:
         )
 
 
-class _Bounded:
-    """A stream that raises DataError after TAR_BYTES."""
+class _Bounded(gzip.GzipFile):
+    """Unpacks no more than a bound, whatever the headers in it claim."""
 
-    def __init__(self, stream: gzip.GzipFile, path: Path):
-        self.stream, self.path, self.left = stream, path, TAR_BYTES
+    left = TAR_BYTES
 
-    def read(self, n: int) -> bytes:
-        content = self.stream.read(n)
+    def read(self, size: int = -1) -> bytes:
+        content = super().read(size)
         self.left -= len(content)
         if self.left < 0:
-            raise DataError(f"{self.path} unpacks to more than {TAR_BYTES >> 20} MiB: refused")
+            raise DataError(f"{self.name} unpacks to more than {TAR_BYTES >> 20} MiB: refused")
         return content

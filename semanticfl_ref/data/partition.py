@@ -1,6 +1,6 @@
-"""Training images partitioned across clients by a scenario or a file.
+"""Training images partitioned across clients, by a scenario or a file.
 
-A partition is drawn once and repaired within a bound, or refused with the reason.
+Every client gets a minimum of images; a partition that is impossible is refused with the reason.
 
 Letters: M clients in all, C classes, N images.
 """
@@ -30,7 +30,7 @@ class Partition:
     """Which client holds which training images, and how clients differ otherwise.
 
     Attributes:
-        scenario, seed, alpha: how it was drawn.
+        scenario, seed, alpha: how it was made.
         indices: M ascending int64 tensors, the images that each client trains on.
         held_out: M ascending int64 tensors, the images of each client's own test set. All these
             tensors are disjoint; together they are all images but the `dropped` ones.
@@ -157,8 +157,8 @@ def _assign(a: scenarios.Assignment) -> torch.Tensor:
     valid = client_N.dtype == torch.int64 and client_N.shape == a.labels.shape
     if not valid or client_N.min() < 0 or client_N.max() >= a.clients:
         raise UserError(
-            f"scenario {name!r} returns no client for every image: it must return int64 of shape "
-            f"[{images}], 0 ... {a.clients - 1}"
+            f"scenario {name!r} must return the client of every image, int64 [{images}] in 0 ... "
+            f"{a.clients - 1}; it returns {client_N.dtype} {list(client_N.shape)}"
         )
     return _repair(client_N, a)
 
@@ -166,21 +166,19 @@ def _assign(a: scenarios.Assignment) -> torch.Tensor:
 def _repair(client_N: torch.Tensor, a: scenarios.Assignment) -> torch.Tensor:
     """Every client its minimum: one image at a time from the largest, at most M * minimum moves."""
     sizes = torch.bincount(client_N, minlength=a.clients).tolist()
-    short = [m for m, size in enumerate(sizes) if size < a.minimum]
+    short = [m for m, size in enumerate(sizes) for _ in range(a.minimum - size)]
     if not short:
         return client_N
     order = torch.randperm(len(client_N), generator=a.generator)
-    stock = {
-        m: order[client_N[order] == m].tolist() for m, size in enumerate(sizes) if size > a.minimum
-    }
+    of_client = order[client_N[order].argsort(stable=True)].split(sizes)
+    stock = {m: of_client[m].tolist() for m, size in enumerate(sizes) if size > a.minimum}
     largest = [(-len(images), m) for m, images in stock.items()]
     heapq.heapify(largest)
     for m in short:
-        for _ in range(a.minimum - sizes[m]):
-            size, giver = heapq.heappop(largest)
-            client_N[stock[giver].pop()] = m
-            if -size - 1 > a.minimum:
-                heapq.heappush(largest, (size + 1, giver))
+        size, giver = heapq.heappop(largest)
+        client_N[stock[giver].pop()] = m
+        if -size - 1 > a.minimum:
+            heapq.heappush(largest, (size + 1, giver))
     return client_N
 
 

@@ -70,7 +70,7 @@ def test_links_and_devices(kind, tmp_path):
 
 
 def test_bombs(tmp_path, monkeypatch):
-    monkeypatch.setattr(archives, "TAR_BYTES", 1 << 20)
+    monkeypatch.setattr(archives._Bounded, "left", 1 << 20)
     refused(tar_gz({"filler": bytes(2 << 20)}), tmp_path, "refused")
     plain = gzip.decompress(tar_gz({"a": b"x"}))
     refused(gzip.compress(plain + bytes(3 << 20)), tmp_path, "unpacks to more")

@@ -209,5 +209,5 @@ def test_a_scenario_from_outside(scenario):
 )
 def test_a_scenario_that_returns_something_else(scenario, assign):
     scenario(assign)
-    with pytest.raises(UserError, match=r"'mine' .* must return int64 of shape \[1000\], 0 ... 9"):
+    with pytest.raises(UserError, match=r"'mine' must return .* int64 \[1000\] in 0 ... 9; it"):
         split(LABELS, "mine")
