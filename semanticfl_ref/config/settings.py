@@ -74,7 +74,8 @@ class PartitionSettings(Section):
     alpha: float = option(
         0.2,
         "Dirichlet concentration of nid1 and quantity; small values are skewed",
-        above=0.0,
+        low=1e-6,
+        high=1e6,
         source="S",
     )
     classes_per_client: int = option(
