@@ -1,11 +1,11 @@
-"""`report`: run folders as pages to look at."""
+"""`report`: run folders as pages."""
 
 from pathlib import Path
 
 from semanticfl_ref.commands.output import say, show
 from semanticfl_ref.errors import UserError
 
-HELP = "run folders as pages: report.html in each, with its figures; --out FILE compares several"
+HELP = "HTML pages of run folders: a report with figures in each, and with --out a comparison"
 
 
 def add_flags(parser, argv: list[str]) -> None:
@@ -15,44 +15,44 @@ def add_flags(parser, argv: list[str]) -> None:
     parser.add_argument(
         "--out",
         type=Path,
-        metavar="FILE",
-        help="with several runs: a page that lists and compares them",
+        metavar="FILE.html",
+        help="page to write that compares the runs, two or more (default: none)",
     )
 
 
 def run(arguments) -> int:
     from semanticfl_ref.tools.report import html
     from semanticfl_ref.tools.report.drawing import can_draw
+    from semanticfl_ref.tools.report.runs import read_run
 
-    if arguments.out is not None and len(arguments.runs) < 2:
-        raise UserError(
-            "--out is the page that compares several runs: name more of them, or leave it out; a run's own report goes into its folder"
-        )
-    if arguments.out is not None and not (
-        arguments.out.suffix == ".html" and arguments.out.absolute().parent.is_dir()
-    ):
-        raise UserError(
-            f"--out {arguments.out}: give a name that ends in .html, in a folder that exists"
-        )
-    runs = [
-        html.read_run(path) for path in arguments.runs
-    ]  # all are read before anything is written
+    out = arguments.out
+    if out is not None:
+        _check(out, len(arguments.runs))
+    # All are read before anything is written.
+    runs = [read_run(path) for path in arguments.runs]
     if not can_draw():
-        say("note: no figures without matplotlib: pip install matplotlib; the tables are all there")
-    elif arguments.out is None and len(runs) > 1:
+        say("note: tables without figures: matplotlib is not installed; pip install matplotlib")
+    elif out is None and len(runs) > 1:
         say("note: --out FILE.html adds a page that compares these runs")
-    pages = [str(html.write_report(each)) for each in runs]
-    compared = None if arguments.out is None else str(html.write_comparison(runs, arguments.out))
     document = {
-        "reports": pages,
-        "comparison": compared,
+        "reports": [str(html.write_report(each)) for each in runs],
+        "comparison": None if out is None else str(html.write_comparison(runs, out)),
         "figures": can_draw(),
         "unfinished": [str(each.path) for each in runs if not each.finished],
     }
-    return show(
-        document,
-        arguments.json,
-        lambda found: "\n".join(
-            [*([found["comparison"]] if found["comparison"] else []), *found["reports"]]
-        ),
-    )
+    return show(document, arguments.json, _paths)
+
+
+def _check(out: Path, runs: int) -> None:
+    if runs < 2:
+        raise UserError(
+            f"--out {out}: it is for a page that compares several runs; name two or more, or leave "
+            f"--out out (the report of a run goes into its folder)"
+        )
+    if out.suffix != ".html" or not out.absolute().parent.is_dir():
+        raise UserError(f"--out {out}: give a name that ends in .html, in a folder that exists")
+
+
+def _paths(document: dict) -> str:
+    comparison = [document["comparison"]] if document["comparison"] else []
+    return "\n".join([*comparison, *document["reports"]])
