@@ -42,7 +42,7 @@ def run_figures(run: Run) -> dict:
         "update_alignment": _alignment_figure(run),
     }
     for key, label in TERM_FIGURES.items():
-        if any(row[key] for row in run.rows):
+        if any(value is not None for row in run.rows for value in row[key].values()):
             figures[key] = _terms_figure(run, key, label)
     if "confusion" in run.summary:
         figures["confusion"] = _confusion_map(run)
