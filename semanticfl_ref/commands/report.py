@@ -21,38 +21,34 @@ def add_flags(parser, argv: list[str]) -> None:
 
 
 def run(arguments) -> int:
-    from semanticfl_ref.tools.report import html
-    from semanticfl_ref.tools.report.drawing import can_draw
-    from semanticfl_ref.tools.report.runs import read_run
+    from semanticfl_ref.tools.report import drawing, html, runs
 
     out = arguments.out
-    if out is not None:
+    if out:
         _check(out, len(arguments.runs))
     # All are read before anything is written.
-    runs = [read_run(path) for path in arguments.runs]
-    if not can_draw():
+    found = [runs.read_run(path) for path in arguments.runs]
+    if not drawing.can_draw():
         say("note: tables without figures: matplotlib is not installed; pip install matplotlib")
-    elif out is None and len(runs) > 1:
+    elif not out and len(found) > 1:
         say("note: --out FILE.html adds a page that compares these runs")
+    reports = [str(html.write_report(each)) for each in found]
+    comparison = str(html.write_comparison(found, out)) if out else None
     document = {
-        "reports": [str(html.write_report(each)) for each in runs],
-        "comparison": None if out is None else str(html.write_comparison(runs, out)),
-        "figures": can_draw(),
-        "unfinished": [str(each.path) for each in runs if not each.finished],
+        "reports": reports,
+        "comparison": comparison,
+        "figures": drawing.can_draw(),
+        "unfinished": [str(each.path) for each in found if not each.finished],
     }
-    return show(document, arguments.json, _paths)
+    pages = "\n".join(filter(None, [comparison, *reports]))
+    return show(document, arguments.json, lambda _: pages)
 
 
 def _check(out: Path, runs: int) -> None:
     if runs < 2:
         raise UserError(
-            f"--out {out}: it is for a page that compares several runs; name two or more, or leave "
-            f"--out out (the report of a run goes into its folder)"
+            f"--out {out}: this page compares several runs; name two or more, or leave --out out "
+            f"(the report of each run goes into its folder)"
         )
     if out.suffix != ".html" or not out.absolute().parent.is_dir():
         raise UserError(f"--out {out}: give a name that ends in .html, in a folder that exists")
-
-
-def _paths(document: dict) -> str:
-    comparison = [document["comparison"]] if document["comparison"] else []
-    return "\n".join([*comparison, *document["reports"]])

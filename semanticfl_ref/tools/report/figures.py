@@ -199,9 +199,9 @@ def _map(axes, values, label: str, names: Sequence, format: str | None = None, *
 
 
 def _panel(across: str, up: str):
-    _, ((axes,),) = new_figure(width=WIDTH, height=HEIGHT)
+    axes = new_figure(width=WIDTH, height=HEIGHT)[1].item()
     axes.set(xlabel=across, ylabel=up, axisbelow=True)
-    axes.xaxis.get_major_locator().set_params(integer=across != SENT)
+    axes.xaxis.get_major_locator().set_params(integer=across != SENT, min_n_ticks=1)
     axes.grid(axis="y", linewidth=0.5)
     return axes
 

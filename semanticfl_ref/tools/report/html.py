@@ -19,7 +19,6 @@ from semanticfl_ref.tools.report.runs import Run, printable
 
 REPORT = "report.html"
 LISTED = 40  # clients or classes in a table; of more, those with the lowest accuracy
-MISTAKES = 8  # the most frequent ones
 
 
 def write_report(run: Run) -> Path:
@@ -99,7 +98,7 @@ def _listed(accuracies: list[float | None]) -> list[int]:
 
 
 def _mistakes(run: Run) -> list[tuple[int, str, str, int]]:
-    """The most frequent mistakes: count, class, predicted class, images of the class."""
+    """The eight most frequent mistakes: count, class, predicted class, images of the class."""
     names = run.class_names
     found = [
         (count, names[actual], names[predicted], sum(row))
@@ -107,4 +106,4 @@ def _mistakes(run: Run) -> list[tuple[int, str, str, int]]:
         for predicted, count in enumerate(row)
         if count and predicted != actual
     ]
-    return sorted(found, reverse=True)[:MISTAKES]
+    return sorted(found, reverse=True)[:8]
