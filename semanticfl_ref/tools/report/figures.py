@@ -142,8 +142,8 @@ def _terms_figure(run: Run, key: str, label: str):
     for term in names_in(row["terms"] for row in run.rows):
         values_R = np.array([row[key].get(term) for row in run.rows], dtype=float)
         # A term that is not in this figure takes its colour without a label.
-        shown = np.isfinite(values_R).any()
-        axes.plot(run.rounds, values_R, label=term.replace("_", " ") if shown else None)
+        label = term.replace("_", " ") if np.isfinite(values_R).any() else None
+        axes.plot(run.rounds, values_R, label=label)
     if key == "gradient_share":
         _percent_axis(axes)
     elif key == "gradient_cosine":
@@ -157,10 +157,10 @@ def _terms_figure(run: Run, key: str, label: str):
 
 def _drift_figure(run: Run):
     axes, drift = _panel("round", "norm of the update"), [row["drift"] for row in run.rows]
-    norms_RK = np.array([values["update_norm"] for values in drift], dtype=float)
-    norms_RK = np.ma.masked_invalid(norms_RK)  # a client that was dropped has none
+    # A client that was dropped has no norm.
+    norms_RK = np.ma.masked_invalid(np.array([d["update_norm"] for d in drift], dtype=float))
     axes.plot(run.rounds, norms_RK.mean(axis=1), label="mean over clients")
-    axes.plot(run.rounds, [values["mean_update_norm"] for values in drift], label="their average")
+    axes.plot(run.rounds, [d["mean_update_norm"] for d in drift], label="their average")
     _band(axes, "smallest to largest", norms_RK)
     axes.set_ylim(0, None)
     return _with_legend(axes)
@@ -168,8 +168,8 @@ def _drift_figure(run: Run):
 
 def _alignment_figure(run: Run):
     axes = _panel("round", "update alignment")
-    values = [row["drift"]["update_alignment"] for row in run.rows]
-    axes.plot(run.rounds, values, label="update alignment")
+    alignment = [row["drift"]["update_alignment"] for row in run.rows]
+    axes.plot(run.rounds, alignment, label="update alignment")
     axes.set_ylim(0, 1)
     return _with_legend(axes)
 

@@ -68,7 +68,7 @@ def write_comparison(runs: list[Run], file: Path) -> Path:
         runs=named,
         link=lambda run: os.path.relpath(run.path / REPORT, file.parent),
         figures={name: _inline(figure) for name, figure in drawn.items() if figure},
-        settings={name: [values[name] for values in flat] for name in setting_fields()},
+        settings={name: [values[name] for values in flat] for name in flat[0]},
     )
 
 
@@ -93,15 +93,14 @@ def _inline(figure, *places: Path) -> str:
 
 def _listed(accuracies: list[float | None]) -> list[int]:
     """The indices to list, ascending."""
-    lowest = np.argsort(np.array(accuracies, dtype=float))[:LISTED]  # None comes last
-    return sorted(lowest.tolist())
+    # None comes last.
+    return sorted(np.argsort(np.array(accuracies, dtype=float)).tolist()[:LISTED])
 
 
 def _mistakes(run: Run) -> list[tuple[int, str, str, int]]:
     """The eight most frequent mistakes: count, class, predicted class, images of the class."""
-    names = run.class_names
     found = [
-        (count, names[actual], names[predicted], sum(row))
+        (count, run.class_names[actual], run.class_names[predicted], sum(row))
         for actual, row in enumerate(run.summary.get("confusion", []))
         for predicted, count in enumerate(row)
         if count and predicted != actual

@@ -1,6 +1,5 @@
 """Recorded runs: what a run folder says, read without torch."""
 
-import contextlib
 import json
 from dataclasses import dataclass
 from itertools import accumulate
@@ -10,6 +9,27 @@ from semanticfl_ref.config.settings import Config
 from semanticfl_ref.errors import DataError, UserError
 from semanticfl_ref.run.folder import METRICS, TIMINGS, RunFolder
 from semanticfl_ref.run.summary import summarise
+
+# What every line of metrics.jsonl has; own_accuracy is recorded with held-out images only.
+RECORDED = {
+    "round",
+    "clients",
+    "test_accuracy",
+    "validation_accuracy",
+    "class_accuracy",
+    "client_accuracy",
+    "loss",
+    "terms",
+    "gradient_share",
+    "gradient_norm",
+    "gradient_cosine",
+    "steps",
+    "bytes_down",
+    "bytes_up",
+    "bytes",
+    "dropped",
+    "drift",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,25 +78,30 @@ def read_run(path: Path) -> Run:
         UserError: no round is finished yet, or the method was not imported.
     """
     folder = RunFolder(path)
-    config, rows = folder.config("report"), _lines(path / METRICS)
+    config, rows = folder.config("report"), _rows(path / METRICS)
     if not rows:
         raise UserError(
             f"{path} has no finished round, so there is nothing to report: wait for the first, or "
             f"continue the run with train --resume {path}"
         )
-    summary = _summary(path, rows)
-    documents = {name: _document(folder, name) for name in ("environment", "partition", "anchors")}
-    names = documents["partition"].get("class_names")
-    if not names:
-        raise DataError(f"{path / 'partition.json'} lacks class_names: it was changed or damaged")
+    seconds = sum(timing["seconds"] for timing in _lines(path / TIMINGS)[: len(rows)])
+    partition = folder.read("partition.json")
+    try:
+        names = [printable(name) for name in partition["class_names"]]
+    except (KeyError, TypeError):
+        raise DataError(
+            f"{path / 'partition.json'} is not what a run writes: it was changed or damaged"
+        ) from None
     return Run(
         path=path,
         config=config,
+        environment=folder.read("environment.json"),
+        partition=partition,
+        anchors=folder.read("anchors.json"),
         rows=rows,
-        summary=_document(folder, "summary") if folder.finished else summary,
+        summary=folder.summary() if folder.finished else summarise(rows, seconds, {}),
         finished=folder.finished,
-        class_names=list(map(printable, names)),
-        **documents,
+        class_names=names,
     )
 
 
@@ -85,32 +110,21 @@ def printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else "\ufffd" for letter in text)
 
 
+def _rows(path: Path) -> list[dict]:
+    rows = _lines(path)
+    whole = all(isinstance(row, dict) and row.keys() >= RECORDED for row in rows)
+    if not whole or [row["round"] for row in rows] != list(range(1, len(rows) + 1)):
+        raise DataError(
+            f"{path} does not hold a run's rounds, one per line, from 1 on: it was changed or "
+            f"damaged"
+        )
+    return rows
+
+
 def _lines(path: Path) -> list:
     """The JSON values of the lines; a last line without its end is still being written."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         return [json.loads(line) for line in lines if line.endswith("\n")]
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise DataError(f"cannot read {path}: {reason}") from None
-
-
-def _summary(path: Path, rows: list[dict]) -> dict:
-    """The summary of these rounds; raises DataError if a row is not a round's."""
-    seconds = sum(timing["seconds"] for timing in _lines(path / TIMINGS)[: len(rows)])
-    with contextlib.suppress(KeyError, TypeError):
-        if [row["round"] for row in rows] == list(range(1, len(rows) + 1)):
-            return summarise(rows, seconds, {})
-    raise DataError(
-        f"{path / METRICS} does not hold a run's rounds, one per line, from 1 on: it was changed "
-        f"or damaged"
-    )
-
-
-def _document(folder: RunFolder, name: str) -> dict:
-    document = folder.read(f"{name}.json")
-    if not isinstance(document, dict):
-        raise DataError(
-            f"{folder.path / name}.json does not hold a JSON object: it was changed or damaged"
-        )
-    return document
+        raise DataError(f"cannot read {path}: {getattr(error, 'strerror', error)}") from None

@@ -209,7 +209,7 @@ def test_a_run_without_a_round(folder, capsys):
         ("partition.json", "[]", "partition.json"),
         ("partition.json", '{"histograms": []}', "partition.json"),
         ("anchors.json", "nothing", "anchors.json"),
-        ("environment.json", "[]", "environment.json"),
+        ("environment.json", "nothing", "environment.json"),
         ("summary.json", "{", "summary.json"),
     ],
 )
@@ -223,6 +223,14 @@ def test_rounds_that_are_missing_are_not_drawn_over(folder, capsys):
     rows = rows_of(folder)
     write_rows(folder, [rows[0], *rows[2:]])
     assert "metrics.jsonl" in refused(capsys, 3, str(folder))
+
+
+@pytest.mark.parametrize("name", ["clients", "terms", "drift", "bytes", "client_accuracy"])
+def test_a_round_that_lacks_something_is_damage(folder, capsys, name):
+    first, *rows = rows_of(folder)
+    del first[name]
+    write_rows(folder, [first, *rows])
+    assert "does not hold a run's rounds" in refused(capsys, 3, str(folder))
 
 
 def test_what_is_not_a_run(capsys, tmp_path):
