@@ -230,7 +230,7 @@ def _data(name: str, sizes: Callable[[], dict]) -> str:
 def _weights(source: str) -> str:
     from semanticfl_ref.diffusion.model_files import fingerprint, locate
 
-    known = cache_folder() / "caches" / "weights.json"
+    known = cache_folder() / "features" / "weights.json"
     return f"{source}, SHA-256 {fingerprint(locate(source, offline=True), known)[:16]}"
 
 
