@@ -8,7 +8,7 @@ from bench.peers import COPY, EAGER, ON_THE_HOST
 
 WITH_DIAGNOSTICS = "ours, with diagnostics"
 UNKNOWN = "not measured"
-ONE_WAVE = 10  # clients whose batches the device works on at once
+CLIENTS, KEYS = 10, 200  # the largest shape that K1 is about
 
 
 def claims(result: dict) -> list[str]:
@@ -17,13 +17,13 @@ def claims(result: dict) -> list[str]:
     table = [
         (
             "K1",
-            f"InfoNCE as a CUDA-graph node, fp32, up to {ONE_WAVE} clients: loss and d(queries)",
+            f"InfoNCE, loss and d(queries), as a CUDA-graph node, fp32, up to {KEYS} anchors",
             "<= 15 us",
             node_time(rows),
         ),
         (
             "K1",
-            "the same call against eager, client by client",
+            "the same launched from Python, against eager, client by client",
             ">= 4x",
             ratios(rows, EAGER, OURS, BOTH),
         ),
@@ -48,12 +48,12 @@ def claims(result: dict) -> list[str]:
 
 
 def node_time(rows: list[dict]) -> str:
-    """Microseconds of the replayed kernel in the cases that are one wave of work."""
-    found = [
-        1e3 * row["median_ms"]
-        for row in measured(rows, as_graph(OURS), BOTH)
-        if row["dtype"] == "fp32" and row["shape"]["G"] <= ONE_WAVE
-    ]
+    """Microseconds of the replayed call, for no more clients than the device works on at once."""
+    found = []
+    for row in measured(rows, as_graph(OURS), BOTH):
+        shape = row["shape"]
+        if row["dtype"] == "fp32" and shape["G"] <= CLIENTS and shape["N"] <= KEYS:
+            found.append(1e3 * row["median_ms"])
     return span(found, "{:.0f} us")
 
 

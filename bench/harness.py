@@ -96,7 +96,7 @@ def measure(
     A contender that fails is a row that says why.
 
     Args:
-        record: is given the rows.
+        record: receives the rows.
         bench: where it runs.
         case: what they compute.
         contenders: by name.
