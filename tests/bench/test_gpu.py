@@ -1,5 +1,5 @@
-"""The GPU benchmark's own paths, rehearsed on a CPU: every stage, what it writes, and what it does
-with failures, wrong results and time that runs out.
+"""The GPU benchmark, rehearsed on a CPU: every stage, what it writes, and what it does with
+failures, wrong results and time that runs out.
 """
 
 import json
@@ -11,54 +11,44 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu
-from bench.measure import OURS, Bench, Contender, guarded, measure
+from bench.gpu import run as gpu
+from bench.harness import BOTH, FORWARD, OURS, Bench, Case, Contender, guarded, measure
 from bench.record import Record
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CPU = Bench(torch.device("cpu"), rehearse=True, seconds=60)
 
 
 @pytest.mark.heavy
 def test_a_rehearsal_goes_through_every_stage(tmp_path):
-    """The kernels run in Triton's interpreter where there is one; peers, books and all else are
-    what a GPU would see.
+    """The kernels run in Triton's interpreter; peers, records and all else are what a GPU would
+    see.
     """
     out = tmp_path / "results.json"
     environment = os.environ | {"PYTHON": sys.executable, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        [ROOT / "bench" / "gpu.sh", "--rehearse", "--together", "--out", out],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    command = [ROOT / "bench" / "gpu.sh", "--rehearse", "--together", "--out", out]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(out.read_text())
-    assert {name: how["status"] for name, how in result["stages"].items()} == dict.fromkeys(
-        gpu.STAGES, "done"
-    )
+    statuses = {name: how["status"] for name, how in result["stages"].items()}
+    assert statuses == dict.fromkeys(gpu.STAGES, "done")
     assert result["kind"] == "rehearsal" and "failures" not in result
-    assert set(result["ceilings"]) == {"copy", "bf16", "fp16", "tf32", "fp32"}
+    assert result["copy"]["gb_s"] > 0
     seen = {
         (row["kernel"], row["direction"], row["contender"])
         for row in result["rows"]
         if row.get("correct")
     }
-    assert {
-        ("info_nce", direction, name)
-        for direction in ("forward", "forward and backward")
-        for name in (OURS, "eager", "eager, client by client")
-    } <= seen
-    assert {
-        ("weighted_average", "forward", name)
-        for name in (
-            OURS,
-            "ours, a list of rows",
-            "ours, with diagnostics",
-            "ours, streaming",
-            "weights @ rows",
-        )
-    } <= seen
+    losses = (OURS, "eager, client by client", "eager, all clients at once")
+    assert {("info_nce", BOTH, name) for name in losses} <= seen
+    averages = (
+        OURS,
+        "ours, with diagnostics",
+        "ours, in two parts",
+        "weights @ params",
+        "device copy",
+    )
+    assert {("weighted_average", FORWARD, name) for name in averages} <= seen
     assert all(row["repeatable"] for row in result["rows"] if row["contender"] == OURS)
     assert result["tests"]["exit"] == 0 and "passed" in result["tests"]["last"]
     assert result["compiled"]["rows"][0]["problems"] == []
@@ -66,12 +56,12 @@ def test_a_rehearsal_goes_through_every_stage(tmp_path):
 
 
 def test_a_stage_in_its_own_process_and_one_that_is_ended(tmp_path):
-    assert gpu.in_its_own_process("ceilings", tmp_path / "a.json", 60, rehearse=True) == 0
-    assert "copy" in json.loads((tmp_path / "a.json").read_text())["ceilings"]
-    assert gpu.in_its_own_process("ceilings", tmp_path / "b.json", 0.2, rehearse=True) == 124, (
-        "torch alone takes longer to import"
-    )
-    assert not (tmp_path / "b.json").exists()
+    done, ended = tmp_path / "a.json", tmp_path / "b.json"
+    assert gpu.in_its_own_process("copy", done, 60, rehearse=True) == 0
+    assert json.loads(done.read_text())["copy"]["gb_s"] > 0
+    code = gpu.in_its_own_process("copy", ended, 0.2, rehearse=True)
+    assert code == 124, "torch alone takes longer to import"
+    assert not ended.exists()
 
 
 def test_contenders_that_fail_or_are_wrong_are_rows_that_say_so(tmp_path):
@@ -82,32 +72,20 @@ def test_contenders_that_fail_or_are_wrong_are_rows_that_say_so(tmp_path):
     counter = iter(range(1000))
     contenders = {
         OURS: Contender(lambda: torch.tensor(float(next(counter)))),
-        "right": Contender(lambda: torch.tensor(7.0), bytes=3),
+        "right": Contender(lambda: torch.tensor(7.0), {"bytes": 3}),
         "broken": Contender(broken),
     }
-    case = {
-        "kernel": "k",
-        "case": "c",
-        "dtype": "fp32",
-        "direction": "forward",
-        "bytes": 1,
-        "flop": 1,
-    }
-    measure(
-        record,
-        CPU,
-        case,
-        contenders,
-        lambda name, result: {"errors": {"e": float(result)}, "correct": result.item() == 7.0},
-    )
-    rows = {row["contender"]: row for row in json.loads((tmp_path / "r.json").read_text())["rows"]}
-    assert (
-        rows["broken"]["failed"] == "RuntimeError: no such kernel"
-        and "median_ms" not in rows["broken"]
-    )
-    assert (
-        rows["right"]["correct"] and rows["right"]["bytes"] == 3 and rows["right"]["median_ms"] >= 0
-    )
+
+    def check(name, result) -> dict:
+        return {"errors": {"e": float(result)}, "correct": result.item() == 7.0}
+
+    measure(record, CPU, Case(kernel="k", case="c", dtype="fp32", bytes=1), contenders, check)
+    written = json.loads((tmp_path / "r.json").read_text())["rows"]
+    rows = {row["contender"]: row for row in written}
+    assert rows["broken"]["failed"] == "RuntimeError: no such kernel"
+    assert "median_ms" not in rows["broken"]
+    assert rows["right"]["correct"] and rows["right"]["bytes"] == 3
+    assert rows["right"]["median_ms"] >= 0
     assert not rows[OURS]["correct"] and not rows[OURS]["repeatable"]
 
 
@@ -133,11 +111,8 @@ def test_what_fails_beside_the_contenders_is_kept_and_the_run_goes_on(tmp_path):
             "not the same twice",
         ),
         ({"rows": [{"contender": "ours", "failed": "out of memory"}]}, 1, "out of memory"),
-        (
-            {"rows": [{"contender": "eager", "failed": "out of memory"}]},
-            0,
-            "one: done",
-        ),  # a peer's failure is a finding
+        # A peer's failure is a finding.
+        ({"rows": [{"contender": "eager", "failed": "out of memory"}]}, 0, "one: done"),
         ({"failures": [{"what": "a case", "why": "it broke"}]}, 1, "a case: it broke"),
         ({"stages": {"one": {"status": "ended", "why": "too slow"}}}, 1, "too slow"),
     ],
@@ -152,9 +127,26 @@ def test_the_last_words(tmp_path, capsys, content, status, said):
     assert end.value.code == status and said in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("code", "before", "status"),
+    [
+        (0, {}, {"status": "done", "seconds": 1.2}),
+        (124, {}, {"status": "ended", "seconds": 1.2, "why": gpu.ENDED}),
+        (-9, {}, {"status": "failed", "seconds": 1.2, "why": "exit status -9"}),
+        # The stage has said why itself.
+        (1, {"status": "failed", "why": "it broke"}, {"status": "failed", "why": "it broke"}),
+    ],
+)
+def test_how_a_stage_went(tmp_path, code, before, status):
+    record = Record(tmp_path / "r.json")
+    record.set("stages", {"one": before})
+    gpu.record_status(record, "one", code, 1.23)
+    assert record.content["stages"]["one"] == status
+
+
 def test_without_a_gpu_it_says_what_it_needs(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit, match="needs a CUDA device"):
+    with pytest.raises(SystemExit, match="no CUDA device"):
         gpu.describe(rehearse=False)
 
 
