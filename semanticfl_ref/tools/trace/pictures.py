@@ -1,4 +1,4 @@
-"""What a watched round looked at, as pictures: the stages of the diffusion pass, the anchors by class.
+"""What a watched round looked at, as pictures: stages of the diffusion pass, anchors by class.
 
 Letters: C channels, D width of an anchor.
 """
@@ -15,7 +15,6 @@ from semanticfl_ref.federated.context import RunContext
 
 # Okabe and Ito's blue and vermilion, which colour-blind readers can tell apart.
 COLD, ZERO, WARM = (0, 114, 178), (240, 240, 236), (213, 94, 0)
-TILE = 32  # side of a channel's tile, in pixels
 CLASSES, PER_CLASS = 20, 6  # classes that are shown, and images of each
 
 
@@ -26,41 +25,37 @@ def stage_picture(values: torch.Tensor) -> str:
     if values.dtype == torch.uint8:
         return png(values)
     if values.ndim == 1:
-        rows = max(r for r in range(1, isqrt(len(values)) + 1) if len(values) % r == 0)
+        rows = max(n for n in range(1, isqrt(len(values)) + 1) if len(values) % n == 0)
         return png(heat(values.view(rows, -1)))
     side = min(3, isqrt(len(values)))
-    scale = max(1, TILE // values.shape[1])
-    tiles = F.interpolate(values[None, : side**2].float(), scale_factor=scale, mode="nearest")
-    tiles = F.pad(tiles[0], (0, 2, 0, 2))
-    rows = [torch.cat(list(row), dim=1) for row in tiles.split(side)]
-    return png(heat(torch.cat(rows)[:-2, :-2]))
+    rows = F.pad(values[: side**2], (0, 1, 0, 1)).split(side)
+    return png(heat(torch.cat([torch.cat(list(row), dim=1) for row in rows])[:-1, :-1]))
 
 
 def anchor_pictures(context: RunContext) -> list[tuple[str, str, str]]:
-    """Class name, visual anchors and text anchor of the first classes that have visual anchors.
+    """Name, visual anchors and text anchor of the first classes that have visual anchors.
 
     Visual anchors are one row per image, at most PER_CLASS; components are in units of their
     standard deviation.
     """
-    if context.anchors is None:
+    anchors, dataset = context.anchors, context.dataset
+    if anchors is None:
         return []
-    visual, labels, names = (
-        context.anchors.visual,
-        context.dataset.train_labels,
-        context.dataset.class_names,
-    )
-    if context.anchors.per == "class":
+    visual, labels = anchors.visual, dataset.train_labels
+    if anchors.per == "class":
         labels = torch.arange(len(visual), device=visual.device)
-    is_used = visual.isfinite().all(1)  # by a client's image
-    visual, labels = visual[is_used], labels[is_used]
-    visual = visual / visual.std(0).clamp(min=1e-12)
+    is_made = visual.isfinite().all(1)  # not of images that no client trains on
+    visual, labels = visual[is_made] / visual[is_made].std(0).clamp(min=1e-12), labels[is_made]
     classes = labels.unique()[:CLASSES].tolist()
     rows = [visual[labels == c][:PER_CLASS] for c in classes]
-    visual_pictures = heat(torch.cat(rows)).split([len(part) for part in rows])
-    text_pictures = heat(context.anchors.text[classes]).split(1)
+    pictures = zip(
+        heat(torch.cat(rows)).split([len(part) for part in rows]),
+        heat(anchors.text[classes]).split(1),
+        strict=True,
+    )
     return [
-        (names[c], png(of_images), png(of_text))
-        for c, of_images, of_text in zip(classes, visual_pictures, text_pictures, strict=True)
+        (dataset.class_names[c], png(of_images), png(of_text))
+        for c, (of_images, of_text) in zip(classes, pictures, strict=True)
     ]
 
 

@@ -68,8 +68,8 @@ def trace_round(
         say: takes one line of progress.
 
     Returns:
-        Its document has settings, letters, diffusion_pass (its stages), before (the statements that
-        make the anchors), turns (four, each with number, title and steps), terms and loss of the first
+        Its document has settings, letters, diffusion_pass (its stages), before (statements that make
+        the anchors), turns (four, each with number, title and steps), terms and loss of the first
         client's first batch, clients, parameters (before, average, after), communication, metrics
         (the round's line), equations (those beside a step, by tag).
 
@@ -130,18 +130,17 @@ def described(values: dict[str, torch.Tensor]) -> list[dict]:
 
 def few_images(partition: Partition, labels: torch.Tensor, count: int, seed: int) -> Partition:
     """The partition with at most `count` images of each client, sampled by the seed."""
-    indices, histograms = [], []
+    indices = []
     for client, own in enumerate(partition.indices):
         source = generator(seed, "trace", client=client)
-        kept = own[torch.randperm(len(own), generator=source)[:count]].sort().values
-        counts_C = torch.bincount(labels[kept], minlength=len(partition.histograms[client]))
-        indices.append(kept)
-        histograms.append(tuple(counts_C.tolist()))
+        indices.append(own[torch.randperm(len(own), generator=source)[:count]].sort().values)
+    classes = len(partition.histograms[0])
+    counts = [torch.bincount(labels[own], minlength=classes).tolist() for own in indices]
     return replace(
         partition,
         indices=tuple(indices),
         sizes=tuple(map(len, indices)),
-        histograms=tuple(histograms),
+        histograms=tuple(map(tuple, counts)),
     )
 
 
@@ -162,9 +161,8 @@ def term_summaries(first: FirstBatch) -> list[dict]:
     """The terms of a first batch, each with its gradient at the features if it depends on them."""
     summaries = []
     for name, (weight, value) in first.terms.items():
-        gradient = first.gradients.get(name)
-        found = gradient._asdict() if gradient else dict.fromkeys(("norm", "share", "cosine"))
-        at_features = {f"gradient_{key}": plain(number) for key, number in found.items()}
+        gradient = first.gradients[name]._asdict() if name in first.gradients else {}
+        at_features = {f"gradient_{key}": plain(number) for key, number in gradient.items()}
         summaries.append({"name": name, **weighted(weight, value), **at_features})
     return summaries
 

@@ -9,10 +9,8 @@ import ast
 import re
 import sys
 import textwrap
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from torch import nn
 
@@ -44,19 +42,23 @@ class Step:
 class Source:
     """A source file: its text, and the statements of its functions that are shown.
 
+    Shown are functions with a docstring that are public or compute an equation.
+
     Attributes:
         lines: of the text.
         docstring: of the module.
-        shown: qualified names of the functions that have a docstring and are public or compute an
-            equation.
+        shown: qualified names of these functions.
         statements: line number -> statement, for every line of a statement or of its head.
+        steps: statement -> its step, until it is taken from here.
     """
 
-    def __init__(self, path: Path):
-        text = path.read_text(encoding="utf-8")
+    def __init__(self, file: str):
+        text = (PACKAGE / file).read_text(encoding="utf-8")
         tree = ast.parse(text)
         self.lines, self.docstring = text.splitlines(), ast.get_docstring(tree) or ""
-        self.shown, self.statements = set(), {}
+        self.shown: set[str] = set()
+        self.statements: dict[int, ast.stmt] = {}
+        self.steps: dict[ast.stmt, Step] = {}
         for name, function in functions(tree):
             docstring = ast.get_docstring(function) or ""
             if not docstring or (function.name.startswith("_") and not TAG.search(docstring)):
@@ -64,21 +66,20 @@ class Source:
             self.shown.add(name)
             for node in (node for part in function.body[1:] for node in ast.walk(part)):
                 if isinstance(node, ast.stmt):
-                    self.statements |= dict.fromkeys(self._lines_of(node), node)
+                    last = self._last_line(node)
+                    source = textwrap.dedent("\n".join(self.lines[node.lineno - 1 : last]))
+                    step = Step(file=file, line=node.lineno, function=name, source=source)
+                    self.steps[node] = step
+                    self.statements |= dict.fromkeys(range(node.lineno, last + 1), node)
 
-    def text(self, statement: ast.stmt) -> str:
-        """A statement as it is written, without its indentation."""
-        lines = [self.lines[n - 1] for n in self._lines_of(statement)]
-        return textwrap.dedent("\n".join(lines))
-
-    def _lines_of(self, statement: ast.stmt) -> range:
-        """Its line numbers; those of its head if it is a compound statement."""
-        first, last = statement.lineno, statement.end_lineno
-        if hasattr(statement, "body"):
-            last = first
-            while not self.lines[last - 1].partition("  #")[0].endswith(":"):
-                last += 1
-        return range(first, last + 1)
+    def _last_line(self, statement: ast.stmt) -> int:
+        """Of the statement; of its head if it is a compound statement."""
+        if not hasattr(statement, "body"):
+            return statement.end_lineno
+        last = statement.lineno
+        while not self.lines[last - 1].partition("  #")[0].endswith(":"):
+            last += 1
+        return last
 
 
 class Tracer:
@@ -90,16 +91,15 @@ class Tracer:
 
     Attributes:
         sources: file -> its source.
-        steps: the statements.
+        steps: the statements that ran.
         arguments: function with an equation -> the arguments of its first call.
     """
 
     def __init__(self, files: Iterable[str]):
-        self.sources = {file: Source(PACKAGE / file) for file in files}
+        self.sources = {file: Source(file) for file in files}
         self.steps: list[Step] = []
         self.arguments: dict[str, tuple] = {}
         self.calls: list[_Call] = []
-        self.noted: set[ast.stmt] = set()
         self._tags: dict[tuple[str, str], list[str]] = {}
         for equation in equations():
             self._tags.setdefault((equation.file, equation.function), []).append(equation.tag)
@@ -116,52 +116,43 @@ class Tracer:
         """Python calls this at the start of every function."""
         module, name = frame.f_globals.get("__name__", ""), frame.f_code.co_qualname
         file = module.removeprefix(f"{PACKAGE.name}.").replace(".", "/") + ".py"
-        place = (file, name)
-        if place in self._tags:
+        if (file, name) in self._tags:
             self.arguments.setdefault(name, tuple(frame.f_locals.values()))
             if self.calls and self.calls[-1].step:
-                self.calls[-1].step.equations += self._tags.pop(place)
+                self.calls[-1].step.equations += self._tags.pop((file, name))
         if file not in self.sources or name not in self.sources[file].shown:
             return None
-        self.calls.append(_Call(self, file, name))
+        self.calls.append(_Call(self, self.sources[file]))
         return self.calls[-1].follow
 
 
 class _Call:
     """A call of a watched function."""
 
-    def __init__(self, tracer: Tracer, file: str, name: str):
-        self.tracer, self.file, self.name = tracer, file, name
+    def __init__(self, tracer: Tracer, source: Source):
+        self.tracer, self.source = tracer, source
         self.statement: ast.stmt | None = None
         self.step: Step | None = None  # of the statement that runs, if it runs for the first time
-        self.runs: Counter[ast.stmt | None] = Counter()
-        self.loops: list[tuple[Step, ast.stmt]] = []  # with the first statement inside
+        self.loops: dict[ast.stmt, Step] = {}  # first statement inside -> the loop's step
 
     def follow(self, frame, event, argument):
         """Python calls this before every line and at the end: the statement before has run."""
-        source = self.tracer.sources[self.file]
-        statement = source.statements.get(frame.f_lineno) if event == "line" else None
+        statement = self.source.statements.get(frame.f_lineno) if event == "line" else None
         # A statement of several lines comes once for each of them.
-        if event == "return" or statement not in (None, self.statement):
-            if self.step:
-                self.step.values = list(_made(self.statement, frame, argument))
-            self.statement, self.step = statement, None
-            self.runs[statement] += 1
+        if event != "return" and statement in (None, self.statement):
+            return self.follow
+        if self.step:
+            self.step.values = list(_made(self.statement, frame, argument))
+        self.statement, self.step = statement, self.source.steps.pop(statement, None)
         if event == "return":
             self.tracer.calls.remove(self)
-            for step, inside in self.loops:
-                step.iterations = self.runs[inside]
-        elif statement and statement not in self.tracer.noted:
-            self.tracer.noted.add(statement)
-            self.step = Step(
-                file=self.file,
-                line=statement.lineno,
-                function=self.name,
-                source=source.text(statement),
-            )
+        if statement in self.loops:
+            self.loops[statement].iterations += 1
+        if self.step:
             self.tracer.steps.append(self.step)
             if isinstance(statement, ast.For):
-                self.loops.append((self.step, statement.body[0]))
+                self.step.iterations = 0
+                self.loops[statement.body[0]] = self.step
         return self.follow
 
 
