@@ -38,8 +38,8 @@ def add_flags(parser, argv: list[str]) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="round to show, after running those before it; the state of SCAFFOLD and MOON is empty "
-        "in the first (default: 1)",
+        help="round to show, after running those before it; the state of SCAFFOLD and MOON is "
+        "empty in the first (default: 1)",
     )
     parser.add_argument(
         "--all", action="store_true", help="every statement, also those without an equation"
@@ -64,9 +64,8 @@ def run(arguments) -> int:
     if arguments.map:
         return _show_map(arguments)
     config = settings_of(arguments, SMALL)
-    say(
-        f"{config.data.name}, {config.federation.method}, round {arguments.round}: loading torch ..."
-    )
+    name, method = config.data.name, config.federation.method
+    say(f"{name}, {method}, round {arguments.round}: loading torch ...")
     from semanticfl_ref.tools.trace.page import write_page
     from semanticfl_ref.tools.trace.text import Terminal, has_colours
     from semanticfl_ref.tools.trace.trace import trace_round

@@ -10,6 +10,7 @@ import torch
 from semanticfl_ref.device import resolve_precision
 from semanticfl_ref.diffusion.backbone import Backbone
 from semanticfl_ref.diffusion.modules import unet_layers
+from semanticfl_ref.diffusion.text import TextEncoder, captions
 from semanticfl_ref.federated.context import RunContext
 from semanticfl_ref.tools.trace.tracer import Step, Tracer
 
@@ -37,19 +38,24 @@ def diffusion_pass(
         precision=resolve_precision(settings.precision, context.device, half_on_cuda="fp16"),
         offline=offline,
     )
+    prompts = None
+    if settings.condition == "own-class":
+        texts = captions(settings.prompt, dataset.class_names)
+        prompts = TextEncoder(backbone.folder, context.device).encode(texts)[0][labels_B]
     stages = {"image": images}
 
     def record(stage: str, values) -> None:
         values = values[0] if isinstance(values, tuple) else values
         stages[stage] = values[: len(images)]
 
-    def add_noise(latents, *arguments):
-        record("VAE latent", latents)
-        noisy = make_noisy(latents, *arguments)
-        record(f"noised latent, t = {settings.timestep}", noisy)
-        return noisy
+    def add_noise(latent, *arguments):
+        record("VAE latent", latent)
+        noised = scheduler_add_noise(latent, *arguments)
+        record(f"noised latent, t = {settings.timestep}", noised)
+        return noised
 
-    make_noisy, backbone.scheduler.add_noise = backbone.scheduler.add_noise, add_noise
+    scheduler_add_noise = backbone.scheduler.add_noise
+    backbone.scheduler.add_noise = add_noise
     for layer, module in unet_layers(backbone.unet).items():
         if layer in backbone.layers:
             module.register_forward_hook(
@@ -58,10 +64,11 @@ def diffusion_pass(
     with Tracer(["diffusion/backbone.py"]) as tracer:
         pooled = backbone.features(
             images,
+            prompt_embedding=prompts,
             timestep=settings.timestep,
             seed=context.config.run.seed,
             pool=settings.pool,
-            input_size=settings.input_size or None,
+            input_size=settings.input_size,
             latent=settings.latent,
         )
     stages |= {f"pooled {layer}": values for layer, values in pooled.items()}

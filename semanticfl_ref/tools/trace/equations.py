@@ -6,7 +6,8 @@ A docstring tags an equation so, over as many lines as it takes:
     Test: tests/file.py::test_function, tests/other.py::test_another
 
 For SemanticFL the source is [A] the paper's abstract, [S] a second-hand summary of the paper, [N]
-the nearest published system (FedDifRC), or [O] our own reading; for other methods their publication.
+the nearest published system (FedDifRC), or [O] our own reading; for other methods their
+publication.
 """
 
 import ast

@@ -17,30 +17,25 @@ def write_page(path: Path, traced: TracedRound) -> None:
     Raises:
         DataError: the file cannot be written.
     """
-    document, dataset = traced.document, traced.context.dataset
-    stages = traced.stages or {"image": dataset.train_images[traced.shown_B]}
+    dataset = traced.context.dataset
+    labels = dataset.train_labels[traced.shown_B].tolist()
     page = render(
         Path(__file__).parent,
         "round.html.jinja",
-        f"One round of {document['settings']['federation.method']}, statement by statement",
-        document=document,
-        turns=[
-            {**turn, "groups": _folded(turn["steps"])} for turn in text.numbered_turns(document)
-        ],
-        stages=list(stages),
-        images=[
-            (dataset.class_names[int(dataset.train_labels[n])], map(stage_picture, values))
-            for n, *values in zip(traced.shown_B, *stages.values(), strict=True)
-        ],
+        f"One round of {traced.document['settings']['federation.method']}, statement by statement",
+        document=traced.document,
+        labels=[dataset.class_names[label] for label in labels],
+        stages=traced.stages or {"image": dataset.train_images[traced.shown_B]},
         anchors=anchor_pictures(traced.context),
-        tables=text.tables(document),
-        text=text,
+        stage_picture=stage_picture,
+        folded=folded,
         pieces=pieces,
+        text=text,
     )
     write_atomic(path, page, "choose another place for the page")
 
 
-def _folded(steps: list[dict]) -> list[tuple[bool, list[dict]]]:
+def folded(steps: list[dict]) -> list[tuple[bool, list[dict]]]:
     """Consecutive steps that call for an equation, and those between, which are folded."""
     groups = groupby(steps, key=lambda step: bool(step["equations"]))
     return [(shown, list(part)) for shown, part in groups]

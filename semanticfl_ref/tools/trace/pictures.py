@@ -20,13 +20,12 @@ CLASSES, PER_CLASS = 20, 6  # classes that are shown, and images of each
 
 def stage_picture(values: torch.Tensor) -> str:
     """One image at one stage: an image uint8 [H, W, 3], maps [C, h, w] of which up to nine channels
-    are shown as tiles, or a vector, in rows of equal length.
+    are shown as tiles, or a vector, as stripes.
     """
     if values.dtype == torch.uint8:
         return png(values)
     if values.ndim == 1:
-        rows = max(n for n in range(1, isqrt(len(values)) + 1) if len(values) % n == 0)
-        return png(heat(values.view(rows, -1)))
+        return png(heat(values[None]))
     side = min(3, isqrt(len(values)))
     rows = F.pad(values[: side**2], (0, 1, 0, 1)).split(side)
     return png(heat(torch.cat([torch.cat(list(row), dim=1) for row in rows])[:-1, :-1]))
@@ -45,17 +44,15 @@ def anchor_pictures(context: RunContext) -> list[tuple[str, str, str]]:
     if anchors.per == "class":
         labels = torch.arange(len(visual), device=visual.device)
     is_made = visual.isfinite().all(1)  # not of images that no client trains on
-    visual, labels = visual[is_made] / visual[is_made].std(0).clamp(min=1e-12), labels[is_made]
-    classes = labels.unique()[:CLASSES].tolist()
-    rows = [visual[labels == c][:PER_CLASS] for c in classes]
-    pictures = zip(
-        heat(torch.cat(rows)).split([len(part) for part in rows]),
-        heat(anchors.text[classes]).split(1),
-        strict=True,
-    )
+    visual, labels = visual[is_made], labels[is_made]
+    visual = visual / visual.std(0).clamp(min=1e-12)
     return [
-        (dataset.class_names[c], png(of_images), png(of_text))
-        for c, (of_images, of_text) in zip(classes, pictures, strict=True)
+        (
+            dataset.class_names[c],
+            png(heat(visual[labels == c][:PER_CLASS])),
+            png(heat(anchors.text[c][None])),
+        )
+        for c in labels.unique()[:CLASSES].tolist()
     ]
 
 
@@ -74,5 +71,5 @@ def heat(values: torch.Tensor) -> torch.Tensor:
     strength = values / values.abs().quantile(0.99).clamp(min=1e-12)
     strength = strength.clamp(-1, 1)[:, :, None]
     cold, zero, warm = (torch.tensor(colour).float() for colour in (COLD, ZERO, WARM))
-    towards = torch.where(strength > 0, warm, cold) - zero
-    return (zero + strength.abs() * towards).round().to(torch.uint8)
+    towards = torch.where(strength > 0, warm, cold)
+    return torch.lerp(zero, towards, strength.abs()).round().to(torch.uint8)

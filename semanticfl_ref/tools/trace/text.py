@@ -1,17 +1,14 @@
-"""A watched round in words: what a terminal shows, and the texts and tables that the page shares.
-
-No torch in here.
-"""
+"""A watched round in words: what a terminal shows; the page shares its texts and tables."""
 
 import os
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import prod
 from typing import TextIO
 
 from semanticfl_ref.formatting import format_bytes, format_percent
 from semanticfl_ref.tools.trace.syntax import pieces
+from semanticfl_ref.tools.trace.values import number
 
 WIDTH = 100
 ANSI = {
@@ -26,38 +23,25 @@ ANSI = {
 }
 
 
-# Key of the document -> title, and name in a row -> head of the column.
-COLUMNS = {
-    "diffusion_pass": (
-        "Diffusion pass of the first images",
-        {"name": "stage", "shape": "shape", "mean": "mean", "std": "std"},
-    ),
+# Key of the document -> title of a table, and its columns.
+TENSOR_COLUMNS = ("name", "shape", "mean", "std", "norm")
+TABLES = {
+    "diffusion_pass": ("Diffusion pass of the first images", TENSOR_COLUMNS),
     "terms": (
-        "First batch of the first client (gradients at the features)",
-        {
-            "name": "term",
-            "weight": "weight",
-            "value": "value",
-            "weighted": "weighted",
-            "gradient_norm": "gradient",
-            "gradient_share": "share",
-            "gradient_cosine": "cosine",
-        },
+        "First batch of the first client, gradients at the features",
+        (
+            *("name", "weight", "value", "weighted"),
+            *("gradient_norm", "gradient_share", "gradient_cosine"),
+        ),
     ),
     "clients": (
-        "Clients",
-        {
-            "client": "client",
-            "images": "images",
-            "steps": "steps",
-            "loss": "loss per step",
-            "moved": "distance moved",
-        },
+        "Clients, loss per step, distance moved",
+        ("client", "images", "steps", "loss", "moved"),
     ),
-    "parameters": ("Global parameters", {"name": "", "norm": "norm", "first": "first entries"}),
+    "parameters": ("Global parameters", TENSOR_COLUMNS),
     "communication": (
-        "Communication",
-        {"down": "to the clients", "anchors": "of which anchors", "up": "from the clients"},
+        "Communication, down to the clients, anchors among it, up to the server",
+        ("down", "anchors", "up"),
     ),
 }
 FORMATS = {
@@ -96,19 +80,18 @@ class Terminal:
 
     def _step(self, step: dict, equations: dict) -> str:
         code = "".join(self._paint(kind, text) for kind, text in pieces(step["source"]))
-        lines = [
+        texts = [
             self._paint("function", step["function"]) + self._paint("note", f"  {place(step)}"),
             textwrap.indent(code, "    "),
         ]
-        for tag in step["equations"]:
-            equation = equations[tag]
-            lines.append(self._wrapped("equation", f"({tag}) [{equation['source']}]", 8))
-            lines.append(self._wrapped("equation", equation["text"], 12))
+        for equation in (equations[tag] for tag in step["equations"]):
+            text = textwrap.indent(equation["text"], "    ")
+            head = f"({equation['tag']}) [{equation['source']}]"
+            texts.append(self._wrapped("equation", f"{head}\n{text}", 8))
         for value in step["values"]:
-            lines.append(self._wrapped("", f"{value['name']:<12}  {text_of(value)}", 8))
-        if step["iterations"] is not None:
-            lines.append(self._wrapped("note", iterations(step), 8))
-        return "\n".join(lines)
+            texts.append(self._wrapped("", f"{value['name']:<12}  {value['text']}", 8))
+        texts += [self._wrapped("note", more, 8) for more in iterations(step)]
+        return "\n".join(texts)
 
     def _table(self, title: str, rows: list[list[str]]) -> str:
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -120,18 +103,13 @@ class Terminal:
         return "\n".join(lines)
 
     def _wrapped(self, kind: str, text: str, indent: int = 0) -> str:
-        lines = [
-            part
-            for line in text.splitlines()
-            for part in textwrap.wrap(
-                line,
-                WIDTH,
-                initial_indent=" " * indent,
-                subsequent_indent=" " * (indent + 4),
-                replace_whitespace=False,
-            )
-        ]
-        return "\n".join(self._paint(kind, line) for line in lines)
+        wrapper = textwrap.TextWrapper(
+            WIDTH,
+            initial_indent=" " * indent,
+            subsequent_indent=" " * (indent + 4),
+            replace_whitespace=False,
+        )
+        return self._paint(kind, "\n".join(map(wrapper.fill, text.splitlines())))
 
     def _paint(self, kind: str, text: str) -> str:
         return f"\033[{ANSI[kind]}m{text}\033[0m" if self.colours and kind else text
@@ -180,10 +158,10 @@ def tables(document: dict) -> dict[str, list[list[str]]]:
     }
     return {
         title: [
-            list(columns.values()),
+            [column.replace("_", " ") for column in columns],
             *([FORMATS.get(key, number)(row.get(key)) for key in columns] for row in rows[name]),
         ]
-        for name, (title, columns) in COLUMNS.items()
+        for name, (title, columns) in TABLES.items()
         if rows[name]
     }
 
@@ -193,47 +171,9 @@ def place(step: dict) -> str:
     return f"{step['file']}:{step['line']}"
 
 
-def iterations(step: dict) -> str:
-    """How a loop continues after its first iteration, which is the one shown."""
+def iterations(step: dict) -> list[str]:
+    """How a loop continues after its first iteration, which is the one shown: a line or nothing."""
     count = step["iterations"]
-    return f"... and {count - 1} more iterations in this call" if count else "not entered"
-
-
-def text_of(value: dict) -> str:
-    """A value of `values.describe`, without its name."""
-    gradient = value.get("gradient_norm")
-    match value:
-        case {"weight": weight, "value": term, "weighted": weighted}:
-            return f"{number(weight)} x {number(term)} = {number(weighted)}"
-        case {"parameters": count, "is": kind, "norm": norm}:
-            end = "no gradient" if gradient is None else f"gradient norm {number(gradient)}"
-            return f"{kind}, {count:,} parameters of norm {number(norm)}, {end}"
-        case {"is": kind, "fields": fields}:
-            inside = ", ".join(f"{name}={number(v)}" for name, v in list(fields.items())[:6])
-            return f"{kind}({inside})"
-        case {"shape": shape, "dtype": dtype}:
-            return f"{dtype} {shape or ''}".strip() + f"  {_numbers(value)}"
-        case {"value": [*first], "length": length}:
-            end = ", ..." if length > len(first) else ""
-            return (", ".join(map(number, first)) or "empty") + end
-    return number(value["value"])
-
-
-def number(value: object) -> str:
-    """Four digits of a float; a long text or list is shortened; nothing for None."""
-    if isinstance(value, list):
-        return ", ".join(map(number, value[:4]))
-    if value is None:
-        return ""
-    text = f"{value:.4g}" if isinstance(value, float) else str(value)
-    return text if len(text) <= 32 else f"{text[:29]}..."
-
-
-def _numbers(tensor: dict) -> str:
-    if prod(tensor["shape"]) <= len(tensor["first"]):
-        return ", ".join(map(number, tensor["first"]))
-    extremes = f"{number(tensor['min'])} to {number(tensor['max'])}"
-    if "mean" not in tensor:
-        return extremes
-    spread = f"mean {number(tensor['mean'])} ± {number(tensor['std'])}"
-    return f"{spread}, norm {number(tensor['norm'])}, {extremes}"
+    if count == 0:
+        return ["not entered"]
+    return [f"... and {count - 1} more in this call"] if count and count > 1 else []

@@ -23,7 +23,7 @@ from semanticfl_ref.run.train import set_threads
 from semanticfl_ref.tools.trace.diffusion_pass import diffusion_pass
 from semanticfl_ref.tools.trace.equations import equations, sources
 from semanticfl_ref.tools.trace.tracer import Source, Step, Tracer
-from semanticfl_ref.tools.trace.values import describe, plain, weighted
+from semanticfl_ref.tools.trace.values import plain, tensor_summary, term_summary
 
 STORY = "federated/round.py"
 FILES = (
@@ -68,8 +68,8 @@ def trace_round(
         say: takes one line of progress.
 
     Returns:
-        Its document has settings, letters, diffusion_pass (its stages), before (statements that make
-        the anchors), turns (four, each with number, title and steps), terms and loss of the first
+        Its document has settings, letters, diffusion_pass (its stages), before (the statements that
+        make anchors), turns (four, each with number, title and steps), terms and loss of the first
         client's first batch, clients, parameters (before, average, after), communication, metrics
         (the round's line), equations (those beside a step, by tag).
 
@@ -95,6 +95,9 @@ def trace_round(
     shown_B, stages, steps = first.indices[:IMAGES], {}, []
     if context.anchors is not None:
         stages, steps = diffusion_pass(context, shown_B, offline)
+    passed = {tag for step in steps for tag in step.equations}
+    for step in anchor_tracer.steps:  # where features were extracted, by the same pass
+        step.equations = [tag for tag in step.equations if tag not in passed]
     before = steps + anchor_tracer.steps
     tags = {tag for step in before + tracer.steps for tag in step.equations}
     parameters = {
@@ -125,7 +128,7 @@ def trace_round(
 
 def described(values: dict[str, torch.Tensor]) -> list[dict]:
     """Tensors in a few numbers."""
-    return [entry for name, tensor in values.items() for entry in describe(name, tensor)]
+    return [{"name": name, **tensor_summary(tensor)} for name, tensor in values.items()]
 
 
 def few_images(partition: Partition, labels: torch.Tensor, count: int, seed: int) -> Partition:
@@ -163,7 +166,7 @@ def term_summaries(first: FirstBatch) -> list[dict]:
     for name, (weight, value) in first.terms.items():
         gradient = first.gradients[name]._asdict() if name in first.gradients else {}
         at_features = {f"gradient_{key}": plain(number) for key, number in gradient.items()}
-        summaries.append({"name": name, **weighted(weight, value), **at_features})
+        summaries.append({"name": name, **term_summary(weight, value), **at_features})
     return summaries
 
 
@@ -171,22 +174,19 @@ def letters(sources: dict[str, Source]) -> dict[str, str]:
     """Letter -> meaning, from the line `Letters:` that heads a file; the first file wins."""
     found: dict[str, str] = {}
     for source in sources.values():
-        match = re.search(r"^Letters: (.*?)\.$", source.docstring, re.MULTILINE | re.DOTALL)
-        for pair in match[1].split(",") if match else ():
-            letter, *meaning = pair.split()
-            found.setdefault(letter, " ".join(meaning))
+        paragraph = source.docstring.partition("Letters: ")[2].partition("\n\n")[0]
+        for letter, meaning in re.findall(r"(\w)\s([^,.]+)", paragraph):
+            found.setdefault(letter, " ".join(meaning.split()))
     return found
 
 
 def turns(steps: list[Step], story: Source) -> list[dict]:
     """The steps by whose turn it is, as the numbered comments in the round's source say."""
-    heads, found = [], []
+    heads, found, turn = [], [], 0
     for line, text in enumerate(story.lines, 1):
-        match = re.match(r"\s*# (\d)\. (.*)", text)
-        if match:
+        if match := re.match(r"\s*# (\d)\. (.*)", text):
             heads.append(line)
             found.append({"number": int(match[1]), "title": match[2], "steps": []})
-    turn = 0
     for step in steps:
         if step.function == run_round.__name__:
             turn = max(sum(line <= step.line for line in heads) - 1, 0)

@@ -1,4 +1,4 @@
-"""What a variable holds, in a few numbers that JSON can carry."""
+"""What a variable holds: numbers that JSON can carry, and a text for readers."""
 
 import math
 from collections.abc import Iterable
@@ -12,29 +12,46 @@ LONGEST = 8  # numbers that are written out, and items of a collection that are 
 def describe(name: str, value: object) -> list[dict]:
     """A value under its name: one entry, or one for each of the first items of a collection.
 
-    A tensor has shape, dtype, mean, standard deviation, extremes, norm and first numbers; a term of
-    an objective, (weight, scalar), both and their product; a model the norms of its parameters and
-    gradients; any other object those of its attributes that are numbers or texts.
+    Every entry has a text. A tensor has numbers too: shape, dtype, first entries, extremes, mean,
+    standard deviation and norm; a term of an objective, (weight, scalar), has weight, value and
+    their product. The text of a model has the norms of its parameters and gradients, that of any
+    other object those of its attributes that are numbers or texts.
     """
     match value:
         case torch.Tensor():
-            about = _tensor(value.detach())
+            about = tensor_summary(value.detach())
         case None | bool() | int() | float() | str():
-            about = {"value": plain(value)}
+            about = {"value": plain(value), "text": number(plain(value))}
         case nn.Module():
-            about = _model(value)
+            about = {"text": _model(value)}
         case (float() as weight, torch.Tensor(ndim=0) as term):
-            about = weighted(weight, term)
+            about = term_summary(weight, term)
         case dict() | list() | tuple():
             return _collection(name, value)
         case _:
-            about = {"is": type(value).__name__, "fields": _fields(value)}
+            about = {"text": _object(value)}
     return [{"name": name, **about}]
 
 
-def weighted(weight: float, value: torch.Tensor) -> dict:
-    """A term of an objective."""
-    return {"weight": weight, "value": plain(value), "weighted": plain(weight * value)}
+def tensor_summary(tensor: torch.Tensor) -> dict:
+    """A tensor in numbers and as a text."""
+    first = [plain(entry) for entry in tensor.flatten()[:LONGEST].tolist()]
+    dtype, text = str(tensor.dtype).removeprefix("torch."), ", ".join(map(number, first))
+    about = {"shape": list(tensor.shape), "dtype": dtype, "first": first}
+    if tensor.numel():
+        v = tensor.double()
+        about |= {"mean": plain(v.mean()), "std": plain(v.std(correction=0))}
+        about |= {"norm": plain(v.norm()), "min": plain(v.min()), "max": plain(v.max())}
+    if tensor.numel() > LONGEST:
+        numbers = {key: number(value) for key, value in about.items()}
+        text = "mean {mean} ± {std}, norm {norm}, {min} to {max}".format_map(numbers)
+    return {**about, "text": f"{dtype} {about['shape'] or ''}  {text}"}
+
+
+def term_summary(weight: float, value: torch.Tensor) -> dict:
+    """A term of an objective in numbers and as a text."""
+    about = {"weight": weight, "value": plain(value), "weighted": plain(weight * value)}
+    return {**about, "text": "{} x {} = {}".format(*map(number, about.values()))}
 
 
 def plain(value: object) -> bool | int | float | str | None:
@@ -46,35 +63,25 @@ def plain(value: object) -> bool | int | float | str | None:
     return value if isinstance(value, (bool, int, float, str)) else None
 
 
-def _tensor(value: torch.Tensor) -> dict:
-    about = {
-        "shape": list(value.shape),
-        "dtype": str(value.dtype).removeprefix("torch."),
-        "first": [plain(number) for number in value.flatten()[:LONGEST].tolist()],
-    }
-    if not value.numel():
-        return about
-    numbers = value.double()
-    if value.is_floating_point():
-        about["mean"] = plain(numbers.mean())
-        about["std"] = plain(numbers.std(correction=0))
-        about["norm"] = _norm([numbers])
-    return {**about, "min": plain(numbers.min()), "max": plain(numbers.max())}
+def number(value: object) -> str:
+    """Four digits of a float; a long text is shortened; nothing for None."""
+    if value is None:
+        return ""
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= 32 else f"{text[:29]}..."
 
 
-def _model(model: nn.Module) -> dict:
+def _model(model: nn.Module) -> str:
     parameters = list(model.parameters())
     gradients = [p.grad for p in parameters if p.grad is not None]
-    return {
-        "is": type(model).__name__,
-        "parameters": sum(p.numel() for p in parameters),
-        "norm": _norm(parameters),
-        "gradient_norm": _norm(gradients) if gradients else None,
-    }
+    gradient = f"gradient norm {number(_norm(gradients))}" if gradients else "no gradient"
+    count = sum(p.numel() for p in parameters)
+    name = type(model).__name__
+    return f"{name}, {count:,} parameters of norm {number(_norm(parameters))}, {gradient}"
 
 
-def _norm(tensors: Iterable[torch.Tensor]) -> float | str | None:
-    return plain(math.sqrt(sum(t.detach().double().square().sum().item() for t in tensors)))
+def _norm(tensors: Iterable[torch.Tensor]) -> float:
+    return math.hypot(*(tensor.detach().double().norm() for tensor in tensors))
 
 
 def _collection(name: str, value: dict | list | tuple) -> list[dict]:
@@ -84,13 +91,18 @@ def _collection(name: str, value: dict | list | tuple) -> list[dict]:
         items = {f"{name}.{key}": item for key, item in value._asdict().items()}
     elif all(plain(item) is not None for item in value):
         first = [plain(item) for item in list(value)[:LONGEST]]
-        return [{"name": name, "value": first, "length": len(value)}]
+        text = ", ".join(map(number, first)) or "empty"
+        return [{"name": name, "value": first, "length": len(value), "text": text}]
     else:
         items = {f"{name}[{place}]": item for place, item in enumerate(value)}
     return [entry for key in list(items)[:LONGEST] for entry in describe(key, items[key])]
 
 
-def _fields(value: object) -> dict:
+def _object(value: object) -> str:
     attributes = getattr(value, "__dict__", {})
-    found = {key: plain(item) for key, item in attributes.items() if not key.startswith("_")}
-    return {key: item for key, item in found.items() if item is not None}
+    fields = [
+        f"{key}={number(plain(item))}"
+        for key, item in attributes.items()
+        if not key.startswith("_") and plain(item) is not None
+    ]
+    return type(value).__name__ + (f"({', '.join(fields[:6])})" if fields else "")
