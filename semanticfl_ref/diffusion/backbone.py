@@ -138,7 +138,7 @@ class Backbone:
         if device.type == "cuda" or dtype == torch.bfloat16:
             for module in (unet, vae):
                 module.to(memory_format=torch.channels_last)
-        is_small = unet.config.block_out_channels[-1] <= 256
+        small = unet.config.block_out_channels[-1] <= 256
         return cls(
             folder=folder,
             vae=vae,
@@ -149,7 +149,7 @@ class Backbone:
             layers=layers,
             deepest=deepest,
             unet_parameters=unet_parameters,
-            batch=cls.SMALL_PASS if is_small else cls.LARGE_PASS,
+            batch=cls.SMALL_PASS if small else cls.LARGE_PASS,
         )
 
     @torch.no_grad()
@@ -180,7 +180,7 @@ class Backbone:
             UserError: a timestep, size or pool that the model does not admit.
             NonFiniteError: names image and layer.
         """
-        assert images.dtype == torch.uint8, images.dtype
+        assert images.dtype == torch.uint8
         count, height, width, _ = images.shape
         options = PassOptions(**options)
         self._check(options, height, width)

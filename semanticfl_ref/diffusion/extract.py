@@ -104,8 +104,9 @@ def _build(plan: CachePlan, say: Say) -> None:
     missing = [file for file in plan.shard_files if file not in digests]
     if missing or text_file not in digests:
         hidden, text = _captions(plan)
-        about = {"cache": plan.id, "file": TEXT}
-        digests[text_file] = save_tensors(text_file, {"text": text}, about, REMEDY)
+        if text_file not in digests:
+            about = {"cache": plan.id, "file": TEXT}
+            digests[text_file] = save_tensors(text_file, {"text": text}, about, REMEDY)
     if missing:
         digests |= _extract(plan, hidden, missing, say)
     _, about, _ = load_tensors(plan.shard_files[0])

@@ -191,8 +191,7 @@ def _manifest(plan: CachePlan) -> dict:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         recorded = manifest.pop("sha256")
-        entries = {"meta", "widths", "files"}
-        intact = set(manifest) == entries and recorded == sha256_of(manifest)
+        intact = set(manifest) == {"meta", "widths", "files"} and recorded == sha256_of(manifest)
     except FileNotFoundError:
         raise DataError(
             f"there is no complete feature cache at {plan.path}; {plan.remedy}"

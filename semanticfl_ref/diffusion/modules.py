@@ -167,7 +167,7 @@ def _pretrained(cls, folder: Path, part: str, **options):
 def _refuse_absent(absent: list[str], folder: Path, part: str) -> None:
     if absent:
         raise DataError(
-            f"{part} of the model folder {folder} lacks {len(absent)} weights, such as "
+            f"{part} of the model folder {folder} lacks {len(absent)} of its weights, such as "
             f"{min(absent)}: download it again"
         )
 

@@ -1,36 +1,22 @@
-"""The colours of all figures: a palette that the colour-blind can tell apart, and one colour per
-method.
-"""
+"""One colour per method, the same in every figure."""
 
-# The palette of Okabe and Ito (2008), darkest last.
-COLOURS = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-    "#E69F00",
-    "#56B4E9",
-    "#8C6D1F",
-    "#7F7F7F",
-    "#000000",
-)
+from semanticfl_ref.config.registry import METHODS
+from semanticfl_ref.tools.report.drawing import COLOURS
+
+# The methods of the package, in the order in which they take the palette's colours.
 BUILT_IN = (
-    "semanticfl",
+    *("fedavg", "semanticfl", "scaffold", "moon", "fedprox", "fedrcl", "feddisco", "fedcda"),
     "feddifrc",
-    "fedprox",
-    "scaffold",
-    "moon",
-    "fedrcl",
-    "feddisco",
-    "fedcda",
-    "fedavg",
 )
-_places = {name: place for place, name in enumerate(BUILT_IN)}
 
 
 def method_colour(name: str) -> str:
-    """A method's colour, the same in every figure: fixed for the package's own methods; further
-    names take the palette's colours in the order of their first use.
+    """The colour of a method: fixed for those of the package.
+
+    Others take the palette from its start again, in the order of their registration.
+
+    Args:
+        name: as registered, without settings in brackets.
     """
-    place = _places.setdefault(name, len(_places))
-    return COLOURS[place % len(COLOURS)]
+    order = list(dict.fromkeys((*BUILT_IN, *METHODS, name)))
+    return COLOURS[order.index(name) % len(COLOURS)]

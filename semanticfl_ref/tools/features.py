@@ -175,8 +175,8 @@ def split_for_probe(dataset: Dataset, limit: int, seed: int) -> tuple[Dataset, D
     for part in (fitted, evaluated):
         share = limit / len(part.labels)
         if share < 1:
-            source = generator(seed, "probe-subset")
-            part = part.subset(stratified(part.labels, (share, 1 - share), source)[0])
+            kept, _ = stratified(part.labels, (share, 1 - share), generator(seed, "probe-subset"))
+            part = part.subset(kept)
         parts.append(replace(dataset, train_images=part.images, train_labels=part.labels))
     return *parts, name
 

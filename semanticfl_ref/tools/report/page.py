@@ -1,9 +1,9 @@
 """The frame of every HTML page: one file without scripts that loads nothing; light or dark as the
 reader's system is; from 360 px up.
 
-A page is a jinja template with the line {% extends "base.html.jinja" %} and a block `body`; CSS rules
-of its own go into a block `style`. parts.html.jinja has macros for figures, bars and tables of pairs.
-Classes for a body:
+A page is a jinja template with the line {% extends "base.html.jinja" %} and a block `body`; CSS
+rules of its own go into a block `style`. parts.html.jinja has macros for figures, bars and tables
+of pairs. Classes for a body:
 
     <p class=lead>, <p class=note>, <p class="notice warning">, <span class=warning>
     <div class=wide> around what may be wider than the page; <div class="wide scroll"> if long
@@ -19,9 +19,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader
 
 from semanticfl_ref.formatting import format_bytes, format_percent
-from semanticfl_ref.tools.colours import COLOURS
-
-FOLDER = Path(__file__).parent
+from semanticfl_ref.tools.report.drawing import COLOURS
 
 
 def render(folder: Path, template: str, title: str, **context) -> str:
@@ -32,11 +30,10 @@ def render(folder: Path, template: str, title: str, **context) -> str:
         template: file name.
         title: plain text; also the heading.
         context: what the template uses. Text is escaped. Filters beside jinja's own: `bytes`
-            (1536 is "1.5 KiB"), `percent` (a share in 0 ... 1), `number` (4 digits), `words`
-            (underscores as spaces).
+            (1536 is "1.5 KiB"), `percent` (a share in 0 ... 1), `number` (4 digits, None is empty).
     """
     environment = Environment(
-        loader=FileSystemLoader([folder, FOLDER]),
+        loader=FileSystemLoader([folder, Path(__file__).parent]),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -45,6 +42,5 @@ def render(folder: Path, template: str, title: str, **context) -> str:
         bytes=format_bytes,
         percent=format_percent,
         number=lambda value: "" if value is None else f"{value:.4g}",
-        words=lambda name: name.replace("_", " "),
     )
     return environment.get_template(template).render(title=title, colours=COLOURS, **context)
