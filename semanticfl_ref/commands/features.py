@@ -75,6 +75,7 @@ def run(arguments) -> int:
             "images": arguments.probe_images or 2000,
             "say": say,
         }
+    # A function per choice of `what`, by its name.
     document = getattr(features, what)(config, offline=arguments.offline, **options)
     if arguments.figure is not None:
         save_figure(features.probe_figure(document), arguments.figure)

@@ -1,4 +1,4 @@
-"""Distils features into anchors: one PCA per layer, the layers side by side; class texts.
+"""Visual and text anchors from diffusion features: one PCA per layer, the layers side by side.
 
 Features are read in chunks: beside the anchors, memory holds one chunk and one covariance.
 
@@ -143,8 +143,7 @@ def layer_widths(settings: AnchorsSettings, layers: list[str]) -> list[int]:
     width, aggregation, count = settings.width, settings.aggregation, len(layers)
     if width < count:
         raise UserError(
-            f"anchors.width = {width} is less than one component for each of {count} layers: raise "
-            f"it"
+            f"anchors.width = {width} is too small for {count} layers: raise it to {count} or more"
         )
     if aggregation in ("equal", "separability"):
         return [width // count + (i < width % count) for i in range(count)]

@@ -102,7 +102,7 @@ def list_files(folder: Path) -> tuple[list[Path], dict[str, list[Path]]]:
         if not description.is_file():
             raise DataError(
                 f"the model folder {folder} lacks {part}/config.json: it must hold "
-                f"{', '.join(WEIGHTS)}, tokenizer and scheduler as diffusers saves them"
+                f"{', '.join(WEIGHTS)}, tokenizer and scheduler, as diffusers saves them"
             )
         found = sorted((folder / part).iterdir())
         weights[part] = _weight_files(found, stem, ".fp16") or _weight_files(found, stem, None)
@@ -114,7 +114,9 @@ def list_files(folder: Path) -> tuple[list[Path], dict[str, list[Path]]]:
         files += [description, *weights[part]]
     for part, names in DESCRIBED_BY.items():
         if not any((folder / part / name).is_file() for name in names):
-            raise DataError(f"the model folder {folder} lacks {part}/{names[-1]}")
+            raise DataError(
+                f"the model folder {folder} lacks {part}/{names[-1]}: download it again"
+            )
         files += [f for f in (folder / part).iterdir() if f.suffix in (".json", ".txt")]
     return sorted(files), weights
 

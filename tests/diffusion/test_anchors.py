@@ -185,7 +185,7 @@ def test_a_width_that_the_levels_cannot_give_is_refused(cache):
         make(constant)
     features = {layer: cache.read("mid") for layer in ("mid", "up.0", "up.1")}
     three_layers = in_memory(features, cache.text, "id", {"images": N})
-    with pytest.raises(UserError, match="less than one component for each of 3 layers"):
+    with pytest.raises(UserError, match="width = 2 is too small for 3 layers"):
         make(three_layers, width=2)
 
 
