@@ -41,7 +41,8 @@ def diffusion_pass(
     prompts = None
     if settings.condition == "own-class":
         texts = captions(settings.prompt, dataset.class_names)
-        prompts = TextEncoder(backbone.folder, context.device).encode(texts)[0][labels_B]
+        hidden, _ = TextEncoder(backbone.folder, context.device).encode(texts)
+        prompts = hidden[labels_B.to(hidden.device)]
     stages = {"image": images}
 
     def record(stage: str, values) -> None:

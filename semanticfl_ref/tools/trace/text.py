@@ -28,19 +28,19 @@ TENSOR_COLUMNS = ("name", "shape", "mean", "std", "norm")
 TABLES = {
     "diffusion_pass": ("Diffusion pass of the first images", TENSOR_COLUMNS),
     "terms": (
-        "First batch of the first client, gradients at the features",
+        "First batch of the first client; gradients at the features",
         (
             *("name", "weight", "value", "weighted"),
             *("gradient_norm", "gradient_share", "gradient_cosine"),
         ),
     ),
     "clients": (
-        "Clients, loss per step, distance moved",
+        "Clients: loss per step, distance moved",
         ("client", "images", "steps", "loss", "moved"),
     ),
     "parameters": ("Global parameters", TENSOR_COLUMNS),
     "communication": (
-        "Communication, down to the clients, anchors among it, up to the server",
+        "Communication: down to the clients, of which anchors, and up",
         ("down", "anchors", "up"),
     ),
 }
@@ -69,18 +69,21 @@ class Terminal:
         yield self._wrapped("note", f"{about(document)}\n{letters(document)}")
         for turn in numbered_turns(document):
             steps = [step for step in turn["steps"] if self.everything or step["equations"]]
-            texts = [self._step(step, document["equations"]) for step in steps]
+            heading = f"\n{self._paint('title', turn['title'])}"
             hidden = len(turn["steps"]) - len(steps)
             if hidden:
-                texts.append(self._paint("note", f"({hidden} more statements: --all shows them)"))
-            texts[0] = f"{self._paint('title', turn['title'])}\n\n{texts[0]}"
-            yield from (f"\n{text}" for text in texts)
+                note = f"({hidden} more statements: --all shows them)"
+                heading += f"\n{self._paint('note', note)}"
+            texts = [self._step(step, document["equations"]) for step in steps]
+            yield "\n".join([heading, *texts[:1]])
+            yield from texts[1:]
         for title, rows in tables(document).items():
             yield self._table(title, rows)
 
     def _step(self, step: dict, equations: dict) -> str:
         code = "".join(self._paint(kind, text) for kind, text in pieces(step["source"]))
         texts = [
+            "",
             self._paint("function", step["function"]) + self._paint("note", f"  {place(step)}"),
             textwrap.indent(code, "    "),
         ]

@@ -92,13 +92,10 @@ def trace_round(
         after, metrics = run_round(state, context, lambda *update: updates.append(update))
 
     first = updates[0][2].first
-    shown_B, stages, steps = first.indices[:IMAGES], {}, []
+    shown_B, stages, before = first.indices[:IMAGES], {}, []
     if context.anchors is not None:
-        stages, steps = diffusion_pass(context, shown_B, offline)
-    passed = {tag for step in steps for tag in step.equations}
-    for step in anchor_tracer.steps:  # where features were extracted, by the same pass
-        step.equations = [tag for tag in step.equations if tag not in passed]
-    before = steps + anchor_tracer.steps
+        stages, before = diffusion_pass(context, shown_B, offline)
+        before += anchor_tracer.steps
     tags = {tag for step in before + tracer.steps for tag in step.equations}
     parameters = {
         "before": state.params,

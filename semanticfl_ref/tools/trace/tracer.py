@@ -9,6 +9,7 @@ import ast
 import re
 import sys
 import textwrap
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -86,8 +87,8 @@ class Tracer:
     """A context manager that notes the statements of some files in the order in which they begin.
 
     Args:
-        files: paths relative to the package. An equation of any file is shown beside the first
-            statement that calls its function.
+        files: paths relative to the package. Their equations and those of the kernels are shown
+            beside the first statement that calls the function.
 
     Attributes:
         sources: file -> its source.
@@ -100,9 +101,10 @@ class Tracer:
         self.steps: list[Step] = []
         self.arguments: dict[str, tuple] = {}
         self.calls: list[_Call] = []
-        self._tags: dict[tuple[str, str], list[str]] = {}
+        self._tags: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
         for equation in equations():
-            self._tags.setdefault((equation.file, equation.function), []).append(equation.tag)
+            if equation.file in self.sources or equation.file.startswith("kernels/"):
+                self._tags[equation.file, equation.function].append(equation.tag)
 
     def __enter__(self) -> "Tracer":
         self._before = sys.gettrace()

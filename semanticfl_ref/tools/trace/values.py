@@ -45,7 +45,8 @@ def tensor_summary(tensor: torch.Tensor) -> dict:
     if tensor.numel() > LONGEST:
         numbers = {key: number(value) for key, value in about.items()}
         text = "mean {mean} ± {std}, norm {norm}, {min} to {max}".format_map(numbers)
-    return {**about, "text": f"{dtype} {about['shape'] or ''}  {text}"}
+    shape = f" {about['shape']}" if about["shape"] else ""
+    return {**about, "text": f"{dtype}{shape}  {text}"}
 
 
 def term_summary(weight: float, value: torch.Tensor) -> dict:
