@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import html
 import io
 import json
 import os
@@ -446,8 +447,11 @@ def test_the_page_folds_what_carries_no_equation(default):
 
 
 def test_source_is_coloured_and_stays_as_it_is(default):
+    shown = re.findall(r"<pre>(.*?)</pre>", default.page.read_text(encoding="utf-8"), re.DOTALL)
+    shown = {html.unescape(re.sub(r"<[^>]+>", "", source)) for source in shown}
     for step in default.document["before"] + steps_of(default.document):
         assert "".join(text for _, text in pieces(step["source"])) == step["source"]
+        assert step["source"] in shown
     source = 'if x and f("a") == 1.5:  # why'
     kinds = [(kind, text) for kind, text in pieces(source) if kind]
     expected = [("keyword", "if"), ("keyword", "and"), ("string", '"a"'), ("number", "1.5")]
