@@ -41,8 +41,8 @@ def server_step(
         fedavgm   v <- beta v + Delta,                              w + eta v
         fedadam   m <- beta_1 m + (1 - beta_1) Delta,
                   v <- beta_2 v + (1 - beta_2) Delta^2,             w + eta m / (sqrt(v) + tau)
-    Test: tests/federated/test_aggregation.py::test_fedavgm_on_numbers,
-        tests/federated/test_aggregation.py::test_fedadam_on_numbers
+    Test: tests/federated/test_server_optimizer.py::test_fedavgm_on_numbers,
+        tests/federated/test_server_optimizer.py::test_fedadam_on_numbers
 
     Args:
         config: sections `federation` and `server`.
