@@ -11,9 +11,9 @@ import torch
 
 from semanticfl_ref.config.settings import Config, to_flat
 from semanticfl_ref.data.partition import Partition
-from semanticfl_ref.federated.client import ClientReport, FirstBatch
 from semanticfl_ref.federated.context import RunContext, make_context
 from semanticfl_ref.federated.methods.method import LocalUpdate
+from semanticfl_ref.federated.report import ClientReport, FirstBatch
 from semanticfl_ref.federated.round import run_round
 from semanticfl_ref.federated.server_optimizer import server_step
 from semanticfl_ref.federated.state import initial_state
@@ -31,6 +31,7 @@ FILES = (
     "federated/client.py",
     "federated/losses.py",
     "federated/aggregate.py",
+    "federated/metrics.py",
     "federated/server_optimizer.py",
     "diffusion/anchors.py",
     "run/setup.py",
