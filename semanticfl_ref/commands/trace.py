@@ -67,7 +67,7 @@ def run(arguments) -> int:
     name, method = config.data.name, config.federation.method
     say(f"{name}, {method}, round {arguments.round}: loading torch ...")
     from semanticfl_ref.tools.trace.page import write_page
-    from semanticfl_ref.tools.trace.text import Terminal, has_colours
+    from semanticfl_ref.tools.trace.text import blocks, has_colours
     from semanticfl_ref.tools.trace.trace import trace_round
 
     traced = trace_round(
@@ -82,11 +82,11 @@ def run(arguments) -> int:
         say(f"written: {arguments.html}")
         if not arguments.json:
             return 0
-    terminal = Terminal(everything=arguments.all, colours=has_colours(sys.stdout))
+    shown = blocks(traced.document, everything=arguments.all, colours=has_colours(sys.stdout))
     if arguments.step:
-        _step_through(terminal.blocks(traced.document))
+        _step_through(shown)
         return 0
-    return show(traced.document, arguments.json, lambda it: "\n".join(terminal.blocks(it)))
+    return show(traced.document, arguments.json, lambda _: "\n".join(shown))
 
 
 def _check(arguments) -> None:
@@ -112,12 +112,12 @@ def _check(arguments) -> None:
 
 
 def _show_map(arguments) -> int:
-    from semanticfl_ref.tools.trace.equations import as_markdown, as_text, equations
+    from semanticfl_ref.tools.report.page import render
+    from semanticfl_ref.tools.trace.equations import TEMPLATES, equations
 
-    found = equations()
-    as_words = as_markdown if arguments.markdown else as_text
-    document = {"equations": [vars(equation) for equation in found]}
-    return show(document, arguments.json, lambda _: as_words(found))
+    document = {"equations": [vars(equation) for equation in equations()]}
+    template = "equations.md.jinja" if arguments.markdown else "equations.txt.jinja"
+    return show(document, arguments.json, lambda it: render(TEMPLATES, template, **it).rstrip())
 
 
 def _step_through(blocks: Iterable[str]) -> None:

@@ -1,77 +1,62 @@
 """One pass of the frozen diffusion model over a few images, stage by stage:
 
-    image -> VAE latent -> noised latent -> U-Net layers -> pooled layers -> anchor
+    image -> VAE latent -> noised latent -> U-Net layers -> pooled layers
 
-Letters: B images, D width of an anchor.
+Letters: B images.
 """
+
+from functools import partial
 
 import torch
 
-from semanticfl_ref.device import resolve_precision
 from semanticfl_ref.diffusion.backbone import Backbone
+from semanticfl_ref.diffusion.feature_cache import CachePlan
 from semanticfl_ref.diffusion.modules import unet_layers
 from semanticfl_ref.diffusion.text import TextEncoder, captions
-from semanticfl_ref.federated.context import RunContext
 from semanticfl_ref.tools.trace.tracer import Step, Tracer
 
 
 def diffusion_pass(
-    context: RunContext, index_B: torch.Tensor, offline: bool
+    plan: CachePlan, index_B: torch.Tensor
 ) -> tuple[dict[str, torch.Tensor], list[Step]]:
-    """Pass training images through the model as the extraction of features does, and watch it.
+    """Pass images through the model as the extraction of features does, and watch it.
 
     Args:
-        context: of a run with anchors.
+        plan: of the images' features.
         index_B: int64 [B], which images.
-        offline: no network access.
 
     Returns:
         The stages in the order in which they are computed: name -> images uint8 [B, H, W, 3], maps
         [B, channels, height, width], or vectors [B, width]; and the statements.
     """
-    settings, dataset = context.config.diffusion, context.dataset
-    images, labels_B = dataset.train_images[index_B], dataset.train_labels[index_B]
+    images, meta = plan.images[index_B], plan.meta
     backbone = Backbone.load(
-        settings.source,
-        layers=settings.layer_names,
-        device=context.device,
-        precision=resolve_precision(settings.precision, context.device, half_on_cuda="fp16"),
-        offline=offline,
+        plan.model, layers=meta["layers"], device=plan.device, precision=meta["precision"]
     )
     prompts = None
-    if settings.condition == "own-class":
-        texts = captions(settings.prompt, dataset.class_names)
-        hidden, _ = TextEncoder(backbone.folder, context.device).encode(texts)
-        prompts = hidden[labels_B.to(hidden.device)]
+    if meta["condition"] == "own-class":
+        texts = captions(meta["prompt"], meta["class_names"])
+        hidden, _ = TextEncoder(plan.model, plan.device).encode(texts)
+        prompts = hidden[plan.labels[index_B].to(hidden.device)]
     stages = {"image": images}
 
-    def record(stage: str, values) -> None:
-        values = values[0] if isinstance(values, tuple) else values
-        stages[stage] = values[: len(images)]
-
     def add_noise(latent, *arguments):
-        record("VAE latent", latent)
+        stages["VAE latent"] = latent
         noised = scheduler_add_noise(latent, *arguments)
-        record(f"noised latent, t = {settings.timestep}", noised)
+        stages[f"noised latent, t = {meta['timestep']}"] = noised
         return noised
+
+    def keep(layer, _module, _inputs, output):
+        stages[f"U-Net {layer}"] = output[0] if isinstance(output, tuple) else output
 
     scheduler_add_noise = backbone.scheduler.add_noise
     backbone.scheduler.add_noise = add_noise
     for layer, module in unet_layers(backbone.unet).items():
         if layer in backbone.layers:
-            module.register_forward_hook(
-                lambda module, inputs, output, stage=f"U-Net {layer}": record(stage, output)
-            )
+            module.register_forward_hook(partial(keep, layer))
+    options = {key: meta[key] for key in ("timestep", "seed", "pool", "input_size", "latent")}
     with Tracer(["diffusion/backbone.py"]) as tracer:
-        pooled = backbone.features(
-            images,
-            prompt_embedding=prompts,
-            timestep=settings.timestep,
-            seed=context.config.run.seed,
-            pool=settings.pool,
-            input_size=settings.input_size,
-            latent=settings.latent,
-        )
+        pooled = backbone.features(images, prompt_embedding=prompts, **options)
     stages |= {f"pooled {layer}": values for layer, values in pooled.items()}
-    stages["anchor"] = context.anchors.visual_for(labels_B, index_B)
-    return stages, tracer.steps
+    # A pass is filled up with the last image.
+    return {stage: values[: len(images)] for stage, values in stages.items()}, tracer.steps

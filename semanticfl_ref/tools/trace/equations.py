@@ -13,12 +13,12 @@ publication.
 import ast
 import inspect
 import re
-import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-PACKAGE = Path(__file__).resolve().parents[2]
+TEMPLATES = Path(__file__).resolve().parent
+PACKAGE = TEMPLATES.parents[1]
 FOLDERS = ("diffusion", "federated", "kernels")  # in the order in which a run uses them
 TAG = re.compile(
     r"^ *Equation \((?P<tag>[a-z0-9-]+)\) \[(?P<source>[^\]]+)\]:"
@@ -26,20 +26,6 @@ TAG = re.compile(
     r"^ *Test:\s+(?P<tests>[^\s,]+(?:,\s*[^\s,]+)*)",
     re.MULTILINE | re.DOTALL,
 )
-MARKDOWN_HEAD = """\
-# Equations
-
-Which function computes which equation, and which test shows it, read from the docstrings. Do not
-edit this page; make it again with
-
-    python -m semanticfl_ref trace --map --markdown > docs/equations.md
-
-In brackets: the source. [A] the paper's abstract, [S] a second-hand summary of the paper, [N] the
-nearest published system (FedDifRC), [O] our own reading; else the method's publication.
-
-| equation | | computed by | shown by |
-| --- | --- | --- | --- |
-"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +61,7 @@ def sources() -> list[str]:
 
 
 def equations() -> list[Equation]:
-    """Every tagged equation, in the order of files and lines."""
+    """Every tagged equation, in the order of files and lines; a function has at most one."""
     return [
         Equation(
             tag=match["tag"],
@@ -88,7 +74,7 @@ def equations() -> list[Equation]:
         )
         for file in sources()
         for name, node in functions(ast.parse((PACKAGE / file).read_text(encoding="utf-8")))
-        for match in TAG.finditer(ast.get_docstring(node) or "")
+        if (match := TAG.search(ast.get_docstring(node) or ""))
     ]
 
 
@@ -99,36 +85,3 @@ def functions(tree: ast.AST, inside: str = "") -> Iterator[tuple[str, ast.Functi
             yield from functions(node, f"{inside}{node.name}.")
         elif isinstance(node, ast.FunctionDef):
             yield f"{inside}{node.name}", node
-
-
-def as_text(found: list[Equation]) -> str:
-    """The map for a terminal."""
-    blocks = []
-    for equation in found:
-        lines = [
-            f"{equation.tag}  [{equation.source}]",
-            textwrap.indent(equation.text, "    "),
-            f"  {equation.function}  {equation.file}:{equation.line}",
-            *(f"  {test}" for test in equation.tests),
-        ]
-        blocks.append("\n".join(lines))
-    return "\n\n".join(blocks)
-
-
-def as_markdown(found: list[Equation]) -> str:
-    """The map as docs/equations.md; without line numbers, which every edit would move."""
-    return MARKDOWN_HEAD + "\n".join(_row(equation) for equation in found)
-
-
-def _row(equation: Equation) -> str:
-    folder = "" if equation.file.startswith("kernels/") else "semanticfl_ref/"
-    lines = [re.sub(r"\s{2,}", "  ", line.strip()) for line in equation.text.splitlines()]
-    text = "<br>".join(f"`` {line} ``" for line in lines if line).replace("|", "\\|")
-    tests = [test.split("::") for test in equation.tests]
-    cells = (
-        f"{equation.tag} [{equation.source}]",
-        text,
-        f"[`{equation.function}`](../{folder}{equation.file})",
-        "<br>".join(f"[`{name}`](../{file})" for file, name in tests),
-    )
-    return f"| {' | '.join(cells)} |"

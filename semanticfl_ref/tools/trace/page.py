@@ -5,9 +5,10 @@ from pathlib import Path
 
 from semanticfl_ref.storage import write_atomic
 from semanticfl_ref.tools.report.page import render
-from semanticfl_ref.tools.trace import text
+from semanticfl_ref.tools.trace.equations import TEMPLATES
 from semanticfl_ref.tools.trace.pictures import anchor_pictures, stage_picture
 from semanticfl_ref.tools.trace.syntax import pieces
+from semanticfl_ref.tools.trace.text import tables, turns
 from semanticfl_ref.tools.trace.trace import TracedRound
 
 
@@ -17,20 +18,21 @@ def write_page(path: Path, traced: TracedRound) -> None:
     Raises:
         DataError: the file cannot be written.
     """
-    dataset = traced.context.dataset
+    document, dataset = traced.document, traced.context.dataset
     labels = dataset.train_labels[traced.shown_B].tolist()
     page = render(
-        Path(__file__).parent,
+        TEMPLATES,
         "round.html.jinja",
-        f"One round of {traced.document['settings']['federation.method']}, statement by statement",
-        document=traced.document,
+        f"One round of {document['settings']['federation.method']}, statement by statement",
+        document=document,
+        turns=turns(document),
+        tables=tables(document),
         labels=[dataset.class_names[label] for label in labels],
         stages=traced.stages or {"image": dataset.train_images[traced.shown_B]},
         anchors=anchor_pictures(traced.context),
         stage_picture=stage_picture,
         folded=folded,
         pieces=pieces,
-        text=text,
     )
     write_atomic(path, page, "choose another place for the page")
 

@@ -5,7 +5,7 @@ What it came to is reported by the round's own observer; the statements come fro
 
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -18,12 +18,12 @@ from semanticfl_ref.federated.round import run_round
 from semanticfl_ref.federated.server_optimizer import server_step
 from semanticfl_ref.federated.state import initial_state
 from semanticfl_ref.randomness import generator
-from semanticfl_ref.run.setup import build_anchors, load_data
+from semanticfl_ref.run.setup import build_anchors, cache_plan, load_data
 from semanticfl_ref.run.train import set_threads
 from semanticfl_ref.tools.trace.diffusion_pass import diffusion_pass
 from semanticfl_ref.tools.trace.equations import equations, sources
 from semanticfl_ref.tools.trace.tracer import Source, Step, Tracer
-from semanticfl_ref.tools.trace.values import plain, tensor_summary, term_summary
+from semanticfl_ref.tools.trace.values import describe, plain
 
 STORY = "federated/round.py"
 FILES = (
@@ -95,38 +95,31 @@ def trace_round(
     first = updates[0][2].first
     shown_B, stages, before = first.indices[:IMAGES], {}, []
     if context.anchors is not None:
-        stages, before = diffusion_pass(context, shown_B, offline)
+        plan = cache_plan(config, data.dataset, offline=offline)
+        stages, before = diffusion_pass(plan, shown_B)
+        stages["anchor"] = context.anchors.visual_for(plan.labels[shown_B], shown_B)
         before += anchor_tracer.steps
     tags = {tag for step in before + tracer.steps for tag in step.equations}
-    parameters = {
-        "before": state.params,
-        "average": tracer.arguments[server_step.__name__][-1],
-        "after": after.params,
-    }
+    average = tracer.arguments[server_step.__name__][-1]
     document = {
         "settings": {**to_flat(config), "images": images, "round": round},
         "letters": letters(tracer.sources),
-        "diffusion_pass": described(stages),
-        "before": [asdict(step) for step in before],
+        "diffusion_pass": describe(stages),
+        "before": [vars(step) for step in before],
         "turns": turns(tracer.steps, tracer.sources[STORY]),
         "terms": term_summaries(first),
         "loss": plain(first.loss),
         "clients": [client_summary(*update) for update in updates],
-        "parameters": described(parameters),
+        "parameters": describe({"before": state.params, "average": average, "after": after.params}),
         "communication": {
             "down": metrics["bytes_down"],
             "up": metrics["bytes_up"],
             "anchors": metrics["bytes"]["down"]["anchors"],
         },
         "metrics": metrics,
-        "equations": {e.tag: asdict(e) for e in equations() if e.tag in tags},
+        "equations": {e.tag: vars(e) for e in equations() if e.tag in tags},
     }
     return TracedRound(document=document, context=context, shown_B=shown_B, stages=stages)
-
-
-def described(values: dict[str, torch.Tensor]) -> list[dict]:
-    """Tensors in a few numbers."""
-    return [{"name": name, **tensor_summary(tensor)} for name, tensor in values.items()]
 
 
 def few_images(partition: Partition, labels: torch.Tensor, count: int, seed: int) -> Partition:
@@ -160,12 +153,12 @@ def client_summary(update: LocalUpdate, params_P: torch.Tensor, report: ClientRe
 
 def term_summaries(first: FirstBatch) -> list[dict]:
     """The terms of a first batch, each with its gradient at the features if it depends on them."""
-    summaries = []
-    for name, (weight, value) in first.terms.items():
-        gradient = first.gradients[name]._asdict() if name in first.gradients else {}
-        at_features = {f"gradient_{key}": plain(number) for key, number in gradient.items()}
-        summaries.append({"name": name, **term_summary(weight, value), **at_features})
-    return summaries
+    terms = describe(first.terms)
+    for term in terms:
+        if gradient := first.gradients.get(term["name"]):
+            about = gradient._asdict().items()
+            term |= {f"gradient_{key}": plain(value) for key, value in about}
+    return terms
 
 
 def letters(sources: dict[str, Source]) -> dict[str, str]:
@@ -188,5 +181,5 @@ def turns(steps: list[Step], story: Source) -> list[dict]:
     for step in steps:
         if step.function == run_round.__name__:
             turn = max(sum(line <= step.line for line in heads) - 1, 0)
-        found[turn]["steps"].append(asdict(step))
+        found[turn]["steps"].append(vars(step))
     return found

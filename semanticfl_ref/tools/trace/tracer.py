@@ -6,20 +6,20 @@ knows a variable's name: a model, for example, is recognised by its type.
 """
 
 import ast
+import itertools
 import re
 import sys
 import textwrap
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from torch import nn
 
-from semanticfl_ref.tools.trace.equations import PACKAGE, TAG, equations, functions
+from semanticfl_ref.tools.trace.equations import PACKAGE, equations, functions
 from semanticfl_ref.tools.trace.values import describe
 
 
-@dataclass(kw_only=True)
+@dataclass
 class Step:
     """A statement, the first time that it ran.
 
@@ -41,9 +41,7 @@ class Step:
 
 
 class Source:
-    """A source file: its text, and the statements of its functions that are shown.
-
-    Shown are functions with a docstring that are public or compute an equation.
+    """A source file: its text, and the statements of its public functions with a docstring.
 
     Attributes:
         lines: of the text.
@@ -61,26 +59,24 @@ class Source:
         self.statements: dict[int, ast.stmt] = {}
         self.steps: dict[ast.stmt, Step] = {}
         for name, function in functions(tree):
-            docstring = ast.get_docstring(function) or ""
-            if not docstring or (function.name.startswith("_") and not TAG.search(docstring)):
+            if function.name.startswith("_") or not ast.get_docstring(function):
                 continue
             self.shown.add(name)
-            for node in (node for part in function.body[1:] for node in ast.walk(part)):
+            for node in itertools.chain(*map(ast.walk, function.body[1:])):
                 if isinstance(node, ast.stmt):
-                    last = self._last_line(node)
-                    source = textwrap.dedent("\n".join(self.lines[node.lineno - 1 : last]))
-                    step = Step(file=file, line=node.lineno, function=name, source=source)
-                    self.steps[node] = step
-                    self.statements |= dict.fromkeys(range(node.lineno, last + 1), node)
+                    lines = self._lines_of(node)
+                    source = textwrap.dedent("\n".join(self.lines[n - 1] for n in lines))
+                    self.steps[node] = Step(file, node.lineno, name, source)
+                    self.statements |= dict.fromkeys(lines, node)
 
-    def _last_line(self, statement: ast.stmt) -> int:
+    def _lines_of(self, statement: ast.stmt) -> range:
         """Of the statement; of its head if it is a compound statement."""
-        if not hasattr(statement, "body"):
-            return statement.end_lineno
-        last = statement.lineno
-        while not self.lines[last - 1].partition("  #")[0].endswith(":"):
-            last += 1
-        return last
+        last = statement.end_lineno
+        if hasattr(statement, "body"):
+            last = statement.lineno
+            while not self.lines[last - 1].partition("  #")[0].endswith(":"):
+                last += 1
+        return range(statement.lineno, last + 1)
 
 
 class Tracer:
@@ -101,10 +97,11 @@ class Tracer:
         self.steps: list[Step] = []
         self.arguments: dict[str, tuple] = {}
         self.calls: list[_Call] = []
-        self._tags: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
-        for equation in equations():
-            if equation.file in self.sources or equation.file.startswith("kernels/"):
-                self._tags[equation.file, equation.function].append(equation.tag)
+        self._tags = {
+            (equation.file, equation.function): equation.tag
+            for equation in equations()
+            if equation.file in self.sources or equation.file.startswith("kernels/")
+        }
 
     def __enter__(self) -> "Tracer":
         self._before = sys.gettrace()
@@ -121,7 +118,7 @@ class Tracer:
         if (file, name) in self._tags:
             self.arguments.setdefault(name, tuple(frame.f_locals.values()))
             if self.calls and self.calls[-1].step:
-                self.calls[-1].step.equations += self._tags.pop((file, name))
+                self.calls[-1].step.equations.append(self._tags.pop((file, name)))
         if file not in self.sources or name not in self.sources[file].shown:
             return None
         self.calls.append(_Call(self, self.sources[file]))
@@ -144,7 +141,7 @@ class _Call:
         if event != "return" and statement in (None, self.statement):
             return self.follow
         if self.step:
-            self.step.values = list(_made(self.statement, frame, argument))
+            self.step.values = describe(_made(self.statement, frame, argument))
         self.statement, self.step = statement, self.source.steps.pop(statement, None)
         if event == "return":
             self.tracer.calls.remove(self)
@@ -158,24 +155,20 @@ class _Call:
         return self.follow
 
 
-def _made(statement: ast.stmt, frame, returned) -> Iterator[dict]:
+def _made(statement: ast.stmt, frame, returned) -> dict[str, object]:
     """What a statement that has just run assigned, changed or returned."""
     if isinstance(statement, ast.Return):
-        yield from describe("return", returned)
-        return
-    known = frame.f_locals
-    for expression in _targets(statement):
-        text = ast.unparse(expression)
-        variable = re.match(r"\w+", text)[0]
+        return {"return": returned}
+    known, made = frame.f_locals, {}
+    for text in map(ast.unparse, _targets(statement)):
+        variable = re.match(r"\w*", text)[0]
         if variable not in known or variable == "_" or "(" in text:  # nothing is called again
             continue
-        value = eval(text, frame.f_globals, known)
-        yield from describe(text, value)
+        made[text] = value = eval(text, frame.f_globals, known)
         if isinstance(statement, ast.Expr) and getattr(value, "grad_fn", None):
             # A backward pass: models have gradients now.
-            for name, model in known.items():
-                if isinstance(model, nn.Module):
-                    yield from describe(name, model)
+            made |= {name: held for name, held in known.items() if isinstance(held, nn.Module)}
+    return made
 
 
 def _targets(statement: ast.stmt) -> list[ast.expr]:
@@ -187,6 +180,6 @@ def _targets(statement: ast.stmt) -> list[ast.expr]:
         found = [getattr(call.func, "value", None), *call.args]
     else:
         targets = getattr(statement, "targets", [getattr(statement, "target", ast.Pass())])
-        nodes = [node for target in targets for node in ast.walk(target)]
+        nodes = itertools.chain(*map(ast.walk, targets))
         found = [node for node in nodes if isinstance(getattr(node, "ctx", None), ast.Store)]
     return [node for node in found if isinstance(node, (ast.Name, ast.Attribute, ast.Subscript))]
