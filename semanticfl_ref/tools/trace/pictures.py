@@ -9,7 +9,7 @@ from math import isqrt
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 
 from semanticfl_ref.federated.context import RunContext
 
@@ -23,12 +23,12 @@ def stage_picture(values: torch.Tensor) -> str:
     are shown as tiles, or a vector, as stripes.
     """
     if values.dtype == torch.uint8:
-        return png(values)
+        return png(Image.fromarray(values.cpu().numpy()))
     if values.ndim == 1:
-        return png(heat(values[None]))
+        return heat_map(values[None])
     side = min(3, isqrt(len(values)))
     rows = F.pad(values[: side**2], (0, 1, 0, 1)).split(side)
-    return png(heat(torch.cat([torch.cat(list(row), dim=1) for row in rows])[:-1, :-1]))
+    return heat_map(torch.vstack([torch.hstack(list(row)) for row in rows])[:-1, :-1])
 
 
 def anchor_pictures(context: RunContext) -> list[tuple[str, str, str]]:
@@ -49,27 +49,26 @@ def anchor_pictures(context: RunContext) -> list[tuple[str, str, str]]:
     return [
         (
             dataset.class_names[c],
-            png(heat(visual[labels == c][:PER_CLASS])),
-            png(heat(anchors.text[c][None])),
+            heat_map(visual[labels == c][:PER_CLASS]),
+            heat_map(anchors.text[c][None]),
         )
         for c in labels.unique()[:CLASSES].tolist()
     ]
 
 
-def png(pixels: torch.Tensor) -> str:
-    """A picture uint8 [height, width, 3] as a data URI."""
-    buffer = io.BytesIO()
-    Image.fromarray(pixels.cpu().contiguous().numpy()).save(buffer, "PNG", optimize=True)
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-def heat(values: torch.Tensor) -> torch.Tensor:
-    """A matrix as colours, uint8 [height, width, 3]: blue below zero, red above, full from the 99th
-    percentile of the magnitudes on.
+def heat_map(values: torch.Tensor) -> str:
+    """A matrix as a picture: blue below zero, red above, full from the 99th percentile of the
+    magnitudes on.
     """
     values = values.detach().float().cpu().nan_to_num()
     strength = values / values.abs().quantile(0.99).clamp(min=1e-12)
-    strength = strength.clamp(-1, 1)[:, :, None]
-    cold, zero, warm = (torch.tensor(colour).float() for colour in (COLD, ZERO, WARM))
-    towards = torch.where(strength > 0, warm, cold)
-    return torch.lerp(zero, towards, strength.abs()).round().to(torch.uint8)
+    grey = (127 + 127 * strength.clamp(-1, 1)).round().byte()  # 0, 127 and 254: full, zero, full
+    picture = Image.fromarray(grey.numpy())
+    return png(ImageOps.colorize(picture, COLD, WARM, mid=ZERO, whitepoint=254))
+
+
+def png(picture: Image.Image) -> str:
+    """A picture as a data URI."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", optimize=True)
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
