@@ -6,7 +6,6 @@ knows a variable's name: a model, for example, is recognised by its type.
 """
 
 import ast
-import itertools
 import re
 import sys
 import textwrap
@@ -55,28 +54,25 @@ class Source:
         text = (PACKAGE / file).read_text(encoding="utf-8")
         tree = ast.parse(text)
         self.lines, self.docstring = text.splitlines(), ast.get_docstring(tree) or ""
-        self.shown: set[str] = set()
-        self.statements: dict[int, ast.stmt] = {}
-        self.steps: dict[ast.stmt, Step] = {}
+        self.shown, self.statements, self.steps = set(), {}, {}
         for name, function in functions(tree):
             if function.name.startswith("_") or not ast.get_docstring(function):
                 continue
             self.shown.add(name)
-            for node in itertools.chain(*map(ast.walk, function.body[1:])):
+            for node in ast.walk(function):
                 if isinstance(node, ast.stmt):
                     lines = self._lines_of(node)
-                    source = textwrap.dedent("\n".join(self.lines[n - 1] for n in lines))
+                    source = textwrap.dedent("\n".join(lines))
                     self.steps[node] = Step(file, node.lineno, name, source)
-                    self.statements |= dict.fromkeys(lines, node)
+                    self.statements |= {node.lineno + n: node for n in range(len(lines))}
 
-    def _lines_of(self, statement: ast.stmt) -> range:
-        """Of the statement; of its head if it is a compound statement."""
-        last = statement.end_lineno
-        if hasattr(statement, "body"):
-            last = statement.lineno
-            while not self.lines[last - 1].partition("  #")[0].endswith(":"):
-                last += 1
-        return range(statement.lineno, last + 1)
+    def _lines_of(self, statement: ast.stmt) -> list[str]:
+        """The statement; its head if it is a compound statement."""
+        lines = self.lines[statement.lineno - 1 : statement.end_lineno]
+        if not hasattr(statement, "body"):
+            return lines
+        is_end = [line.partition("  #")[0].endswith(":") for line in lines]
+        return lines[: is_end.index(True) + 1]
 
 
 class Tracer:
@@ -90,13 +86,12 @@ class Tracer:
         sources: file -> its source.
         steps: the statements that ran.
         arguments: function with an equation -> the arguments of its first call.
+        calls: those of watched functions that have not returned.
     """
 
     def __init__(self, files: Iterable[str]):
         self.sources = {file: Source(file) for file in files}
-        self.steps: list[Step] = []
-        self.arguments: dict[str, tuple] = {}
-        self.calls: list[_Call] = []
+        self.steps, self.arguments, self.calls = [], {}, []
         self._tags = {
             (equation.file, equation.function): equation.tag
             for equation in equations()
@@ -119,9 +114,10 @@ class Tracer:
             self.arguments.setdefault(name, tuple(frame.f_locals.values()))
             if self.calls and self.calls[-1].step:
                 self.calls[-1].step.equations.append(self._tags.pop((file, name)))
-        if file not in self.sources or name not in self.sources[file].shown:
+        source = self.sources.get(file)
+        if source is None or name not in source.shown:
             return None
-        self.calls.append(_Call(self, self.sources[file]))
+        self.calls.append(_Call(self, source))
         return self.calls[-1].follow
 
 
@@ -130,9 +126,9 @@ class _Call:
 
     def __init__(self, tracer: Tracer, source: Source):
         self.tracer, self.source = tracer, source
-        self.statement: ast.stmt | None = None
-        self.step: Step | None = None  # of the statement that runs, if it runs for the first time
-        self.loops: dict[ast.stmt, Step] = {}  # first statement inside -> the loop's step
+        self.statement = None  # that runs
+        self.step = None  # its step, if it runs for the first time
+        self.loops = {}  # first statement inside -> the loop's step
 
     def follow(self, frame, event, argument):
         """Python calls this before every line and at the end: the statement before has run."""
@@ -180,6 +176,6 @@ def _targets(statement: ast.stmt) -> list[ast.expr]:
         found = [getattr(call.func, "value", None), *call.args]
     else:
         targets = getattr(statement, "targets", [getattr(statement, "target", ast.Pass())])
-        nodes = itertools.chain(*map(ast.walk, targets))
+        nodes = [node for target in targets for node in ast.walk(target)]
         found = [node for node in nodes if isinstance(getattr(node, "ctx", None), ast.Store)]
     return [node for node in found if isinstance(node, (ast.Name, ast.Attribute, ast.Subscript))]
