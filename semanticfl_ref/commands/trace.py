@@ -1,7 +1,6 @@
 """`trace`: one round, statement by statement; or the map from equations to functions and tests."""
 
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
 from semanticfl_ref.commands.output import say, show
@@ -64,8 +63,10 @@ def run(arguments) -> int:
     if arguments.map:
         return _show_map(arguments)
     config = settings_of(arguments, SMALL)
-    name, method = config.data.name, config.federation.method
-    say(f"{name}, {method}, round {arguments.round}: loading torch ...")
+    say(
+        f"{config.data.name}, {config.federation.method}, round {arguments.round}: "
+        f"loading torch ..."
+    )
     from semanticfl_ref.tools.trace.page import write_page
     from semanticfl_ref.tools.trace.text import blocks, has_colours
     from semanticfl_ref.tools.trace.trace import trace_round
@@ -120,7 +121,7 @@ def _show_map(arguments) -> int:
     return show(document, arguments.json, lambda it: render(TEMPLATES, template, **it).rstrip())
 
 
-def _step_through(blocks: Iterable[str]) -> None:
+def _step_through(blocks: list[str]) -> None:
     for block in blocks:
         print(block, flush=True)
         print(PROMPT, end="", file=sys.stderr, flush=True)

@@ -4,11 +4,8 @@ from itertools import groupby
 from pathlib import Path
 
 from semanticfl_ref.storage import write_atomic
-from semanticfl_ref.tools.report.page import render
-from semanticfl_ref.tools.trace.equations import TEMPLATES
 from semanticfl_ref.tools.trace.pictures import anchor_pictures, stage_picture
-from semanticfl_ref.tools.trace.syntax import pieces
-from semanticfl_ref.tools.trace.text import tables, turns
+from semanticfl_ref.tools.trace.text import render_round
 from semanticfl_ref.tools.trace.trace import TracedRound
 
 
@@ -18,21 +15,17 @@ def write_page(path: Path, traced: TracedRound) -> None:
     Raises:
         DataError: the file cannot be written.
     """
-    document, dataset = traced.document, traced.context.dataset
+    dataset, method = traced.context.dataset, traced.context.config.federation.method
     labels = dataset.train_labels[traced.shown_B].tolist()
-    page = render(
-        TEMPLATES,
+    page = render_round(
         "round.html.jinja",
-        f"One round of {document['settings']['federation.method']}, statement by statement",
-        document=document,
-        turns=turns(document),
-        tables=tables(document),
+        traced.document,
+        title=f"One round of {method}, statement by statement",
         labels=[dataset.class_names[label] for label in labels],
-        stages=traced.stages or {"image": dataset.train_images[traced.shown_B]},
+        stages=traced.stages,
         anchors=anchor_pictures(traced.context),
         stage_picture=stage_picture,
         folded=folded,
-        pieces=pieces,
     )
     write_atomic(path, page, "choose another place for the page")
 

@@ -1,4 +1,4 @@
-"""A watched round in words: what a terminal shows; the page shares its turns and tables."""
+"""A watched round in words: what a terminal shows; the page shares `render_round`."""
 
 import os
 import textwrap
@@ -11,7 +11,7 @@ from semanticfl_ref.tools.trace.syntax import pieces
 from semanticfl_ref.tools.trace.values import number
 
 WIDTH = 100
-PAUSE = "\f"
+PAUSE = "\f"  # between the parts of a text
 ANSI = {
     "title": "1;34",
     "function": "1",
@@ -38,14 +38,12 @@ TABLES = {
 }
 FORMATS = {
     "gradient_share": format_percent,
-    "down": format_bytes,
-    "anchors": format_bytes,
-    "up": format_bytes,
+    **dict.fromkeys(("down", "anchors", "up"), format_bytes),
 }
 
 
 def blocks(document: dict, *, everything: bool = False, colours: bool = False) -> list[str]:
-    """A round for a terminal of 100 columns: what is shown, each statement, tables at the end.
+    """A round for a terminal of 100 columns, in parts: what is shown, each statement, each table.
 
     Args:
         document: of the round.
@@ -56,19 +54,34 @@ def blocks(document: dict, *, everything: bool = False, colours: bool = False) -
     def paint(kind: str, text: str) -> str:
         return f"\033[{ANSI[kind]}m{text}\033[0m" if colours and kind else text
 
-    text = render(
-        TEMPLATES,
+    text = render_round(
         "round.txt.jinja",
-        document=document,
-        turns=turns(document),
-        tables=tables(document),
+        document,
         everything=everything,
         paint=paint,
         pause=PAUSE,
-        pieces=pieces,
         wrapped=wrapped,
     )
     return text.rstrip().split(f"\n{PAUSE}\n")
+
+
+def render_round(template: str, document: dict, **context) -> str:
+    """A round as text or as a page.
+
+    Args:
+        template: file name.
+        document: of the round.
+        context: what else the template uses.
+    """
+    return render(
+        TEMPLATES,
+        template,
+        document=document,
+        turns=all_turns(document),
+        tables=tables(document),
+        pieces=pieces,
+        **context,
+    )
 
 
 def wrapped(text: str, indent: int = 0) -> str:
@@ -87,7 +100,7 @@ def has_colours(stream: TextIO) -> bool:
     return stream.isatty() and not os.environ.get("NO_COLOR")
 
 
-def turns(document: dict) -> list[dict]:
+def all_turns(document: dict) -> list[dict]:
     """The turns that have statements; making the anchors is number 0."""
     title = "Server, once: distil anchors from the features of the frozen diffusion model."
     before = {"number": 0, "title": title, "steps": document["before"]}

@@ -4,13 +4,14 @@ What it came to is reported by the round's own observer; the statements come fro
 """
 
 import re
-from collections.abc import Callable
+from bisect import bisect
 from dataclasses import dataclass, replace
 
 import torch
 
 from semanticfl_ref.config.settings import Config, to_flat
 from semanticfl_ref.data.partition import Partition
+from semanticfl_ref.diffusion.extract import Say
 from semanticfl_ref.federated.context import RunContext, make_context
 from semanticfl_ref.federated.methods.method import LocalUpdate
 from semanticfl_ref.federated.report import ClientReport, FirstBatch
@@ -18,7 +19,7 @@ from semanticfl_ref.federated.round import run_round
 from semanticfl_ref.federated.server_optimizer import server_step
 from semanticfl_ref.federated.state import initial_state
 from semanticfl_ref.randomness import generator
-from semanticfl_ref.run.setup import build_anchors, cache_plan, load_data
+from semanticfl_ref.run.setup import RunData, build_anchors, cache_plan, load_data
 from semanticfl_ref.run.train import set_threads
 from semanticfl_ref.tools.trace.diffusion_pass import diffusion_pass
 from semanticfl_ref.tools.trace.equations import equations, sources
@@ -47,7 +48,7 @@ class TracedRound:
         document: for JSON; `trace_round` lists its keys.
         context: of the run.
         shown_B: int64 [B], the training images that are shown.
-        stages: of the diffusion model's pass over them; empty for a method without anchors.
+        stages: of the diffusion model's pass over them; for a method without anchors, the images.
     """
 
     document: dict
@@ -56,9 +57,7 @@ class TracedRound:
     stages: dict[str, torch.Tensor]
 
 
-def trace_round(
-    config: Config, *, images: int, round: int, offline: bool, say: Callable[[str], None]
-) -> TracedRound:
+def trace_round(config: Config, *, images: int, round: int, offline: bool, say: Say) -> TracedRound:
     """Make the anchors, run the rounds before `round` unwatched, and watch that one.
 
     Args:
@@ -82,18 +81,19 @@ def trace_round(
     data = load_data(config, offline=offline)
     with Tracer(files) as anchor_tracer:
         anchors = build_anchors(config, data, offline=offline, say=say)
-    partition = few_images(data.partition, data.dataset.train_labels, images, config.run.seed)
+    partition = few_images(data, images, config.run.seed)
     context = make_context(config, data.dataset, partition, anchors)
     state = initial_state(context)
     while state.round < round - 1:
         state, _ = run_round(state, context)
 
-    updates: list[tuple[LocalUpdate, torch.Tensor, ClientReport]] = []
+    updates = []
     with Tracer(files) as tracer:
         after, metrics = run_round(state, context, lambda *update: updates.append(update))
 
     first = updates[0][2].first
-    shown_B, stages, before = first.indices[:IMAGES], {}, []
+    shown_B = first.indices[:IMAGES]
+    stages, before = {"image": data.dataset.train_images[shown_B]}, []
     if context.anchors is not None:
         plan = cache_plan(config, data.dataset, offline=offline)
         stages, before = diffusion_pass(plan, shown_B)
@@ -104,7 +104,7 @@ def trace_round(
     document = {
         "settings": {**to_flat(config), "images": images, "round": round},
         "letters": letters(tracer.sources),
-        "diffusion_pass": describe(stages),
+        "diffusion_pass": describe(stages) if before else [],
         "before": [vars(step) for step in before],
         "turns": turns(tracer.steps, tracer.sources[STORY]),
         "terms": term_summaries(first),
@@ -122,16 +122,16 @@ def trace_round(
     return TracedRound(document=document, context=context, shown_B=shown_B, stages=stages)
 
 
-def few_images(partition: Partition, labels: torch.Tensor, count: int, seed: int) -> Partition:
+def few_images(data: RunData, count: int, seed: int) -> Partition:
     """The partition with at most `count` images of each client, sampled by the seed."""
     indices = []
-    for client, own in enumerate(partition.indices):
+    for client, own in enumerate(data.partition.indices):
         source = generator(seed, "trace", client=client)
         indices.append(own[torch.randperm(len(own), generator=source)[:count]].sort().values)
-    classes = len(partition.histograms[0])
-    counts = [torch.bincount(labels[own], minlength=classes).tolist() for own in indices]
+    labels, classes = data.dataset.train_labels, data.dataset.classes
+    counts = (torch.bincount(labels[own], minlength=classes).tolist() for own in indices)
     return replace(
-        partition,
+        data.partition,
         indices=tuple(indices),
         sizes=tuple(map(len, indices)),
         histograms=tuple(map(tuple, counts)),
@@ -163,7 +163,7 @@ def term_summaries(first: FirstBatch) -> list[dict]:
 
 def letters(sources: dict[str, Source]) -> dict[str, str]:
     """Letter -> meaning, from the line `Letters:` that heads a file; the first file wins."""
-    found: dict[str, str] = {}
+    found = {}
     for source in sources.values():
         paragraph = source.docstring.partition("Letters: ")[2].partition("\n\n")[0]
         for letter, meaning in re.findall(r"(\w)\s([^,.]+)", paragraph):
@@ -173,13 +173,13 @@ def letters(sources: dict[str, Source]) -> dict[str, str]:
 
 def turns(steps: list[Step], story: Source) -> list[dict]:
     """The steps by whose turn it is, as the numbered comments in the round's source say."""
-    heads, found, turn = [], [], 0
+    heads, found = [], []
     for line, text in enumerate(story.lines, 1):
         if match := re.match(r"\s*# (\d)\. (.*)", text):
-            heads.append(line)
+            heads.append(line if heads else 0)  # what stands above the first is its turn's
             found.append({"number": int(match[1]), "title": match[2], "steps": []})
-    for step in steps:
+    for step in steps:  # the first one is the round's own
         if step.function == run_round.__name__:
-            turn = max(sum(line <= step.line for line in heads) - 1, 0)
-        found[turn]["steps"].append(vars(step))
+            turn = found[bisect(heads, step.line) - 1]
+        turn["steps"].append(vars(step))
     return found

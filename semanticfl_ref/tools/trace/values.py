@@ -25,7 +25,7 @@ def plain(value: object) -> bool | int | float | str | None:
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
-    return value if isinstance(value, (bool, int, float, str)) else None
+    return value if isinstance(value, (int, float, str)) else None
 
 
 def number(value: object) -> str:
@@ -40,16 +40,17 @@ def _entries(name: str, value: object) -> list[dict]:
     match value:
         case torch.Tensor():
             about = _tensor(value.detach())
-        case None | bool() | int() | float() | str():
+        case None | int() | float() | str():
             about = {"value": plain(value), "text": number(plain(value))}
         case nn.Module():
             about = {"text": _model(value)}
         case (float() | int() as weight, torch.Tensor(ndim=0) as term):
             about = {"weight": weight, "value": plain(term), "weighted": plain(weight * term)}
             about["text"] = "{} x {} = {}".format(*map(number, about.values()))
-        case dict() | list() | tuple() if items := _items(name, value):
-            return describe(dict(items[:LONGEST]))
         case dict() | list() | tuple():
+            items = _items(name, value)
+            if items:
+                return describe(dict(items[:LONGEST]))
             first = [plain(item) for item in list(value)[:LONGEST]]
             text = ", ".join(map(number, first)) or "empty"
             about = {"value": first, "length": len(value), "text": text}
@@ -59,19 +60,19 @@ def _entries(name: str, value: object) -> list[dict]:
 
 
 def _tensor(tensor: torch.Tensor) -> dict:
-    dtype = str(tensor.dtype).removeprefix("torch.")
+    shape, dtype = list(tensor.shape), str(tensor.dtype).removeprefix("torch.")
     first = [plain(entry) for entry in tensor.flatten()[:LONGEST].tolist()]
-    about = {"shape": list(tensor.shape), "dtype": dtype, "first": first}
+    about = {"shape": shape, "dtype": dtype, "first": first}
     text = ", ".join(map(number, first))
     if tensor.numel():
-        v = tensor.double()
-        about |= {"mean": plain(v.mean()), "std": plain(v.std(correction=0))}
-        about |= {"norm": plain(v.norm()), "min": plain(v.min()), "max": plain(v.max())}
+        precise = tensor.double()
+        about["std"] = plain(precise.std(correction=0))
+        for name in ("mean", "norm", "min", "max"):
+            about[name] = plain(getattr(precise, name)())
     if tensor.numel() > LONGEST:
-        numbers = {key: number(value) for key, value in about.items()}
+        numbers = {name: number(value) for name, value in about.items()}
         text = "mean {mean} ± {std}, norm {norm}, {min} to {max}".format_map(numbers)
-    shape = f" {about['shape']}" if about["shape"] else ""
-    return {**about, "text": f"{dtype}{shape}  {text}"}
+    return {**about, "text": f"{dtype}{f' {shape}' if shape else ''}  {text}"}
 
 
 def _model(model: nn.Module) -> str:

@@ -29,7 +29,7 @@ from semanticfl_ref.federated.state import initial_state
 from semanticfl_ref.run.setup import anchor_images, build_anchors, cache_plans, load_data
 from semanticfl_ref.tools.trace import trace
 from semanticfl_ref.tools.trace.syntax import pieces
-from semanticfl_ref.tools.trace.text import Terminal, has_colours, iterations
+from semanticfl_ref.tools.trace.text import blocks, has_colours
 from semanticfl_ref.tools.trace.values import describe
 
 ROOT = Path(__file__).parents[3]
@@ -137,14 +137,26 @@ def test_every_statement_stands_where_it_says(default):
 
 def test_a_loop_shows_its_first_iteration_and_counts_the_rest(default):
     loops = {step["source"]: step for step in steps_of(default.document)}
+    shown = blocks(default.document, everything=True)
+
+    def last_line(loop: dict) -> str:
+        """What the terminal says last of it; the page says the same."""
+        (block,) = [text for text in shown if f"{loop['file']}:{loop['line']}\n" in text]
+        return block.splitlines()[-1].strip()
+
     loop = loops["for update in updates:"]
     assert loop["iterations"] == 2
     assert [value["text"] for value in loop["values"]] == ["LocalUpdate(client=0, round=1)"]
-    assert iterations(loop) == ["... and 1 more in this call"]
+    assert last_line(loop) == "... and 1 more in this call"
     loop = loops["for epoch in range(settings.local_epochs):"]
-    assert loop["iterations"] == 1 and loop["values"][0]["value"] == 0 and iterations(loop) == []
+    assert loop["iterations"] == 1 and loop["values"][0]["value"] == 0
+    assert last_line(loop).split() == ["epoch", "0"]
     loop = loops["for parameter, correction in corrections:"]
-    assert (loop["iterations"], loop["values"], iterations(loop)) == (0, [], ["not entered"])
+    assert (loop["iterations"], loop["values"]) == (0, [])
+    assert last_line(loop) == "not entered"
+    page = default.page.read_text(encoding="utf-8")
+    for words in ("not entered", "... and 1 more in this call"):
+        assert page.count(f"<span>{words}</span>") == sum(words in block for block in shown) > 0
     sources = [step["source"] for step in steps_of(default.document)]
     assert sources.count("optimizer.step()") == 1
 
@@ -207,8 +219,7 @@ def test_watching_changes_nothing_and_communication_is_that_of_the_metrics():
     second, line = run_round(first, again)
     assert document["metrics"] == line and sys.gettrace() is None
     before, average, after = document["parameters"]
-    assert [before] == describe("before", first.params)
-    assert [after] == describe("after", second.params)
+    assert [before, after] == describe({"before": first.params, "after": second.params})
     assert average == {**after, "name": "average"}, "server_optimizer = none"
     sent = document["communication"]
     assert (sent["down"], sent["up"]) == (line["bytes_down"], line["bytes_up"])
@@ -456,6 +467,11 @@ def test_source_is_coloured_and_stays_as_it_is(default):
     kinds = [(kind, text) for kind, text in pieces(source) if kind]
     expected = [("keyword", "if"), ("keyword", "and"), ("string", '"a"'), ("number", "1.5")]
     assert kinds == [*expected, ("comment", "# why")]
+    source = "g(b'#', r\"it's\", 1e-6 - x_1, y1, 0.5)  # if 'a'"
+    strings = [("string", "b'#'"), ("string", 'r"it\'s"')]
+    numbers = [("number", "1e-6"), ("number", "0.5")]
+    kinds = [(kind, text) for kind, text in pieces(source) if kind]
+    assert kinds == [*strings, *numbers, ("comment", "# if 'a'")]
     multi = 'f(\n    f"{x:.1f} of",\n    None,\n)'
     assert "".join(text for _, text in pieces(multi)) == multi
     assert ("keyword", "None") in list(pieces(multi))
@@ -473,7 +489,7 @@ def test_the_terminal_has_a_hundred_columns_and_colours_only_where_asked(
     default, monkeypatch, everything
 ):
     plain, coloured = (
-        "\n".join(Terminal(everything=everything, colours=colours).blocks(default.document))
+        "\n".join(blocks(default.document, everything=everything, colours=colours))
         for colours in (False, True)
     )
     assert max(map(len, plain.splitlines())) <= 100 and "\033" not in plain
@@ -488,13 +504,13 @@ def test_the_terminal_has_a_hundred_columns_and_colours_only_where_asked(
 
 def test_the_terminal_folds_what_carries_no_equation(default):
     document = default.document
-    short = "\n".join(Terminal().blocks(document))
+    short = "\n".join(blocks(document))
     steps = {0: document["before"]} | {turn["number"]: turn["steps"] for turn in document["turns"]}
     hidden = [sum(not step["equations"] for step in steps[n]) for n in range(5)]
     folded = re.findall(r"^\((\d+) more statements: --all shows them\)$", short, re.MULTILINE)
     assert [int(n) for n in folded] == hidden
     assert short.count("\n") < 200 and "order_M" not in short
-    long = "\n".join(Terminal(everything=True).blocks(document))
+    long = "\n".join(blocks(document, everything=True))
     assert "--all" not in long and "order_M" in long
     for step in document["before"] + steps_of(document):
         assert step["source"].splitlines()[0] in long
@@ -537,10 +553,10 @@ def test_each_step_waits_for_enter(default, monkeypatch, capsys, until, answer):
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
     monkeypatch.setattr(trace, "trace_round", lambda *_, **__: seen)
     assert cli.main(["trace", "--step"]) == 0
-    blocks = list(Terminal().blocks(default.document))
-    assert len(waits) == (until or len(blocks))
+    shown = blocks(default.document)
+    assert len(waits) == (until or len(shown))
     out, err = capsys.readouterr()
-    assert out == "".join(f"{block}\n" for block in blocks[:until])
+    assert out == "".join(f"{block}\n" for block in shown[:until])
     assert err.count(PROMPT) == len(waits) and PROMPT.strip() == "Enter: next step, q: quit"
 
 
@@ -557,8 +573,7 @@ def test_help_shows_the_values_that_will_be_used(capsys):
 
 
 def test_values_that_are_no_numbers_are_words_in_json():
-    (nan,) = describe("x", torch.tensor([1.0, float("nan")]))
-    (empty,) = describe("y", torch.empty(0, 3))
+    nan, empty = describe({"x": torch.tensor([1.0, float("nan")]), "y": torch.empty(0, 3)})
     assert (nan["mean"], nan["first"]) == ("nan", [1.0, "nan"])
     assert empty == {
         "name": "y",
