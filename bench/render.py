@@ -193,7 +193,7 @@ def measurement(row: dict, copy_rate: float | None) -> str:
     """A row of the table of measurements."""
     head = f"| {' | '.join(row[name] for name in COLUMNS[:5])} |"
     if "median_ms" not in row:
-        return f"{head} {row.get('failed') or row.get('skipped')} | | | | |"
+        return f"{head} {row['failed']} | | | | |"
     rate, extra = row["bytes"] / row["median_ms"] / 1e6, row.get("peak_bytes")
     errors = ", ".join(f"{name} {value:.1e}" for name, value in row["errors"].items())
     cells = [
