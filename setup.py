@@ -35,7 +35,8 @@ setup(
     package_data={
         "semanticfl_ref.configs": ["*.toml", "*/*.toml"],
         "semanticfl_ref.data": ["assets/*"],
-        "semanticfl_ref.report": ["*.jinja"],
+        "semanticfl_ref.tools.report": ["*.jinja"],
+        "semanticfl_ref.tools.trace": ["*.jinja"],
         "semanticfl_ref.diffusion": ["tiny/*", "tiny/*/*", "tiny/*/*/*"],
     },
     install_requires=[
@@ -55,6 +56,11 @@ setup(
         "jinja2",
         "packaging",
     ],
-    extras_require={"test": ["pytest", "pytest-benchmark"], "plots": ["matplotlib"]},
+    extras_require={
+        "test": ["pytest", "pytest-benchmark"],
+        "plots": ["matplotlib"],
+        # Pinned: another version may format otherwise.
+        "dev": ["ruff==0.17.6"],
+    },
     entry_points={"console_scripts": ["semanticfl_ref = semanticfl_ref.cli:main"]},
 )

@@ -1,122 +1,67 @@
-"""What the kernels are compared with: plain expressions, the usual ways round their memory, and
-other people's kernels where they are installed.
+"""What the kernels are compared with: eager expressions, and Flower's aggregation.
 
-Letters: B queries, N keys, D feature width, K clients, P entries of a row.
-Every InfoNCE peer is `(queries_BD, keys_ND, labels_B, temperature) -> mean loss`, normalises both
-sides, and is differentiable."""
+Letters: B queries, N keys, D feature width, S clients, P size of a flat vector.
+"""
 
 from collections.abc import Callable
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
+
+EAGER = "eager, client by client"
+COPY = "device copy"
+PRODUCT = "weights @ params"
+ON_THE_HOST = ", on the host"
 
 
 def eager_info_nce(
     queries_BD: torch.Tensor, keys_ND: torch.Tensor, labels_B: torch.Tensor, temperature: float
 ) -> torch.Tensor:
-    """The expression itself: the matrix of similarities is stored, several times over in training."""
-    similarities_BN = F.normalize(queries_BD, dim=-1) @ F.normalize(keys_ND, dim=-1).mT
-    return F.cross_entropy(_at_least_fp32(similarities_BN) / temperature, labels_B)
-
-
-def chunked_info_nce(
-    queries_BD: torch.Tensor,
-    keys_ND: torch.Tensor,
-    labels_B: torch.Tensor,
-    temperature: float,
-    rows: int = 2048,
-) -> torch.Tensor:
-    """The same over chunks of queries, each checkpointed: the similarities of one chunk at a time,
-    computed again in the backward pass.
-    """
-    queries_BD, keys_ND = F.normalize(queries_BD, dim=-1), F.normalize(keys_ND, dim=-1)
-
-    def part(chunk_BD: torch.Tensor, keys_ND: torch.Tensor, chunk_B: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(
-            _at_least_fp32(chunk_BD @ keys_ND.mT) / temperature, chunk_B, reduction="sum"
-        )
-
-    chunks = zip(queries_BD.split(rows), labels_B.split(rows), strict=True)
-    return sum(
-        checkpoint(part, chunk_BD, keys_ND, chunk_B, use_reentrant=False, preserve_rng_state=False)
-        for chunk_BD, chunk_B in chunks
-    ) / len(labels_B)
-
-
-def inf_cl() -> Callable | None:
-    """Inf-CL's Triton kernels (`pip install inf_cl`), which want a width that 256 divides and
-    compute in fp32; None where they are not installed.
-    """
-    try:
-        from inf_cl import cal_inf_loss
-    except Exception:  # it may be installed and not importable, for want of what it needs in turn
-        return None
-
-    def loss(queries_BD, keys_ND, labels_B, temperature):
-        return cal_inf_loss(
-            F.normalize(queries_BD, dim=-1) / temperature, F.normalize(keys_ND, dim=-1), labels_B
-        )
-
-    return loss
-
-
-def liger() -> Callable | None:
-    """Liger-Kernel's linear layer fused with cross-entropy: with the keys as its weights it is
-    InfoNCE, in chunks; None where it is not installed.
-    """
-    try:
-        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
-    except Exception:
-        return None
-    fused = LigerFusedLinearCrossEntropyLoss()
-
-    def loss(queries_BD, keys_ND, labels_B, temperature):
-        return fused(
-            F.normalize(keys_ND, dim=-1), F.normalize(queries_BD, dim=-1) / temperature, labels_B
-        )
-
-    return loss
+    """The mean loss as the expression itself: the logits are stored."""
+    logits_BN = F.normalize(queries_BD, dim=-1) @ F.normalize(keys_ND, dim=-1).mT
+    if logits_BN.dtype != torch.float64:
+        logits_BN = logits_BN.float()  # half precision over a small temperature has too few digits
+    return F.cross_entropy(logits_BN / temperature, labels_B)
 
 
 def compiled(function: Callable, rehearse: bool) -> Callable:
-    """`torch.compile(function)`; in a rehearsal the function itself, because compiling takes longer
-    than all the rest.
-    """
+    """`torch.compile(function)`; in a rehearsal the function itself, since compiling takes longer
+    than all the rest."""
     if rehearse:
         return function
     torch._dynamo.reset()
     return torch.compile(function, dynamic=False)
 
 
-def eager_average(rows_KP: torch.Tensor, weights_K: torch.Tensor) -> torch.Tensor:
-    """The average in fp64, rounded once: what the kernel computes, at the price of a copy of the
-    rows in fp64.
-    """
-    return ((weights_K.double() / weights_K.double().sum()) @ rows_KP.double()).to(rows_KP.dtype)
+def eager_average(params_SP: torch.Tensor, weights_S: torch.Tensor) -> torch.Tensor:
+    """The average [P] in fp64, rounded once: what the kernel computes, but with a copy of all
+    parameters in fp64."""
+    shares_S = weights_S.double() / weights_S.double().sum()
+    return (shares_S @ params_SP.double()).to(params_SP.dtype)
 
 
-def one_product(rows_KP: torch.Tensor, weights_K: torch.Tensor) -> torch.Tensor:
-    """`weights @ rows`: one call of the matrix library, in the rows' dtype."""
-    return (weights_K / weights_K.sum()).to(rows_KP.dtype) @ rows_KP
+def one_product(params_SP: torch.Tensor, weights_S: torch.Tensor) -> torch.Tensor:
+    """`weights @ params` [P]: one matrix product in the parameters' dtype, in no fixed order of
+    summation."""
+    return (weights_S / weights_S.sum()).to(params_SP.dtype) @ params_SP
 
 
 def flower() -> tuple[str, Callable]:
-    """Its name and Flower's `aggregate` of [(layers, examples)]; where Flower is not installed, the
-    same arithmetic in NumPy, and the name says so.
+    """Its name, and Flower's `aggregate` of [(layers, examples)].
+
+    Where Flower is not installed, its arithmetic in NumPy; the name says so.
     """
     try:
         from flwr.server.strategy.aggregate import aggregate
-    except Exception:
+    except Exception:  # an installation that lacks a requirement raises more than ImportError
         return "NumPy, Flower's arithmetic", numpy_average
     return "Flower's aggregate", aggregate
 
 
 def numpy_average(clients: list[tuple[list[np.ndarray], int]]) -> list[np.ndarray]:
-    """Layer by layer: every client's layers times its examples, added client after client, over the
-    number of all examples; in the layers' dtype.
-    """
+    """Layer by layer, every client's layer times its examples, added client by client, over the
+    total number of examples; in the layers' dtype."""
     scaled = [[layer * examples for layer in layers] for layers, examples in clients]
     total = sum(examples for _, examples in clients)
     averages = []
@@ -129,10 +74,5 @@ def numpy_average(clients: list[tuple[list[np.ndarray], int]]) -> list[np.ndarra
 
 
 def as_layers(params_P: torch.Tensor, sizes: list[int]) -> list[np.ndarray]:
-    """A row as Flower sees a model: one NumPy array per layer."""
+    """A flat vector as Flower sees a model: one NumPy array per layer."""
     return [layer.numpy() for layer in params_P.cpu().split(sizes)]
-
-
-def _at_least_fp32(similarities: torch.Tensor) -> torch.Tensor:
-    """Half-precision similarities over a small temperature need more digits than they have."""
-    return similarities if similarities.dtype == torch.float64 else similarities.float()

@@ -1,4 +1,4 @@
-"""Results as JSON files that say what made them: device, versions, date, and which kernels."""
+"""Result files: JSON that says what made it: device, versions, date, commit, and which kernels."""
 
 import ast
 import datetime
@@ -6,31 +6,31 @@ import hashlib
 import json
 import os
 import platform
+import subprocess
 from pathlib import Path
+
+import torch
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
 KERNELS = ROOT / "kernels"
-SCHEMA = 1
 
 
 class Record:
-    """A dictionary that is on the disk after every change: a run that is cut short loses nothing of
-    what it had done.
+    """A dictionary that is written to its file after every change, so that a run that is cut short
+    keeps what it had measured.
 
-    Processes may use one file one after another, not at once.
+    Several processes may use a file one after another, not at once.
     """
 
     def __init__(self, path: Path):
         self.path = Path(path)
-        self.content = (
-            json.loads(self.path.read_text(encoding="utf-8"))
-            if self.path.exists()
-            else {"schema": SCHEMA}
-        )
+        self.content = {}
+        if self.path.exists():
+            self.content = json.loads(self.path.read_text(encoding="utf-8"))
 
     def set(self, name: str, value) -> None:
-        """Store one entry."""
+        """Store an entry."""
         self.content[name] = value
         self._write()
 
@@ -40,31 +40,30 @@ class Record:
         self._write()
 
     def stage(self, name: str, **status) -> None:
-        """Store how a stage went."""
+        """Store the status of a stage."""
         self.content.setdefault("stages", {})[name] = status
         self._write()
 
     def _write(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        beside = self.path.with_suffix(".partial")
-        beside.write_text(
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(
             json.dumps(self.content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
         )
-        os.replace(beside, self.path)
+        os.replace(partial, self.path)
 
 
 def versions() -> dict:
-    """Python, torch, Triton and CUDA of this process, and the date."""
-    import torch
-
+    """Date, commit, versions of this process's libraries, and the digest of the kernels."""
     try:
         import triton
 
         triton_version = triton.__version__
-    except Exception as error:
+    except Exception as error:  # a broken installation raises more than ImportError
         triton_version = f"none ({type(error).__name__})"
     return {
         "date": datetime.date.today().isoformat(),
+        "commit": commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": triton_version,
@@ -73,35 +72,35 @@ def versions() -> dict:
     }
 
 
+def commit() -> str | None:
+    """The checkout's commit; None if that is unknown."""
+    command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout.strip() or None
+
+
 def kernels_digest(folder: Path = KERNELS) -> str:
-    """Sixteen hexadecimal digits that change with the code of the kernels, not with its comments
-    and docstrings, nor with Python's version.
-    """
+    """Sixteen hexadecimal digits that change with the code of the kernels, but not with comments,
+    docstrings or the version of Python."""
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*.py")):
-        digest.update(
-            f"{path.name} {_code_of(ast.parse(path.read_text(encoding='utf-8')))}\n".encode()
-        )
+        code = _code_of(ast.parse(path.read_text(encoding="utf-8")))
+        digest.update(f"{path.name} {code}\n".encode())
     return digest.hexdigest()[:16]
 
 
 def _code_of(node) -> str:
-    """A syntax tree as text. Neither ast.dump nor ast.unparse writes the same in each version of
-    Python.
-    """
+    """A syntax tree as text; ast.dump and ast.unparse differ between versions of Python."""
     if isinstance(node, list):
         return f"[{' '.join(_code_of(one) for one in node)}]"
     if not isinstance(node, ast.AST):
         return repr(node)
     fields = dict(ast.iter_fields(node))
-    if (
-        isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
-        and ast.get_docstring(node, clean=False) is not None
-    ):
+    documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef))
+    if documented and ast.get_docstring(node, clean=False) is not None:
         fields["body"] = node.body[1:]
-    written = (
-        f"{name}={_code_of(value)}"
-        for name, value in fields.items()
-        if value is not None and value != []
-    )
+    written = (f"{k}={_code_of(v)}" for k, v in fields.items() if v is not None and v != [])
     return f"{type(node).__name__}({' '.join(written)})"

@@ -1,24 +1,39 @@
-"""The kernels' results as the README's tables and a roofline figure.  `python -m bench.render
-[--check]`
+"""Write the tables of the kernels' results into docs/kernels.md.
 
-Reads bench/results/*.json (`python -m bench.gpu`) and bench/results/compile_report.json (`python -m
-bench.compile_report --json ...`), and writes what they say between the README's markers, `<!--
-kernels:compiler:begin -->` ... `<!-- kernels:compiler:end -->` and the same with `kernels:gpu`.
-With `--check` nothing is written: ends with 1 if the README says something else, or the compiler's
-report is not of these kernels."""
+    python -m bench.render [--check]
+
+Reads bench/results/*.json (`bench/gpu.sh`) and bench/results/compile_report.json (`python -m
+bench.compile_report`), and writes between the markers `<!-- kernels:compiler:begin -->` ...
+`<!-- kernels:compiler:end -->` and the same with `kernels:gpu`. With --check nothing is written:
+the exit status is 1 if the document is stale, or the compiler's report is of other kernels.
+"""
 
 import argparse
 import json
-import re
 import sys
 from pathlib import Path
 
 from bench.claims import claims
+from bench.compile_report import COMMAND, broken_rules
 from bench.record import RESULTS, ROOT, kernels_digest
-from bench.roofline import draw, share_of_roofline
 
-REPORT = "compile_report.json"
-REPORT_COMMAND = f"python -m bench.compile_report --json bench/results/{REPORT}"
+NO_GPU = (
+    "No results from a GPU yet, so nothing is claimed about speed on one; run `bench/gpu.sh` on a "
+    "machine with a CUDA device."
+)
+VARIANT_COLUMNS = ("variant", "registers", "spills", "shared KiB", "tensor cores", "loads")
+COLUMNS = (
+    "kernel",
+    "case",
+    "dtype",
+    "direction",
+    "contender",
+    "ms (20 ... 80 %)",
+    "GB/s",
+    "of the copy's rate",
+    "extra MiB",
+    "error",
+)
 
 
 def main() -> None:
@@ -26,197 +41,173 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--check", action="store_true", help="write nothing; fail if the README is stale"
+        "--check", action="store_true", help="write nothing; fail if the document is stale"
     )
     parser.add_argument(
-        "--readme", type=Path, default=ROOT / "README.md", help="the file with the markers"
+        "--document",
+        type=Path,
+        default=ROOT / "docs" / "kernels.md",
+        help="file with the markers (default: docs/kernels.md)",
     )
     parser.add_argument(
-        "--results", type=Path, default=RESULTS, help="the folder with the JSON files"
+        "--results",
+        type=Path,
+        default=RESULTS,
+        help="folder with the JSON files (default: bench/results)",
     )
     options = parser.parse_args()
     results, report = read(options.results)
+    before = options.document.read_text(encoding="utf-8")
+    sections = {
+        "kernels:compiler": compiler_section(report),
+        "kernels:gpu": gpu_section(results),
+    }
+    after = fill(before, sections)
     if not options.check:
-        for path, result in results.items():
-            print(draw(result, path.with_suffix(".png")))
-    before = options.readme.read_text(encoding="utf-8")
-    after = fill(
-        before,
-        {
-            "kernels:compiler": compiler_section(report),
-            "kernels:gpu": gpu_section(results, options.readme.parent),
-        },
-    )
-    stale = (
-        [
-            f"{options.readme.name} does not say what {options.results} says: run `python -m bench.render`"
-        ]
-        if after != before
-        else []
-    )
+        options.document.write_text(after, encoding="utf-8")
+        print(f"{options.document}: {'unchanged' if after == before else 'written'}")
+        return
+    stale = []
+    if after != before:
+        stale.append(
+            f"{options.document.name} differs from {options.results}: run `python -m bench.render`"
+        )
     if report is not None and report["kernels"] != kernels_digest():
         stale.append(
-            f"the compiler's report is of other kernels than these: run `{REPORT_COMMAND}`, then `python -m bench.render`"
+            f"the compiler's report is of other kernels: run `{COMMAND}`, then `python -m "
+            f"bench.render`"
         )
-    if options.check:
-        print("\n".join(stale) or f"{options.readme.name} is up to date")
-        sys.exit(bool(stale))
-    options.readme.write_text(after, encoding="utf-8")
-    print(f"{options.readme}: written" if after != before else f"{options.readme}: unchanged")
+    print("\n".join(stale) or f"{options.document.name} is up to date")
+    sys.exit(bool(stale))
 
 
-def read(folder: Path) -> tuple[dict[Path, dict], dict | None]:
-    """Results of GPUs by path, and the compiler's report if there is one."""
-    files = {
-        path: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))
-    }
-    report = files.pop(folder / REPORT, None)
-    return {
-        path: content for path, content in files.items() if content.get("kind") == "gpu"
-    }, report
+def read(folder: Path) -> tuple[list[dict], dict | None]:
+    """Results from GPUs, and the compiler's report if there is one."""
+    by_kind = {"gpu": [], "compile_report": []}
+    for path in sorted(folder.glob("*.json")):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        by_kind.setdefault(content["kind"], []).append(content)
+    return by_kind["gpu"], next(iter(by_kind["compile_report"]), None)
 
 
 def fill(text: str, sections: dict[str, str]) -> str:
-    """The text with each section between its markers; a pair that is missing or doubled is an error
-    that says what to write.
-    """
+    """The text with each section between its markers; exits if a pair is missing or doubled."""
     for name, section in sections.items():
         begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
         if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
-            sys.exit(f"the README needs the two lines\n{begin}\n{end}\nonce each, in this order")
-        text = re.sub(
-            f"{re.escape(begin)}.*?{re.escape(end)}",
-            lambda _, s=section, b=begin, e=end: f"{b}\n{s}\n{e}",
-            text,
-            flags=re.S,
-        )
+            sys.exit(f"the document needs the two lines\n{begin}\n{end}\nonce each, in this order")
+        head, tail = text.split(begin)[0], text.split(end)[1]
+        text = f"{head}{begin}\n{section}\n{end}{tail}"
     return text
 
 
 def compiler_section(report: dict | None) -> str:
-    """What the compiler made of the kernels: one line that sums it up, and a line per variant."""
+    """What the compiler makes of the kernels: a summary, and a line per variant."""
     if report is None:
-        return f"No report of the compiler is kept yet: `{REPORT_COMMAND}`."
+        return f"No report of the compiler yet; run `{COMMAND}`."
     rows, variants = report["rows"], {}
     for row in rows:
         variants.setdefault(row["variant"], {})[row["arch"]] = row
     architectures = sorted({row["arch"] for row in rows})
-    broken = [
-        f"{row['variant']}, sm_{row['arch']}: {problem}"
-        for row in rows
-        for problem in row["problems"]
-    ]
-    named = ", ".join(f"sm_{architecture}" for architecture in architectures)
-    sound = "no variant spills, shared memory is within the chip's, and tensor cores are used where they should be"
-    verdict = f"rules broken: {'; '.join(broken)}" if broken else sound
-    cells_are = f"Cells are {' / '.join(named.split(', '))}; loads from global memory are bits per thread x instructions, on sm_{architectures[-1]}."
+    names = [f"sm_{architecture}" for architecture in architectures]
+    broken = broken_rules(rows)
+    verdict = (
+        "no variant spills, shared memory fits, and tensor cores are used in the variants that "
+        "promise them"
+    )
+    if broken:
+        verdict = f"rules broken: {'; '.join(broken)}"
     lines = [
-        f"{len(variants)} variants compiled for {named} with Triton {report['triton']}, no GPU needed: {verdict}.",
+        f"{len(variants)} variants compiled for {', '.join(names)} with Triton "
+        f"{report['triton']}, without a GPU: {verdict}.",
         "",
         "<details><summary>Every variant</summary>",
         "",
-        cells_are,
+        f"Cells are {' / '.join(names)}; loads from global memory are bits per thread x "
+        f"instructions, on {names[-1]}.",
         "",
-        "| variant | registers | spills | shared KiB | tensor cores | loads |",
-        "| --- | --- | --- | --- | --- | --- |",
+        *table_head(VARIANT_COLUMNS),
     ]
     for name, by_architecture in variants.items():
-        of = [by_architecture.get(architecture, {}) for architecture in architectures]
-        cells = [
-            [row.get("registers", "?") for row in of],
-            [row.get("spill_instructions", "?") for row in of],
-            [f"{row['shared_bytes'] / 1024:.0f}" if "shared_bytes" in row else "?" for row in of],
-            [counts(row.get("tensor_instructions", {})) for row in of],
-        ]
-        lines.append(
-            f"| `{name}` | "
-            + " | ".join(joined(cell) for cell in cells)
-            + f" | {counts(of[-1].get('load_bits', {}))} |"
-        )
+        lines.append(variant_line(name, [by_architecture.get(arch, {}) for arch in architectures]))
     return "\n".join([*lines, "", "</details>"])
 
 
-def gpu_section(results: dict[Path, dict], root: Path) -> str:
-    """For each GPU: the claims, then every measurement; where there is no GPU's result, that is
-    what it says.
-    """
-    if not results:
-        return "No GPU has measured these kernels yet, so nothing is said of their speed on one: `bench/gpu.sh` on a machine with a CUDA device."
-    return "\n\n".join(one_gpu(path, result, root) for path, result in results.items())
-
-
-def one_gpu(path: Path, result: dict, root: Path) -> str:
-    """One device's tables."""
-    lines = [
-        f"**{result['device']}**, {result['date']}: torch {result['torch']}, Triton {result['triton']}, CUDA {result['cuda']}, driver {result['driver']}; "
-        f"`{result['command']}`. {result['timer']}."
-        + ("" if result["kernels"] == kernels_digest() else " **The kernels have changed since.**")
+def variant_line(name: str, rows: list[dict]) -> str:
+    """A variant's row of the table, from its compilation for each architecture."""
+    cells = [
+        f"`{name}`",
+        joined([str(row.get("registers", "?")) for row in rows]),
+        joined([str(row.get("spill_instructions", "?")) for row in rows]),
+        joined(
+            [f"{row['shared_bytes'] / 1024:.0f}" if "shared_bytes" in row else "?" for row in rows]
+        ),
+        joined([counts(row.get("tensor_instructions", {})) for row in rows]),
+        counts(rows[-1].get("load_bits", {})),
     ]
+    return f"| {' | '.join(cells)} |"
+
+
+def gpu_section(results: list[dict]) -> str:
+    """For each GPU its claims, then every measurement."""
+    return "\n\n".join(map(device_section, results)) or NO_GPU
+
+
+def device_section(result: dict) -> str:
+    """A device's tables."""
+    copy_rate, lines = result.get("copy", {}).get("gb_s"), [heading(result)]
     unfinished = [
-        f"{name}: {how['status']}, {how.get('why', '')}"
-        for name, how in result["stages"].items()
-        if how["status"] != "done"
+        f"{name}: {status['status']}, {status.get('why', '')}"
+        for name, status in result["stages"].items()
+        if status["status"] != "done"
     ]
-    lines += [f"Not complete: {'; '.join(unfinished)}."] if unfinished else []
-    rates = ", ".join(
-        f"{name} {rate['gb_s']:.0f} GB/s"
-        if "gb_s" in rate
-        else f"{name} {rate['tflop_s']:.0f} TFLOP/s"
-        for name, rate in result.get("ceilings", {}).items()
-    )
-    lines += [f"Rates of the device in the same run: {rates}."] if rates else []
-    lines += [f"Tests on it: {result['tests']['last'].strip('= ')}."] if "tests" in result else []
-    lines += ["", "| | claim | target | measured |", "| --- | --- | --- | --- |", *claims(result)]
-    diffusion = result.get("diffusion", {})
-    lines += (
-        ["", diffusion["lines"][0], "", *diffusion["lines"][1:]] if diffusion.get("lines") else []
-    )
-    figure = path.with_suffix(".png")
-    if figure.is_file() and figure.resolve().is_relative_to(root.resolve()):
-        lines += [
-            "",
-            f"![Roofline of {result['device']}]({figure.resolve().relative_to(root.resolve())})",
-        ]
-    columns = (
-        "kernel",
-        "case",
-        "dtype",
-        "direction",
-        "contender",
-        "ms (20 ... 80 %)",
-        "GB/s",
-        "TFLOP/s",
-        "of the roofline",
-        "extra MiB",
-        "error",
-    )
-    lines += [
-        "",
-        "<details><summary>Every measurement</summary>",
-        "",
-        f"| {' | '.join(columns)} |",
-        "|" + " --- |" * len(columns),
-    ]
-    lines += [measurement(row, result.get("ceilings", {})) for row in result.get("rows", [])]
+    if unfinished:
+        lines.append(f"Not complete: {'; '.join(unfinished)}.")
+    if copy_rate is not None:
+        lines.append(f"In the same run the device copies {copy_rate:.0f} GB/s.")
+    if "tests" in result:
+        lines.append(f"Tests on it: {result['tests']['last'].strip('= ')}.")
+    lines += ["", *table_head(("", "claim", "target", "measured")), *claims(result)]
+    diffusion = result.get("diffusion", {}).get("lines")
+    if diffusion:
+        lines += ["", diffusion[0], "", *diffusion[1:]]
+    lines += ["", "<details><summary>Every measurement</summary>", "", *table_head(COLUMNS)]
+    lines += [measurement(row, copy_rate) for row in result.get("rows", [])]
     return "\n".join([*lines, "", "</details>"])
 
 
-def measurement(row: dict, ceilings: dict) -> str:
-    """One row of the table of measurements."""
-    head = f"| {row['kernel']} | {row['case']} | {row['dtype']} | {row['direction']} | {row['contender']} |"
+def heading(result: dict) -> str:
+    """What made the results, and whether the kernels are still the same."""
+    text = (
+        f"**{result['device']}**, {result['date']}: measured with the kernels of commit "
+        f"{result.get('commit') or 'unknown'}; torch {result['torch']}, Triton "
+        f"{result['triton']}, CUDA {result['cuda']}, driver {result['driver']}; "
+        f"`{result['command']}`. {result['timer']}."
+    )
+    if result["kernels"] != kernels_digest():
+        text += " **The kernels have changed since.**"
+    return text
+
+
+def measurement(row: dict, copy_rate: float | None) -> str:
+    """A row of the table of measurements."""
+    head = f"| {' | '.join(row[name] for name in COLUMNS[:5])} |"
     if "median_ms" not in row:
-        return f"{head} {row.get('failed') or row.get('skipped')} | | | | | |"
-    share = share_of_roofline(row, ceilings)
+        return f"{head} {row.get('failed') or row.get('skipped')} | | | | |"
+    rate, extra = row["bytes"] / row["median_ms"] / 1e6, row.get("peak_bytes")
+    errors = ", ".join(f"{name} {value:.1e}" for name, value in row["errors"].items())
     cells = [
         f"{row['median_ms']:.4g} ({row['low_ms']:.4g} ... {row['high_ms']:.4g})",
-        f"{row['bytes'] / row['median_ms'] / 1e6:.0f}" if row["bytes"] else "",
-        f"{row['flop'] / row['median_ms'] / 1e9:.3g}" if row["flop"] else "",
-        f"{share:.0%}" if share is not None else "",
-        f"{row['peak_bytes'] / 2**20:.0f}" if row.get("peak_bytes") is not None else "",
-        ("" if row["correct"] else "**wrong** ")
-        + ", ".join(f"{name} {value:.1e}" for name, value in row["errors"].items()),
+        f"{rate:.0f}" if rate else "",
+        f"{rate / copy_rate:.0%}" if rate and copy_rate else "",
+        "" if extra is None else f"{extra / 2**20:.0f}",
+        errors if row["correct"] else f"**wrong** {errors}",
     ]
-    return f"{head} " + " | ".join(cells) + " |"
+    return f"{head} {' | '.join(cells)} |"
+
+
+def table_head(columns: tuple[str, ...]) -> list[str]:
+    return [f"| {' | '.join(columns)} |", "|" + " --- |" * len(columns)]
 
 
 def counts(found: dict) -> str:
@@ -224,10 +215,11 @@ def counts(found: dict) -> str:
     return ", ".join(f"{kind} x{count}" for kind, count in found.items())
 
 
-def joined(cells: list) -> str:
-    """Cells of several architectures, or the one value that all have."""
-    words = [str(cell) for cell in cells]
-    return words[0] if len(set(words)) == 1 else " / ".join(word or "none" for word in words)
+def joined(cells: list[str]) -> str:
+    """The cells of several architectures, or the one value that all have."""
+    if len(set(cells)) == 1:
+        return cells[0]
+    return " / ".join(cell or "none" for cell in cells)
 
 
 if __name__ == "__main__":

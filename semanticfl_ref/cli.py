@@ -41,6 +41,8 @@ COMMANDS = {
 }
 # Flags of other tools -> what to do here.
 ELSEWHERE = {
+    "--learning-rate": "did you mean --lr?",
+    "--num-clients": "did you mean --clients?",
     "--gpus": "a process uses one GPU: --device cuda; select it with CUDA_VISIBLE_DEVICES",
     "--gpu": "use --device cuda; select the GPU with CUDA_VISIBLE_DEVICES",
     "--num-workers": "data stay in memory, without worker processes",

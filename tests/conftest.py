@@ -20,6 +20,14 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory) -> Iterator[None]:
+    """Features are computed once a session; a user's cache is neither used nor changed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SEMANTICFL_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture
 def job() -> Iterator[list[str]]:
     """Flags of a job of some seconds. It sets the number of threads, which is put back after a test

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and digests over every byte."""
+"""Files that are complete or absent, with a SHA-256 over every byte."""
 
 import errno
 import os
@@ -27,20 +27,21 @@ def full_disk(monkeypatch):
 
 def test_a_round_trip_and_equal_bytes(tmp_path):
     one = storage.save_tensors(tmp_path / "one", TENSORS, {"z": 1, "a": [None, "ü"]})
-    other = storage.save_tensors(
-        tmp_path / "other", dict(reversed(TENSORS.items())), {"a": [None, "ü"], "z": 1}
-    )
-    assert one == other and (tmp_path / "one").read_bytes() == (tmp_path / "other").read_bytes()
+    backwards = dict(reversed(TENSORS.items()))
+    other = storage.save_tensors(tmp_path / "other", backwards, {"a": [None, "ü"], "z": 1})
+    assert one == other
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "other").read_bytes()
     tensors, about, recorded = storage.load_tensors(tmp_path / "one")
-    assert recorded == one and about == {"z": 1, "a": [None, "ü"]}
-    assert set(tensors) == set(TENSORS) and all(
-        torch.equal(tensors[name], TENSORS[name]) and tensors[name].dtype == TENSORS[name].dtype
-        for name in TENSORS
-    )
+    assert recorded == one
+    assert about == {"z": 1, "a": [None, "ü"]}
+    assert set(tensors) == set(TENSORS)
+    for name, tensor in TENSORS.items():
+        assert torch.equal(tensors[name], tensor)
+        assert tensors[name].dtype == tensor.dtype
 
 
 @pytest.mark.parametrize(
-    "tensors, about",
+    ("tensors", "about"),
     [
         ({"c": TENSORS["a"]}, {}),
         ({"b": TENSORS["b"].view(3, 2)}, {}),
@@ -51,16 +52,16 @@ def test_a_round_trip_and_equal_bytes(tmp_path):
     ids=["name", "shape", "dtype", "document", "values"],
 )
 def test_a_digest_covers_everything(tensors, about):
-    assert storage.digest(about, TENSORS | tensors) != storage.digest({}, TENSORS)
+    assert storage.sha256_of(about, TENSORS | tensors) != storage.sha256_of({}, TENSORS)
 
 
 def test_a_digest_sees_a_strided_tensor_as_its_values():
-    assert storage.digest({}, {"a": torch.arange(12).view(3, 4).T}) == storage.digest(
-        {}, {"a": torch.arange(12).view(3, 4).T.contiguous()}
-    )
+    strided = torch.arange(12).view(3, 4).T
+    contiguous = strided.contiguous()
+    assert storage.sha256_of({}, {"a": strided}) == storage.sha256_of({}, {"a": contiguous})
 
 
-def test_damage_is_told(tmp_path):
+def test_damage_is_found(tmp_path):
     path = tmp_path / "file"
     storage.save_tensors(path, TENSORS, {"a": 1})
     good = path.read_bytes()
@@ -70,9 +71,8 @@ def test_damage_is_told(tmp_path):
             tensors, about, _ = storage.load_tensors(path)
         except storage.Damaged:
             continue
-        assert about == {"a": 1} and all(
-            torch.equal(tensors[name], TENSORS[name]) for name in TENSORS
-        ), place
+        assert about == {"a": 1}, place
+        assert all(torch.equal(tensors[name], TENSORS[name]) for name in TENSORS), place
     for length in (0, 5, 8, 100, len(good) - 1):
         path.write_bytes(good[:length])
         with pytest.raises(storage.Damaged):
@@ -83,23 +83,20 @@ def test_damage_is_told(tmp_path):
 
 def test_a_full_disk_keeps_the_old_file(tmp_path, full_disk):
     (tmp_path / "file").write_text("old")
-    with pytest.raises(
-        DataError, match="cannot write .*file: No space left on device; buy a disk"
-    ) as caught:
-        storage.replace(tmp_path / "file", "new", "buy a disk")
-    assert (
-        caught.value.exit_code == 3
-        and os.listdir(tmp_path) == ["file"]
-        and (tmp_path / "file").read_text() == "old"
-    )
+    message = r"cannot write .*file: No space left on device; buy a disk"
+    with pytest.raises(DataError, match=message) as caught:
+        storage.write_atomic(tmp_path / "file", "new", "buy a disk")
+    assert caught.value.exit_code == 3
+    assert os.listdir(tmp_path) == ["file"]
+    assert (tmp_path / "file").read_text() == "old"
 
 
 def test_a_folder_that_forbids_writing_is_named(tmp_path):
     (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(DataError, match="cannot write .*file/below"):
-        storage.replace(tmp_path / "file" / "below", b"new")
+    with pytest.raises(DataError, match=r"cannot write .*file/below"):
+        storage.write_atomic(tmp_path / "file" / "below", b"new")
 
 
 def test_a_reader_that_went_away_is_not_a_full_disk():
-    with pytest.raises(BrokenPipeError), storage.writing("stdout"):
+    with pytest.raises(BrokenPipeError), storage.write_errors("stdout"):
         raise BrokenPipeError

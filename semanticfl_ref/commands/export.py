@@ -1,11 +1,26 @@
 """`export`: the trained model of a run as a file."""
 
-HELP = "write the trained model of a run as a file"
+from pathlib import Path
+
+from semanticfl_ref.commands.output import say, show
+
+HELP = "write the trained model of a run to a file that other programs can load"
 
 
 def add_flags(parser, argv: list[str]) -> None:
-    pass
+    parser.add_argument("run_folder", type=Path, metavar="RUN", help="run folder")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="file to write: model.safetensors (named tensors) or model.pt2 (torch.export program)",
+    )
 
 
 def run(arguments) -> int:
-    return 0
+    say(f"{arguments.run_folder}: loading torch ...")
+    from semanticfl_ref.run.trained import export_model
+
+    file = export_model(arguments.run_folder, arguments.out)
+    return show({"model": str(file)}, arguments.json, lambda document: document["model"])

@@ -1,11 +1,11 @@
-"""`report`: run folders as pages to look at."""
+"""`report`: run folders as pages."""
 
 from pathlib import Path
 
 from semanticfl_ref.commands.output import say, show
 from semanticfl_ref.errors import UserError
 
-HELP = "run folders as pages: report.html in each, with its figures; --out FILE compares several"
+HELP = "HTML pages of run folders: a report with figures in each, and with --out a comparison"
 
 
 def add_flags(parser, argv: list[str]) -> None:
@@ -15,44 +15,40 @@ def add_flags(parser, argv: list[str]) -> None:
     parser.add_argument(
         "--out",
         type=Path,
-        metavar="FILE",
-        help="with several runs: a page that lists and compares them",
+        metavar="FILE.html",
+        help="page to write that compares the runs, two or more (default: none)",
     )
 
 
 def run(arguments) -> int:
-    from semanticfl_ref.tools.report import html
-    from semanticfl_ref.tools.report.drawing import can_draw
+    from semanticfl_ref.tools.report import drawing, html, runs
 
-    if arguments.out is not None and len(arguments.runs) < 2:
-        raise UserError(
-            "--out is the page that compares several runs: name more of them, or leave it out; a run's own report goes into its folder"
-        )
-    if arguments.out is not None and not (
-        arguments.out.suffix == ".html" and arguments.out.absolute().parent.is_dir()
-    ):
-        raise UserError(
-            f"--out {arguments.out}: give a name that ends in .html, in a folder that exists"
-        )
-    runs = [
-        html.read_run(path) for path in arguments.runs
-    ]  # all are read before anything is written
-    if not can_draw():
-        say("note: no figures without matplotlib: pip install matplotlib; the tables are all there")
-    elif arguments.out is None and len(runs) > 1:
+    out = arguments.out
+    if out:
+        _check(out, len(arguments.runs))
+    # All are read before anything is written.
+    found = [runs.read_run(path) for path in arguments.runs]
+    if not drawing.can_draw():
+        say("note: tables without figures: matplotlib is not installed; pip install matplotlib")
+    elif not out and len(found) > 1:
         say("note: --out FILE.html adds a page that compares these runs")
-    pages = [str(html.write_report(each)) for each in runs]
-    compared = None if arguments.out is None else str(html.write_comparison(runs, arguments.out))
+    reports = [str(html.write_report(each)) for each in found]
+    comparison = str(html.write_comparison(found, out)) if out else None
     document = {
-        "reports": pages,
-        "comparison": compared,
-        "figures": can_draw(),
-        "unfinished": [str(each.path) for each in runs if not each.finished],
+        "reports": reports,
+        "comparison": comparison,
+        "figures": drawing.can_draw(),
+        "unfinished": [str(each.path) for each in found if not each.finished],
     }
-    return show(
-        document,
-        arguments.json,
-        lambda found: "\n".join(
-            [*([found["comparison"]] if found["comparison"] else []), *found["reports"]]
-        ),
-    )
+    pages = "\n".join(filter(None, [comparison, *reports]))
+    return show(document, arguments.json, lambda _: pages)
+
+
+def _check(out: Path, runs: int) -> None:
+    if runs < 2:
+        raise UserError(
+            f"--out {out}: this page compares several runs; name two or more, or leave --out out "
+            f"(the report of each run goes into its folder)"
+        )
+    if out.suffix != ".html" or not out.absolute().parent.is_dir():
+        raise UserError(f"--out {out}: give a name that ends in .html, in a folder that exists")

@@ -1,7 +1,7 @@
 """The flags for settings that every command with a configuration shares."""
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from semanticfl_ref.config.command_line import FLAGS
@@ -17,6 +17,7 @@ def add_settings(
     parser: argparse.ArgumentParser,
     argv: list[str],
     preset: Mapping[str, object] | None = None,
+    hidden: Collection[str] = (),
 ) -> None:
     """Add the flags of FLAGS, --config, --set and --offline.
 
@@ -24,15 +25,17 @@ def add_settings(
         parser: of the command.
         argv: the command's arguments: help shows the value that each setting has with them.
         preset: settings whose defaults the command changes.
+        hidden: settings that help does not list, since the command has them from elsewhere.
     """
     fields, values = setting_fields(), _values(argv, preset or {})
     for flag, name in FLAGS.items():
         field, value = fields[name], values[name]
         shown = f"default: {value}" if value != "" else "default: empty"
+        text = f"{field.metadata['help']} ({name}; {shown})".replace("%", "%%")
         parser.add_argument(
             flag,
             metavar="|".join(choices_of(field)) or METAVARS[field.type],
-            help=f"{field.metadata['help']} ({name}; {shown})".replace("%", "%%"),
+            help=argparse.SUPPRESS if name in hidden else text,
         )
     _add_sources(parser)
     parser.add_argument(

@@ -1,17 +1,18 @@
-"""`trace`: one round, statement by statement; and the map from equations to functions and tests."""
+"""`trace`: one round, statement by statement; or the map from equations to functions and tests."""
 
-import contextlib
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
-from semanticfl_ref.commands.settings_flags import add_settings, given
 from semanticfl_ref.commands.output import say, show
-from semanticfl_ref.config import resolve as config
+from semanticfl_ref.commands.settings_flags import add_settings, settings_of
 from semanticfl_ref.errors import UserError
 
-HELP = "show one round statement by statement: where it stands, its equation, its numbers; or --map, which function computes which equation"
-# A round small enough to read, in the precision in which its numbers add up; the file and the flags
-# win.
+HELP = (
+    "show one round statement by statement, with its equations and values; or, with --map, which "
+    "function computes which equation"
+)
+# A round small enough to read, in a precision in which its numbers add up.
 SMALL = {
     "partition.clients": 2,
     "federation.clients_per_round": 2,
@@ -20,93 +21,112 @@ SMALL = {
     "federation.batch_size": 4,
     "run.precision": "fp32",
 }
+PROMPT = "Enter: next step, q: quit "
 
 
 def add_flags(parser, argv: list[str]) -> None:
-    add_settings(parser, argv)
+    add_settings(parser, argv, preset=SMALL)
     parser.add_argument(
-        "--images", type=int, default=8, metavar="N", help="images of each client, at most (8)"
+        "--images",
+        type=int,
+        default=8,
+        metavar="N",
+        help="maximum number of images per client (default: 8)",
     )
     parser.add_argument(
         "--round",
         type=int,
         default=1,
         metavar="N",
-        help="which round to show; those before are played unseen (1). SCAFFOLD's and MOON's memory is empty in the first",
+        help="round to show, after running those before it; the state of SCAFFOLD and MOON is "
+        "empty in the first (default: 1)",
     )
-    parser.add_argument("--step", action="store_true", help="wait for Enter after each step")
+    parser.add_argument(
+        "--all", action="store_true", help="every statement, also those without an equation"
+    )
+    parser.add_argument("--step", action="store_true", help="one step at a time, after Enter")
     parser.add_argument(
         "--html",
         type=Path,
         metavar="FILE",
-        help="write one page with source, equations, numbers and pictures",
+        help="page with code, equations, values and pictures",
     )
     parser.add_argument(
         "--map",
         action="store_true",
-        help="only the table of equations, the functions that compute them, and the tests that show them",
+        help="only the table of equations, the functions that compute them, and their tests",
     )
-    parser.add_argument("--markdown", action="store_true", help="with --map: as Markdown")
+    parser.add_argument("--markdown", action="store_true", help="Markdown, with --map")
 
 
 def run(arguments) -> int:
-    _refuse(arguments)
+    _check(arguments)
     if arguments.map:
-        from semanticfl_ref.tools.trace import equations
+        return _show_map(arguments)
+    config = settings_of(arguments, SMALL)
+    name, method = config.data.name, config.federation.method
+    say(f"{name}, {method}, round {arguments.round}: loading torch ...")
+    from semanticfl_ref.tools.trace.page import write_page
+    from semanticfl_ref.tools.trace.text import Terminal, has_colours
+    from semanticfl_ref.tools.trace.trace import trace_round
 
-        found = equations.equations()
-        return show(
-            {"equations": [vars(e) for e in found]},
-            arguments.json,
-            lambda _: (equations.as_markdown if arguments.markdown else equations.as_text)(found),
-        )
-    settings = config.resolve(
-        {
-            **SMALL,
-            **(config.read_toml(arguments.config) if arguments.config else {}),
-            **given(arguments),
-        },
-        None,
-        arguments.set,
-    )
-    say(
-        f"{settings.data.name}, {settings.federation.method}, round {arguments.round}: loading torch ..."
-    )
-    from semanticfl_ref.tools.trace import page as trace_page
-    from semanticfl_ref.tools.trace import trace, words
-
-    document, context = trace.observe(
-        settings, images=arguments.images, round=arguments.round, offline=arguments.offline, say=say
+    traced = trace_round(
+        config,
+        images=arguments.images,
+        round=arguments.round,
+        offline=arguments.offline,
+        say=say,
     )
     if arguments.html:
-        trace_page.write(arguments.html, document, context, arguments.offline)
+        write_page(arguments.html, traced)
         say(f"written: {arguments.html}")
-    if arguments.json or not (arguments.html or arguments.step):
-        return show(
-            document,
-            arguments.json,
-            lambda _: "\n".join(words.blocks(document, words.colourful(sys.stdout))),
-        )
-    with contextlib.suppress(EOFError):
-        for block in words.blocks(document, words.colourful(sys.stdout)) if arguments.step else ():
-            print(block, flush=True)
-            input()
-    return 0
+        if not arguments.json:
+            return 0
+    terminal = Terminal(everything=arguments.all, colours=has_colours(sys.stdout))
+    if arguments.step:
+        _step_through(terminal.blocks(traced.document))
+        return 0
+    return show(traced.document, arguments.json, lambda it: "\n".join(terminal.blocks(it)))
 
 
-def _refuse(arguments) -> None:
+def _check(arguments) -> None:
     mistakes = {
-        "--markdown belongs to `trace --map`": arguments.markdown and not arguments.map,
-        "--step shows the round in the terminal: it takes neither --json, --html nor --map": arguments.step
-        and (arguments.json or arguments.html or arguments.map),
-        "--step waits for a key, and standard input is no terminal: leave --step out": arguments.step
-        and not sys.stdin.isatty(),
-        "--images and --round: must be at least 1": min(arguments.images, arguments.round) < 1,
-        f"--html {arguments.html} is there already: choose another name, or remove it": arguments.html
-        and arguments.html.exists(),
-        f"--html {arguments.html}: its folder does not exist; make it first": arguments.html
-        and not arguments.html.parent.is_dir(),
+        "--markdown: only with --map": arguments.markdown and not arguments.map,
+        "--step shows the round in the terminal: use it without --json, --html and --map": (
+            arguments.step and (arguments.json or arguments.html or arguments.map)
+        ),
+        "--step waits for a key, but standard input is not a terminal: leave --step out": (
+            arguments.step and not sys.stdin.isatty()
+        ),
+        "--images and --round must be at least 1": min(arguments.images, arguments.round) < 1,
+        f"--html {arguments.html} exists already: choose another name, or remove it": (
+            arguments.html and arguments.html.exists()
+        ),
+        f"--html {arguments.html}: its folder does not exist; make it first": (
+            arguments.html and not arguments.html.parent.is_dir()
+        ),
     }
     for message, made in mistakes.items():
         if made:
             raise UserError(message)
+
+
+def _show_map(arguments) -> int:
+    from semanticfl_ref.tools.trace.equations import as_markdown, as_text, equations
+
+    found = equations()
+    as_words = as_markdown if arguments.markdown else as_text
+    document = {"equations": [vars(equation) for equation in found]}
+    return show(document, arguments.json, lambda _: as_words(found))
+
+
+def _step_through(blocks: Iterable[str]) -> None:
+    for block in blocks:
+        print(block, flush=True)
+        print(PROMPT, end="", file=sys.stderr, flush=True)
+        try:
+            answer = input()
+        except EOFError:
+            return
+        if answer.strip() == "q":
+            return

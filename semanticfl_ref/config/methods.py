@@ -191,6 +191,7 @@ class FedDifRCSettings(Section):
 
 PACKAGE = "semanticfl_ref.federated.methods"
 register_method("fedavg", f"{PACKAGE}.fedavg:FEDAVG")
+register_method("semanticfl", f"{PACKAGE}.semanticfl:SEMANTICFL", SemanticFLSettings)
 register_method("fedprox", f"{PACKAGE}.fedprox:FEDPROX", FedProxSettings)
 register_method("scaffold", f"{PACKAGE}.scaffold:SCAFFOLD", ScaffoldSettings)
 register_method("moon", f"{PACKAGE}.moon:MOON", MoonSettings)
@@ -203,4 +204,3 @@ register_method(
     FedDifRCSettings,
     preset={"anchors.text": "unet"},
 )
-register_method("semanticfl", f"{PACKAGE}.semanticfl:SEMANTICFL", SemanticFLSettings)

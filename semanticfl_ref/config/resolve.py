@@ -10,9 +10,9 @@ from pathlib import Path
 
 from semanticfl_ref.config.presets import EMBEDDED, TINY_MODEL
 from semanticfl_ref.config.registry import DATASETS, METHODS
-from semanticfl_ref.config.settings import Config, DataSettings, from_flat, setting_fields
 from semanticfl_ref.config.schema import convert
-from semanticfl_ref.errors import DataError, UserError, unknown
+from semanticfl_ref.config.settings import Config, from_flat, setting_fields
+from semanticfl_ref.errors import DataError, UserError
 
 
 def resolve(

@@ -1,4 +1,4 @@
-"""Settings: dataclass fields with help, range, unit and source, checked when their section is made."""
+"""Settings: dataclass fields with help, range, unit and source, checked when they are made."""
 
 import dataclasses
 import json

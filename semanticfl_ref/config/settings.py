@@ -74,7 +74,8 @@ class PartitionSettings(Section):
     alpha: float = option(
         0.2,
         "Dirichlet concentration of nid1 and quantity; small values are skewed",
-        above=0.0,
+        low=1e-6,
+        high=1e6,
         source="S",
     )
     classes_per_client: int = option(
@@ -185,8 +186,8 @@ class AnchorsSettings(Section):
     width: int = option(512, "width of a visual anchor", low=2, high=4096, source="S")
     aggregation: str = option(
         "256-128-128",
-        "width per layer, in the order of diffusion.layers; equal: the same for each; separability: "
-        "equal, with layers weighted by their Fisher ratio",
+        "width per layer, in the order of diffusion.layers; equal: the same for each; "
+        "separability: equal, with layers weighted by their Fisher ratio",
         source="N",
     )
     whiten: bool = option(True, "PCA components scaled to unit variance", source="O")

@@ -1,5 +1,4 @@
-"""Batches from one resident uint8 tensor: seeded indices, and the augmentation of a whole batch at
-once. No DataLoader.
+"""Batches from one uint8 tensor in memory: seeded indices, and augmentation of whole batches.
 
 Letters: B batch.
 """
@@ -7,24 +6,24 @@ Letters: B batch.
 import torch
 import torch.nn.functional as F
 
-MARGIN = 4  # pixels of padding on each side before a random crop, as usual for CIFAR
+MARGIN = 4  # pixels of padding per side before a random crop, as usual for CIFAR
 
 
 def epoch_batches(
     indices: torch.Tensor, *, batch_size: int, generator: torch.Generator
 ) -> list[torch.Tensor]:
-    """Shuffle a client's indices and cut them into batches; every index comes once.
+    """Shuffle a client's indices and split them into batches; every index occurs once.
 
-    A last batch of one joins the one before it, because BatchNorm has no variance over one image; a
-    client with fewer images than a batch still takes one step.
+    A last batch of one image joins the batch before it, since BatchNorm has no variance over one
+    image. A client with fewer images than a batch still takes one step.
 
     Args:
         indices: int64 [n], n >= 1.
-        batch_size: images a batch, >= 1; one batch may hold one more.
+        batch_size: images per batch, >= 1.
         generator: CPU generator of this client and epoch.
 
     Returns:
-        int64 tensors [batch_size] (the last one shorter, or longer by one), on the indices' device.
+        int64 tensors [batch_size], the last one shorter or longer by one; on the indices' device.
     """
     assert batch_size >= 1 and len(indices) >= 1, "a client without images has no batches"
     order = torch.randperm(len(indices), generator=generator).to(indices.device)
@@ -37,23 +36,21 @@ def epoch_batches(
 def network_input(
     images: torch.Tensor, *, augment: bool, generator: torch.Generator | None
 ) -> torch.Tensor:
-    """What the network reads; equals `(images / 255 - 0.5) / 0.5` with the channels moved, after a
-    random flip and crop if asked.
+    """The network's input: equals `(images.permute(0, 3, 1, 2) / 255 - 0.5) / 0.5`.
 
     Args:
         images: uint8 [B, H, W, 3], on any device.
-        augment: flip half of the images and crop each from a black frame of 4 pixels.
-        generator: CPU generator for the augmentation; may be None without it.
+        augment: first flip half of the images, and crop each after padding by 4 black pixels.
+        generator: CPU generator of the augmentation; None without it.
 
     Returns:
         float32 [B, 3, H, W] in -1 ... 1, channels_last, on the images' device.
     """
     if augment:
         images = _flip_and_crop(images, generator)
-    # NHWC bytes seen as NCHW are channels_last already: no copy but the conversion.
-    x_B3HW = (
-        images.permute(0, 3, 1, 2).to(torch.float32).contiguous(memory_format=torch.channels_last)
-    )
+    # NHWC bytes viewed as NCHW are channels_last already: the conversion is the only copy.
+    x_B3HW = images.permute(0, 3, 1, 2).to(torch.float32)
+    x_B3HW = x_B3HW.contiguous(memory_format=torch.channels_last)
     return x_B3HW.div_(127.5).sub_(1)
 
 
@@ -64,9 +61,8 @@ def _flip_and_crop(images: torch.Tensor, generator: torch.Generator | None) -> t
     top_B, left_B = torch.randint(0, 2 * MARGIN + 1, (2, B), generator=generator).to(device)
     flip_B = torch.randint(0, 2, (B,), generator=generator).to(device).bool()
     rows_BH = top_B[:, None] + torch.arange(H, device=device)
-    across = torch.arange(W, device=device)
-    columns_BW = left_B[:, None] + torch.where(flip_B[:, None], across.flip(0), across)
-    framed = F.pad(images, (0, 0, MARGIN, MARGIN, MARGIN, MARGIN))
-    return framed[
-        torch.arange(B, device=device)[:, None, None], rows_BH[:, :, None], columns_BW[:, None, :]
-    ]
+    across_W = torch.arange(W, device=device)
+    columns_BW = left_B[:, None] + torch.where(flip_B[:, None], across_W.flip(0), across_W)
+    padded = F.pad(images, (0, 0, MARGIN, MARGIN, MARGIN, MARGIN))
+    image_B = torch.arange(B, device=device)
+    return padded[image_B[:, None, None], rows_BH[:, :, None], columns_BW[:, None, :]]

@@ -24,11 +24,11 @@ CHUNK = 1000  # images at a time
 def apply_partition(dataset: Dataset, partition: Partition, seed: int) -> tuple[Dataset, Partition]:
     """The training images as the clients hold them: unused ones left out, corruptions applied.
 
-    The server sees the same images where anchors are made from training images. Validation and test
-    images stay as they are. Without unused images and corruptions, the arguments are returned.
+    Anchors that are made from training images are made from these. Validation and test images stay
+    as they are.
 
     Returns:
-        The data set and the partition of its training images.
+        The data set and the partition of its training images; the arguments if nothing changes.
     """
     if not partition.dropped and not partition.corruptions:
         return dataset, partition
@@ -36,6 +36,7 @@ def apply_partition(dataset: Dataset, partition: Partition, seed: int) -> tuple[
     images, labels = dataset.train_images[used], dataset.train_labels[used]
     for client, corruption in enumerate(partition.corruptions):
         own = torch.cat([partition.indices[client], partition.held_out[client]])
+        # "camera" is an earlier name: another one would change published results.
         source = generator(seed, "camera", client=client)
         images[own] = corrupted(corruption, images[own], source)
     tensors = dataset.tensors | {"train_images": images, "train_labels": labels}
@@ -44,14 +45,14 @@ def apply_partition(dataset: Dataset, partition: Partition, seed: int) -> tuple[
 
 
 def corrupted(corruption: str, images: torch.Tensor, source: torch.Generator) -> torch.Tensor:
-    """Images with a corruption applied.
+    """Apply a corruption to images.
 
     Args:
         corruption: "grey" (luma), "blur" (mean of 3x3 pixels), "noise" (Gaussian, 25 of 255),
-            "colour cast" (gains 1, 3/4, 1/2 of the colours in random order), "low resolution"
+            "colour cast" (gains 1, 3/4, 1/2 of the colours, in random order), "low resolution"
             (halved and enlarged again).
         images: uint8 [n, H, W, 3].
-        source: of the noise, and of the order of the gains.
+        source: generator of the noise and of the order of the gains.
 
     Returns:
         uint8 [n, H, W, 3].

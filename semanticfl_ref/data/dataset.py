@@ -1,4 +1,4 @@
-"""Data sets: one resident uint8 tensor per part, read by the reader that is registered by name.
+"""Data sets: one uint8 tensor per part, in memory, read by the reader registered under the name.
 
     digit-scenes  the digits below, each rotated, scaled, shifted and coloured; embedded
     digits        1 797 handwritten digits as grey 32x32 images; embedded
@@ -17,9 +17,10 @@ import torch.nn.functional as F
 
 from semanticfl_ref.config.registry import DATASETS
 from semanticfl_ref.config.settings import DataSettings
+from semanticfl_ref.errors import DataError
 from semanticfl_ref.randomness import generator
 
-CHUNK = 1000  # images that are resized at a time
+CHUNK = 1000  # images resized at a time
 
 
 class Labelled(NamedTuple):
@@ -35,7 +36,7 @@ class Labelled(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class ReadOptions:
-    """What a reader is given: the section `data`, the seed of the run, whether to stay offline."""
+    """What a reader gets: the section `data`, the run's seed, and whether to stay offline."""
 
     settings: DataSettings
     seed: int
@@ -44,7 +45,7 @@ class ReadOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """What a reader returns. Without `validation`, a share of the training images is set aside."""
+    """What a reader returns. Without `validation`, it is a share of the training images."""
 
     class_names: tuple[str, ...]
     train: Labelled
@@ -90,12 +91,12 @@ def load_dataset(settings: DataSettings, *, seed: int = 0, offline: bool = False
 
     Args:
         settings: the section `data`.
-        seed: of the images that are set aside for validation or test.
+        seed: of the choice of validation images, and of test images where there is no test part.
         offline: no network access.
 
     Raises:
         UserError: an option that the data set does not have.
-        DataError: files that are missing, damaged or hostile.
+        DataError: files are missing, damaged or hostile, or the reader returns something else.
         DownloadError: a download is needed and impossible.
     """
     options = ReadOptions(settings=settings, seed=seed, offline=offline)
@@ -106,6 +107,7 @@ def load_dataset(settings: DataSettings, *, seed: int = 0, offline: bool = False
         train, validation = hold_out(train, share, generator(seed, "validation"))
     tensors = {}
     for name, part in (("train", train), ("validation", validation), ("test", parts.test)):
+        _check(part, len(parts.class_names), f"data set {settings.name}, part {name}")
         tensors[f"{name}_images"] = resized(part.images, settings.image_size)
         tensors[f"{name}_labels"] = part.labels
     sha256 = content_sha256(parts.class_names, tensors)
@@ -113,7 +115,7 @@ def load_dataset(settings: DataSettings, *, seed: int = 0, offline: bool = False
 
 
 def hold_out(part: Labelled, share: float, source: torch.Generator) -> tuple[Labelled, Labelled]:
-    """The same share of every class set aside: what stays, and what is set aside."""
+    """Set the same share of every class aside: the images that stay, those set aside."""
     if share == 0:
         return part, Labelled(part.images[:0], part.labels[:0])
     stay, aside = stratified(part.labels, (1 - share, share), source)
@@ -152,9 +154,7 @@ def resized(images: torch.Tensor, size: int) -> torch.Tensor:
         scaled = F.interpolate(
             chunk, size=(size, size), mode="bicubic", antialias=True, align_corners=False
         )
-        out[start : start + CHUNK] = (
-            scaled.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
-        )
+        out[start : start + CHUNK] = scaled.round().clamp(0, 255).permute(0, 2, 3, 1)
     return out
 
 
@@ -168,5 +168,18 @@ def content_sha256(class_names: tuple[str, ...], tensors: dict[str, torch.Tensor
 
 
 def readable(name: str) -> str:
-    """A file's or archive's name of a class as it appears in captions: maple_tree -> maple tree."""
+    """The name of a class as it appears in captions: maple_tree -> maple tree."""
     return name.replace("_", " ")
+
+
+def _check(part: Labelled, classes: int, name: str) -> None:
+    """Raise DataError unless a part has the shapes and types that `Dataset` promises."""
+    images, labels = part
+    found = (images.dtype, images.shape[3:], labels.dtype, labels.shape)
+    expected = (torch.uint8, (3,), torch.int64, images.shape[:1])
+    if found != expected or ((labels < 0) | (labels >= classes)).any():
+        raise DataError(
+            f"{name}: images {images.dtype} {list(images.shape)}, labels {labels.dtype} "
+            f"{list(labels.shape)}; its reader must return images uint8 [N, H, W, 3] and labels "
+            f"int64 [N], 0 ... {classes - 1}"
+        )

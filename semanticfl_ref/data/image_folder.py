@@ -5,9 +5,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from semanticfl_ref.data import archives
+from semanticfl_ref.data.archives import decode_image
 from semanticfl_ref.data.dataset import Labelled, Parts, ReadOptions, hold_out, readable
-
 from semanticfl_ref.errors import DataError, UserError
 from semanticfl_ref.randomness import generator
 
@@ -19,21 +18,23 @@ SUFFIXES = {
 
 
 def read(options: ReadOptions) -> Parts:
-    """train/ and test/ with the same class folders; or class folders, of which a seeded share
-    becomes the test part. Images are ordered by class, then by path."""
+    """The images of data.dir, in the order of the class folders' names, then of their paths.
+
+    It holds train/ and test/ with the same class folders; or only class folders, of which a share
+    chosen by the seed becomes the test part.
+    """
     settings = options.settings
     if not settings.dir or settings.sha256:
         raise UserError("--dataset image_folder needs --data-dir FOLDER, and no --data-sha256")
     folder, size = Path(settings.dir), settings.image_size or SIDE
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder: correct --data-dir")
-    present = [part for part in ("train", "test") if (folder / part).is_dir()]
-    if len(present) == 1:
+    train_folder, test_folder = folder / "train", folder / "test"
+    if train_folder.is_dir() != test_folder.is_dir():
         raise DataError(
-            f"{folder} has {present[0]}/ but not its counterpart: give both train/ and test/, or "
-            f"class folders only"
+            f"{folder} has only one of train/ and test/: give both, or only class folders"
         )
-    if not present:
+    if not train_folder.is_dir():
         names, images = _class_folders(folder, size)
         train, test = hold_out(images, TEST_SHARE, generator(options.seed, "folder-test"))
         if len(test.labels) == 0:
@@ -42,30 +43,29 @@ def read(options: ReadOptions) -> Parts:
                 f"test: add some, or give train/ and test/"
             )
         return Parts(class_names=names, train=train, test=test)
-    names, train = _class_folders(folder / "train", size)
-    test_names, test = _class_folders(folder / "test", size)
+    names, train = _class_folders(train_folder, size)
+    test_names, test = _class_folders(test_folder, size)
     if names != test_names:
-        differing = sorted(set(names) ^ set(test_names))
+        differing = ", ".join(sorted(set(names) ^ set(test_names))[:5])
         raise DataError(
-            f"{folder}: train/ and test/ have different class folders: {', '.join(differing[:5])}"
+            f"{folder}: train/ and test/ have different class folders ({differing}): give both the "
+            f"same"
         )
     return Parts(class_names=names, train=train, test=test)
 
 
 def _class_folders(folder: Path, size: int) -> tuple[tuple[str, ...], Labelled]:
-    """Names of the class folders, sorted, and the images below them, in the order of their paths."""
+    """The names of the class folders, sorted, and the images below them."""
+    images, labels = [], []
     try:
-        classes = sorted(
-            path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")
-        )
+        classes = sorted(path for path in folder.iterdir() if path.is_dir() and _visible(path))
         if len(classes) < 2:
             raise DataError(f"{folder} holds {len(classes)} class folders: at least 2 are needed")
-        images, labels = [], []
         for label, class_folder in enumerate(classes):
-            files = _image_files(class_folder)
+            files = sorted(file for file in class_folder.rglob("*") if _is_image(file))
             if not files:
                 raise DataError(f"class folder {class_folder} holds no image: fill or remove it")
-            images += [archives.decode_image(f.read_bytes(), str(f), size) for f in files]
+            images += [decode_image(file.read_bytes(), str(file), size) for file in files]
             labels += [label] * len(files)
     except OSError as error:
         raise DataError(f"cannot read {error.filename or folder}: {error.strerror}") from None
@@ -73,9 +73,9 @@ def _class_folders(folder: Path, size: int) -> tuple[tuple[str, ...], Labelled]:
     return names, Labelled(torch.from_numpy(np.stack(images)), torch.tensor(labels))
 
 
-def _image_files(folder: Path) -> list[Path]:
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in SUFFIXES and path.is_file() and not path.name.startswith(".")
-    )
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES and path.is_file() and _visible(path)
+
+
+def _visible(path: Path) -> bool:
+    return not path.name.startswith(".")

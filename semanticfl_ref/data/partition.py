@@ -1,13 +1,13 @@
-"""Training images partitioned across clients by a scenario or a file.
+"""Training images partitioned across clients, by a scenario or a file.
 
-A partition is drawn once and repaired within a bound, or refused with the reason.
+Every client gets a minimum of images; a partition that is impossible is refused with the reason.
 
 Letters: M clients in all, C classes, N images.
 """
 
 import hashlib
 import heapq
-from collections.abc import Mapping
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,7 +20,6 @@ from semanticfl_ref.data.partition_file import read_assignment
 from semanticfl_ref.errors import DataError, UserError
 from semanticfl_ref.randomness import generator
 
-ALPHA_RANGE = (1e-6, 1e6)  # outside, even the logarithms of Gamma samples leave float64's range
 MINIMUM_IMAGES = 2  # per client: BatchNorm has no variance over one
 CORRUPTIONS = ("grey", "blur", "noise", "colour cast", "low resolution")
 MODALITIES = ("visual and text", "text", "visual", "neither")  # which anchors a client receives
@@ -31,7 +30,7 @@ class Partition:
     """Which client holds which training images, and how clients differ otherwise.
 
     Attributes:
-        scenario, seed, alpha: how it was drawn.
+        scenario, seed, alpha: how it was made.
         indices: M ascending int64 tensors, the images that each client trains on.
         held_out: M ascending int64 tensors, the images of each client's own test set. All these
             tensors are disjoint; together they are all images but the `dropped` ones.
@@ -92,21 +91,13 @@ class Partition:
 
     def manifest(self) -> dict:
         """All but the indices, which the SHA-256 stands for; plain JSON values."""
-        return {
-            "scenario": self.scenario,
-            "seed": self.seed,
-            "alpha": self.alpha if self.scenario in ("nid1", "quantity") else None,
-            "clients": len(self.indices),
-            "sizes": list(self.sizes),
-            "held_out_sizes": [len(own) for own in self.held_out],
-            "histograms": [list(row) for row in self.histograms],
-            "dropped": list(self.dropped),
-            "corruptions": list(self.corruptions),
-            "modalities": list(self.modalities),
-            "skew": self.skew,
-            "kl": self.kl,
-            "sha256": self.sha256,
-        }
+        values = {k: v for k, v in vars(self).items() if k not in ("indices", "held_out")}
+        values["clients"] = len(self.indices)
+        values["held_out_sizes"] = [len(own) for own in self.held_out]
+        values["kl"] = self.kl
+        if self.scenario not in ("nid1", "quantity"):
+            values["alpha"] = None
+        return json.loads(json.dumps(values))  # tuples become lists
 
 
 def make_partition(
@@ -125,39 +116,24 @@ def make_partition(
         settings: the section `partition`.
         classes: C.
         seed: the run's seed.
-        data_sha256: of the data set, which a partition file may record.
+        data_sha256: of the data set; a partition file may record it.
         minimum: images that every client gets at least; the largest clients give what is missing.
 
     Raises:
-        UserError: an alpha out of range, too few images for so many clients, or what a scenario
-            does not admit.
+        UserError: too few images for so many clients, or what a scenario does not allow.
         DataError, MismatchError: the file is damaged, gives a client too few images, or belongs to
             another data set.
     """
-    labels, clients = labels.cpu(), settings.clients
-    assert len(labels) == 0 or (0 <= int(labels.min()) and int(labels.max()) < classes)
-    low, high = ALPHA_RANGE
-    if not low <= settings.alpha <= high:
-        raise UserError(
-            f"partition.alpha = {settings.alpha}: must be in {low:g} ... {high:g} (small values "
-            f"are skewed)"
-        )
+    labels = labels.cpu()
     source = generator(seed, "long-tail")
     kept = scenarios.long_tail(labels, classes, settings.imbalance, source)
     if settings.file:
-        scenario = "file"
-        client_N = read_assignment(Path(settings.file), len(labels), clients, data_sha256)
+        client_N = read_assignment(Path(settings.file), len(labels), settings.clients, data_sha256)
         kept = kept[client_N[kept] >= 0]
         client_N = client_N[kept]
         _refuse_short(client_N, settings, minimum)
     else:
-        scenario = settings.scenario
-        if len(kept) < clients * minimum:
-            raise UserError(
-                f"{clients} clients need at least {clients * minimum} training images ({minimum} "
-                f"each), there are {len(kept)}: lower --clients"
-            )
-        source = generator(seed, f"partition-{scenario}")
+        source = generator(seed, f"partition-{settings.scenario}")
         assignment = scenarios.Assignment(
             labels=labels[kept],
             classes=classes,
@@ -165,26 +141,49 @@ def make_partition(
             minimum=minimum,
             generator=source,
         )
-        client_N = _repair(SCENARIOS[scenario](assignment), clients, minimum, source)
-    shift, modality = settings.feature_shift, settings.modality
-    traits = {
-        "corruptions": _in_turn(CORRUPTIONS, clients, seed, "cameras") if shift != "none" else (),
-        "modalities": _in_turn(MODALITIES, clients, seed, "modalities")
-        if modality != "none"
-        else (),
-    }
-    drawn = {"scenario": scenario, "seed": seed, "alpha": float(settings.alpha)}
-    return _partition(client_N, kept, labels, classes, settings, {**drawn, **traits})
+        client_N = _assign(assignment)
+    return _partition(client_N, kept, labels, settings, classes=classes, seed=seed)
 
 
-def _in_turn(names: tuple[str, ...], clients: int, seed: int, purpose: str) -> tuple[str, ...]:
-    """A name for each client: in turn, over a seeded shuffle of the clients."""
-    order = torch.randperm(clients, generator=generator(seed, purpose)).tolist()
-    return tuple(names[position % len(names)] for position in order)
+def _assign(a: scenarios.Assignment) -> torch.Tensor:
+    """The client of every image, int64 [N], by the scenario; every client gets its minimum."""
+    name, images, needed = a.settings.scenario, len(a.labels), a.clients * a.minimum
+    if images < needed:
+        raise UserError(
+            f"{a.clients} clients need at least {needed} training images ({a.minimum} each), there "
+            f"are {images}: lower --clients"
+        )
+    client_N = SCENARIOS[name](a)
+    valid = client_N.dtype == torch.int64 and client_N.shape == a.labels.shape
+    if not valid or client_N.min() < 0 or client_N.max() >= a.clients:
+        raise UserError(
+            f"scenario {name!r} must return the client of every image, int64 [{images}] in 0 ... "
+            f"{a.clients - 1}; it returns {client_N.dtype} {list(client_N.shape)}"
+        )
+    return _repair(client_N, a)
+
+
+def _repair(client_N: torch.Tensor, a: scenarios.Assignment) -> torch.Tensor:
+    """Every client its minimum: one image at a time from the largest, at most M * minimum moves."""
+    sizes = torch.bincount(client_N, minlength=a.clients).tolist()
+    short = [m for m, size in enumerate(sizes) for _ in range(a.minimum - size)]
+    if not short:
+        return client_N
+    order = torch.randperm(len(client_N), generator=a.generator)
+    of_client = order[client_N[order].argsort(stable=True)].split(sizes)
+    stock = {m: of_client[m].tolist() for m, size in enumerate(sizes) if size > a.minimum}
+    largest = [(-len(images), m) for m, images in stock.items()]
+    heapq.heapify(largest)
+    for m in short:
+        size, giver = heapq.heappop(largest)
+        client_N[stock[giver].pop()] = m
+        if -size - 1 > a.minimum:
+            heapq.heappush(largest, (size + 1, giver))
+    return client_N
 
 
 def _refuse_short(client_N: torch.Tensor, settings: PartitionSettings, minimum: int) -> None:
-    """Raise DataError if a file leaves a client below the minimum: it is not repaired."""
+    """Raise DataError if a file gives a client fewer images than the minimum."""
     fewest = torch.bincount(client_N, minlength=settings.clients).min(0)
     if fewest.values < minimum:
         left = ", of those that partition.imbalance leaves" if settings.imbalance > 1 else ""
@@ -194,69 +193,58 @@ def _refuse_short(client_N: torch.Tensor, settings: PartitionSettings, minimum: 
         )
 
 
-def _repair(
-    client_N: torch.Tensor, clients: int, minimum: int, source: torch.Generator
-) -> torch.Tensor:
-    """Every client its minimum: one image at a time from the largest, at most M * minimum moves."""
-    sizes = torch.bincount(client_N, minlength=clients).tolist()
-    short = [m for m in range(clients) if sizes[m] < minimum]
-    if not short:
-        return client_N
-    order = torch.randperm(len(client_N), generator=source)
-    stock = {m: order[client_N[order] == m].tolist() for m in range(clients) if sizes[m] > minimum}
-    largest = [(-len(images), m) for m, images in stock.items()]
-    heapq.heapify(largest)
-    for m in short:
-        for _ in range(minimum - sizes[m]):
-            size, giver = heapq.heappop(largest)
-            client_N[stock[giver].pop()] = m
-            if -size - 1 > minimum:
-                heapq.heappush(largest, (size + 1, giver))
-    return client_N
-
-
 def _partition(
     client_N: torch.Tensor,
     kept: torch.Tensor,
     labels: torch.Tensor,
-    classes: int,
     settings: PartitionSettings,
-    about: Mapping[str, object],
+    *,
+    classes: int,
+    seed: int,
 ) -> Partition:
-    """The partition that assigns the kept images to these clients; checks the invariants."""
+    """The partition that gives the kept images to these clients."""
     counts = torch.bincount(client_N, minlength=settings.clients)
-    assert len(counts) == settings.clients and int(counts.min()) > 0
-    assert int(counts.sum()) == len(kept)
+    assert len(counts) == settings.clients and counts.min() > 0 and counts.sum() == len(kept)
     # A stable sort keeps the images of a client ascending.
     whole = kept[client_N.argsort(stable=True)].split(counts.tolist())
+    pairs = [_hold_out(own, settings, seed, client) for client, own in enumerate(whole)]
+    indices, held_out = zip(*pairs, strict=True)
+    sizes_M = torch.tensor([len(own) for own in indices])
+    table_MC = torch.stack([torch.bincount(labels[own], minlength=classes) for own in indices])
+    global_C = table_MC.sum(0).double() / sizes_M.sum()
+    distance_M = (table_MC.double() / sizes_M[:, None] - global_C).abs().sum(1) / 2
     unused_C = torch.bincount(labels, minlength=classes)
     unused_C -= torch.bincount(labels[kept], minlength=classes)
-    pairs = [
-        _hold_out(images, settings.held_out_share, about["seed"], client)
-        for client, images in enumerate(whole)
-    ]
-    indices, held_out = zip(*pairs, strict=True)
-    sizes = torch.tensor([len(own) for own in indices])
-    table_MC = torch.stack([torch.bincount(labels[own], minlength=classes) for own in indices])
-    global_C = table_MC.sum(0).double() / sizes.sum()
-    distance_M = (table_MC.double() / sizes[:, None] - global_C).abs().sum(1) / 2
-    everything = sizes.numpy().tobytes() + torch.cat([*indices, *held_out]).numpy().tobytes()
+    everything = sizes_M.numpy().tobytes() + torch.cat([*indices, *held_out]).numpy().tobytes()
+    # "cameras" is an earlier name: another one would change published results.
+    corruptions = _in_turn(CORRUPTIONS, settings.clients, generator(seed, "cameras"))
+    modalities = _in_turn(MODALITIES, settings.clients, generator(seed, "modalities"))
     return Partition(
+        scenario="file" if settings.file else settings.scenario,
+        seed=seed,
+        alpha=settings.alpha,
         indices=indices,
         held_out=held_out,
-        sizes=tuple(sizes.tolist()),
+        sizes=tuple(sizes_M.tolist()),
         histograms=tuple(tuple(row) for row in table_MC.tolist()),
         skew=float(distance_M.mean()),
         sha256=hashlib.sha256(everything).hexdigest(),
         dropped=tuple(unused_C.tolist()) if unused_C.any() else (),
-        **about,
+        corruptions=corruptions if settings.feature_shift == "corruption" else (),
+        modalities=modalities if settings.modality == "mixed" else (),
     )
 
 
 def _hold_out(
-    images: torch.Tensor, share: float, seed: int, client: int
+    images: torch.Tensor, settings: PartitionSettings, seed: int, client: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A client's images -> those it trains on, those of its own test set."""
+    """A client's images -> those it trains on, those of its own test set; both ascending."""
     order = torch.randperm(len(images), generator=generator(seed, "held-out", client=client))
-    count = int(share * len(images) + 1e-9)  # 0.29 * 100 is 28.999...
+    count = int(settings.held_out_share * len(images) + 1e-9)  # 0.29 * 100 is 28.999...
     return images[order[count:].sort().values], images[order[:count].sort().values]
+
+
+def _in_turn(names: tuple[str, ...], clients: int, source: torch.Generator) -> tuple[str, ...]:
+    """A name for each client: in turn, over a seeded shuffle of the clients."""
+    order = torch.randperm(clients, generator=source).tolist()
+    return tuple(names[position % len(names)] for position in order)

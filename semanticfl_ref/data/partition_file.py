@@ -7,7 +7,6 @@ Images in no list are unused.
 """
 
 import json
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -64,26 +63,24 @@ def read_assignment(file: Path, images: int, clients: int, data_sha256: str) -> 
             f"{name} has {len(lists)} clients, partition.clients = {clients}: use --clients "
             f"{len(lists)}"
         )
+    client_N = [-1] * images
     for client, own in enumerate(lists):
-        outside = [i for i in own if not 0 <= i < images]
-        if outside:
-            raise DataError(
-                f"{name}: client {client} holds image {outside[0]}; there are {images} training "
-                f"images, counted from 0"
-            )
-    taken = torch.tensor(list(chain(*lists)), dtype=torch.int64)
-    count_N = torch.bincount(taken, minlength=images)
-    if len(taken) and int(count_N.max()) > 1:
-        raise DataError(
-            f"{name}: image {int(count_N.argmax())} appears {int(count_N.max())} times; the lists "
-            f"must be disjoint"
-        )
-    sizes_M = torch.tensor([len(own) for own in lists])
-    client_of_taken = torch.repeat_interleave(torch.arange(clients), sizes_M)
-    return torch.full((images,), -1).index_copy_(0, taken, client_of_taken)
+        for image in own:
+            if not 0 <= image < images:
+                raise DataError(
+                    f"{name}: client {client} holds image {image}; there are {images} training "
+                    f"images, counted from 0"
+                )
+            if client_N[image] >= 0:
+                raise DataError(
+                    f"{name}: image {image} is listed twice, for clients {client_N[image]} and "
+                    f"{client}; the lists must be disjoint"
+                )
+            client_N[image] = client
+    return torch.tensor(client_N, dtype=torch.int64)
 
 
-def _read_json(file: Path):
+def _read_json(file: Path) -> object:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:

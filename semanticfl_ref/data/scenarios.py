@@ -1,4 +1,4 @@
-"""Scenarios: rules that assign every training image to a client. partition.py repairs and checks.
+"""Scenarios: rules that assign every training image to a client; partition.py enforces the minimum.
 
     iid           equal parts of a shuffle
     nid1          label skew: every class by Dirichlet(alpha) proportions; a client that holds
@@ -7,8 +7,8 @@
     pathological  every client holds k classes, in shards of about one size
     quantity      size skew: sizes by Dirichlet(alpha), the same labels everywhere
 
-Each takes an `Assignment` and returns the client of every image, int64 [N], 0 ... M - 1. A global
-long tail, which combines with any of them, selects first which images there are.
+Each takes an `Assignment` and returns the client of every image, int64 [N], 0 ... M - 1. A long
+tail, which combines with any of them, is cut first: it decides which images there are.
 
 Letters: M clients in all, C classes, N images.
 """
@@ -27,14 +27,14 @@ NID2_CLIENTS = 6  # five biased, one unbiased
 
 @dataclass(frozen=True, kw_only=True)
 class Assignment:
-    """What a scenario is given.
+    """What a scenario gets.
 
     Attributes:
         labels: int64 [N], 0 ... C - 1.
         classes: C.
-        settings: the section `partition`, with the number of clients M.
-        minimum: images that every client has to get.
-        generator: seeded source of random numbers.
+        settings: the section `partition`.
+        minimum: images that every client gets at least.
+        generator: the only source of random numbers that a scenario may use.
     """
 
     labels: torch.Tensor
@@ -54,14 +54,14 @@ class Assignment:
 
 
 def iid(a: Assignment) -> torch.Tensor:
-    """Sizes differ by one at most."""
+    """Equal parts: sizes differ by one at most."""
     order_N = torch.randperm(len(a.labels), generator=a.generator)
     clients = torch.arange(len(a.labels)) % a.clients
     return torch.empty_like(order_N).index_copy_(0, order_N, clients)
 
 
 def nid1(a: Assignment) -> torch.Tensor:
-    """Label skew, class by class.
+    """Label skew: every class is distributed by Dirichlet proportions of its own.
 
     Source: the Dirichlet split with balancing that MOON's and FedDisco's experiments use.
     """
@@ -81,11 +81,10 @@ def nid1(a: Assignment) -> torch.Tensor:
 
 
 def nid2(a: Assignment) -> torch.Tensor:
-    """A sixth of every class goes to the unbiased client (the last), the rest to the class's biased
-    client.
+    """The extreme split: a sixth of every class for the unbiased client, the rest for a biased one.
 
-    Choice: groups of consecutive classes (two of CIFAR-10's, 20 of CIFAR-100's), and six clients of
-    equal size.
+    The unbiased client is the last. Choice: biased clients hold consecutive classes (two of
+    CIFAR-10's, 20 of CIFAR-100's), and all clients are of equal size; neither is published.
 
     Raises:
         UserError: another number of clients, or fewer classes than biased clients.
@@ -110,21 +109,22 @@ def nid2(a: Assignment) -> torch.Tensor:
 
 
 def pathological(a: Assignment) -> torch.Tensor:
-    """Every class is cut into equal shards, larger classes into more of them; a client gets k
-    shards, of k classes.
+    """Every client holds k classes, one shard of each.
 
-    Source: McMahan et al. 2017, Section 3. Choice: they cut the sorted images into M k equal shards
-    and deal them at random, which gives most clients k classes; here no shard crosses from one class
-    to the next and no client gets two of one class, so that it has exactly k.
+    Every class is cut into equal shards, a larger class into more of them.
+
+    Source: McMahan et al. 2017, Section 3. Choice: they cut the images, sorted by class, into M k
+    equal shards and deal them at random, which gives most clients k classes. Here no shard holds
+    two classes and no client gets two shards of one class, so every client has exactly k.
 
     Raises:
-        UserError: more classes than M k shards, or more shards than images and classes admit.
+        UserError: fewer than M k shards are possible, or more than M k are needed.
     """
     pieces_C = _shards_per_class(a)
     left_C = torch.tensor(pieces_C).double()
     holds_MC = torch.zeros(a.clients, a.classes, dtype=torch.bool)
     for m in range(a.clients):
-        # The classes with most shards left, ties at random: this always succeeds (Gale, Ryser 1957).
+        # The classes with most shards left, ties at random: never fails (Gale, Ryser 1957).
         ties_C = torch.rand(a.classes, generator=a.generator)
         chosen = (left_C + ties_C).topk(a.settings.classes_per_client).indices
         left_C[chosen] -= 1
@@ -140,13 +140,13 @@ def _shards_per_class(a: Assignment) -> list[int]:
     """Into how many shards each class is cut, M k in all."""
     k, clients = a.settings.classes_per_client, a.clients
     counts = torch.bincount(a.labels, minlength=a.classes).tolist()
-    # k shards must hold the minimum, and a client takes at most one shard of a class.
+    # k shards hold the minimum together, and a client takes at most one shard of a class.
     most = [min(clients, max(1, n // -(-a.minimum // k))) if n else 0 for n in counts]
     pieces = [min(1, n) for n in counts]
     if not sum(pieces) <= clients * k <= sum(most):
         raise UserError(
             f"scenario pathological needs {clients * k} shards, {k} classes for each of {clients} "
-            f"clients; these {len(a.labels)} images of {sum(pieces)} classes admit {sum(pieces)} "
+            f"clients; these {len(a.labels)} images of {sum(pieces)} classes allow {sum(pieces)} "
             f"... {sum(most)}: change --clients or partition.classes_per_client"
         )
     largest = [(-counts[c], c) for c in range(a.classes) if most[c] > 1]
@@ -176,9 +176,9 @@ def quantity(a: Assignment) -> torch.Tensor:
 def long_tail(
     labels: torch.Tensor, classes: int, factor: float, source: torch.Generator
 ) -> torch.Tensor:
-    """The images that are kept, ascending int64; 1 keeps all.
+    """The images that a long tail over the classes keeps, ascending int64; factor 1 keeps all.
 
-    Of the n images of class c, the integer part of n * factor^(-c / (C - 1)) is kept, at least one.
+    Of the n images of class c it keeps the integer part of n * factor^(-c / (C - 1)), at least one.
 
     Source: Cui et al.: Class-Balanced Loss Based on Effective Number of Samples. CVPR 2019; Cao et
     al. 2019 (LDAM).
@@ -199,7 +199,7 @@ def _shuffled(labels: torch.Tensor, c: int, source: torch.Generator) -> torch.Te
 
 
 def _sizes(log_share_M: torch.Tensor, n: int) -> torch.Tensor:
-    """n images by these logarithms of shares: int64 [M]."""
+    """n images distributed by these logarithms of shares: int64 [M]."""
     bounds = (log_share_M.softmax(0).cumsum(0) * n).round().long().clamp_(max=n)
     bounds[-1] = n
     if log_share_M[-1] == -math.inf:
@@ -212,7 +212,7 @@ def _log_gamma_samples(alpha: float, n: int, source: torch.Generator) -> torch.T
     """log of n Gamma(alpha) samples, float64; their softmax is Dirichlet(alpha).
 
     In logarithms, since a small alpha underflows: Gamma(alpha) = Gamma(alpha + 1) * U^(1 / alpha)
-    in distribution.
+    in distribution. Beyond 1e-6 ... 1e6 even the logarithms are not finite.
     """
     shape = torch.full((n,), alpha + 1.0, dtype=torch.float64)
     above = torch._standard_gamma(shape, generator=source)

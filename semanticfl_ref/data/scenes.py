@@ -1,11 +1,10 @@
-"""The scene recipe: 8x8 ink masks -> 32x32 colour images of a jittered glyph on a smooth, noisy
-background.
+"""Scenes: 8x8 ink masks -> 32x32 colour images of a jittered glyph on a smooth, noisy background.
 
-Plain digits are too easy to show what guidance does: a linear probe on raw pixels reads 96 % of
-them. A scene turns, scales, shifts and colours the same glyph, so that its class is no longer a
-matter of single pixels, while a model that has seen many glyphs in many scenes keeps reading it.
-The recipe is the same for the embedded data set and for the images that the embedded diffusion
-model was trained on; the glyphs are not.
+Plain digits are too easy to show what guidance does: a linear probe on raw pixels classifies 96 %
+of them. A scene rotates, scales, shifts and colours the same glyph, so that no single pixel gives
+its class away, while a model that has seen many glyphs in many scenes still recognises it. The
+embedded data set and the images that the embedded diffusion model was trained on are made by the
+same function, from different glyphs.
 
 Letters: N images.
 """
@@ -13,21 +12,21 @@ Letters: N images.
 import torch
 import torch.nn.functional as F
 
-SIDE = 32  # pixels: of a scene
-INK_SIDE = 24  # pixels: of an unjittered glyph inside it
+SIDE = 32  # pixels per side of a scene
+INK_SIDE = 24  # pixels per side of a glyph without jitter
 ROTATION = 0.45  # radians, either way
 ZOOM = (0.75, 1.35)  # the glyph's size is divided by this
 SHIFT = 0.25  # of half the image's side, either way
 MIN_CONTRAST = 0.45  # distance of the two colours in the unit RGB cube
-BACKGROUND_GRADIENT = 0.06  # standard deviation of a smooth 3x3 field, in units of full scale
-PIXEL_NOISE = 0.02  # standard deviation, in units of full scale
+BACKGROUND_GRADIENT = 0.06  # standard deviation of a smooth 3x3 field; full scale is 1
+PIXEL_NOISE = 0.02  # standard deviation; full scale is 1
 
 
 def plain(masks: torch.Tensor) -> torch.Tensor:
-    """Enlarge ink masks to grey RGB images: white ink on black, centred, no jitter.
+    """Enlarge ink masks to grey images: white ink on black, centred, without jitter.
 
     Args:
-        masks: uint8 [N, 8, 8], 0 ... 16, the count of inked pixels in each 4x4 block.
+        masks: uint8 [N, 8, 8], 0 ... 16: the number of inked pixels in each 4x4 block.
 
     Returns:
         float32 [N, 3, 32, 32] in 0 ... 1.
@@ -42,15 +41,14 @@ def plain(masks: torch.Tensor) -> torch.Tensor:
 def scenes(
     masks: torch.Tensor, generator: torch.Generator, light_on_dark: bool = False
 ) -> torch.Tensor:
-    """Place each glyph in a scene of its own: turned, scaled, shifted, two colours, a soft
-    gradient, pixel noise.
+    """Place each glyph in its own scene: rotation, scale, shift, two colours, gradient, noise.
 
     Args:
         masks: uint8 [N, 8, 8], 0 ... 16.
-        generator: CPU generator; the result depends on it and on the other arguments alone.
+        generator: CPU generator; the result depends on nothing but the arguments.
         light_on_dark: keep the ground in the dark half of every channel and the figure in the light
-            half. With any two colours a network that starts from nothing does not leave chance on a
-            few hundred labels, so nothing could be compared.
+            half. With any two colours, a network trained from scratch on a few hundred labels stays
+            at chance level, and nothing could be compared.
 
     Returns:
         float32 [N, 3, 32, 32] in 0 ... 1.
@@ -63,19 +61,15 @@ def scenes(
     angle, zoom = uniform(-ROTATION, ROTATION, n), uniform(*ZOOM, n)
     shift = uniform(-SHIFT, SHIFT, n, 2)
     cos, sin = angle.cos() * zoom, angle.sin() * zoom
-    affine = torch.stack(
-        [torch.stack([cos, -sin, shift[:, 0]], 1), torch.stack([sin, cos, shift[:, 1]], 1)], 1
-    )
+    rows = [torch.stack([cos, -sin, shift[:, 0]], 1), torch.stack([sin, cos, shift[:, 1]], 1)]
     ink = plain(masks)[:, :1]
-    ink = F.grid_sample(
-        ink, F.affine_grid(affine, list(ink.shape), align_corners=False), align_corners=False
-    )
+    grid = F.affine_grid(torch.stack(rows, 1), list(ink.shape), align_corners=False)
+    ink = F.grid_sample(ink, grid, align_corners=False)
 
     ground, figure = uniform(0, 1, n, 3, 1, 1), uniform(0, 1, n, 3, 1, 1)
     too_close = (ground - figure).norm(dim=1, keepdim=True) < MIN_CONTRAST
-    figure = torch.where(
-        too_close, (ground + 0.5) % 1, figure
-    )  # half a turn in every channel: distance 0.87
+    opposite = (ground + 0.5) % 1  # half a turn in every channel: distance 0.87
+    figure = torch.where(too_close, opposite, figure)
     if light_on_dark:
         ground, figure = 0.4 * ground, 0.6 + 0.4 * figure
     field = torch.randn(n, 3, 3, 3, generator=generator) * BACKGROUND_GRADIENT

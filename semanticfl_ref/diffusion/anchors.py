@@ -1,4 +1,4 @@
-"""Features -> anchors: one PCA per layer, layers side by side; class texts.
+"""Visual and text anchors from diffusion features: one PCA per layer, the layers side by side.
 
 Features are read in chunks: beside the anchors, memory holds one chunk and one covariance.
 
@@ -7,19 +7,19 @@ Letters: N images, C classes, L layers, D width of an anchor.
 
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 
 from semanticfl_ref.config.settings import AnchorsSettings
-from semanticfl_ref.diffusion.controls import apply_control, class_means
+from semanticfl_ref.diffusion.controls import apply_control, class_means, class_sums
 from semanticfl_ref.diffusion.feature_cache import FeatureCache
 from semanticfl_ref.errors import UserError
 
 
 @dataclass(frozen=True)
 class Anchors:
-    """What clients are guided by.
+    """What guides the clients.
 
     Attributes:
         visual: float32 [N, D] or [C, D], as `per` says.
@@ -56,8 +56,8 @@ def make_anchors(
 ) -> Anchors:
     """Distil features into anchors.
 
-    Every layer is centred by its PCA; normalisation to unit length is left to the loss, which needs
-    it for its own features too.
+    PCA centres every layer. Anchors are normalised to unit length in the loss, with the clients'
+    features.
 
     Equation (visual-anchor) [N; how the paper's aggregation adapts is not known]:
         a_i = [ (x_il - mean_l) U_l / s_l ] side by side over layers l
@@ -70,15 +70,15 @@ def make_anchors(
             clients' own (`settings.images` other than train).
         classes: C.
         seed: of the control conditions.
-        text_source: features of images under their own class's caption, for
-            `settings.text = unet`: the text anchors are the class means, mapped like the visual
-            ones, instead of the text encoder's output.
+        text_source: for `settings.text = unet`, features of images under their own class's caption:
+            their class means, mapped like the visual anchors, are the text anchors instead of the
+            text encoder's output.
 
     Raises:
-        UserError: a width that the layers cannot give.
+        UserError: widths that the layers do not have, or a class without images.
 
-    Source: Choice: the aggregation. 256-128-128 over up-blocks and U-Net text anchors are FedDifRC's;
-    the paper's "adaptive multimodal diffusion aggregation" is not published.
+    Source: Choice: the aggregation. 256-128-128 over up-blocks and U-Net text anchors are
+    FedDifRC's; the paper's "adaptive multimodal diffusion aggregation" is not published.
     """
     layers = list(source.cache.widths)
     widths = layer_widths(settings, layers)
@@ -101,21 +101,17 @@ def make_anchors(
     visual, text = apply_control(
         settings.control, visual_ND, text_CD, source.labels, per=per, seed=seed
     )
-    explained = {layer: round(map.explained, 6) for layer, map in projections.items()}
     provenance = {
-        "images": settings.images,
-        "image_count": len(source.labels),
-        "cache": source.cache.id,
-        "control": settings.control,
+        **asdict(settings),
         "per": per,
         "seed": seed,
-        "width": settings.width,
+        "image_count": len(source.labels),
         "widths": widths,
-        "aggregation": settings.aggregation,
         "layer_strengths": strengths,
-        "whiten": settings.whiten,
-        "explained_variance": explained,
-        "text": settings.text,
+        "explained_variance": {
+            layer: round(projection.explained, 6) for layer, projection in projections.items()
+        },
+        "cache": source.cache.id,
         "text_cache": text_source.cache.id if text_source else None,
         **{key: source.cache.meta.get(key) for key in COPIED},
     }
@@ -124,8 +120,17 @@ def make_anchors(
 
 # What the provenance copies from the cache's description.
 COPIED = (
-    *("source", "weights_sha256", "dataset_sha256", "layers", "timestep", "pool", "prompt"),
-    *("condition", "latent", "input_size", "precision"),
+    "source",
+    "weights_sha256",
+    "dataset_sha256",
+    "layers",
+    "timestep",
+    "pool",
+    "prompt",
+    "condition",
+    "latent",
+    "input_size",
+    "precision",
 )
 
 
@@ -138,14 +143,14 @@ def layer_widths(settings: AnchorsSettings, layers: list[str]) -> list[int]:
     width, aggregation, count = settings.width, settings.aggregation, len(layers)
     if width < count:
         raise UserError(
-            f"anchors.width = {width} is less than one component for each of {count} layers: raise it"
+            f"anchors.width = {width} is too small for {count} layers: raise it to {count} or more"
         )
     if aggregation in ("equal", "separability"):
         return [width // count + (i < width % count) for i in range(count)]
     if not re.fullmatch(r"[1-9]\d*(-[1-9]\d*)*", aggregation):
         raise UserError(
-            f"anchors.aggregation = {aggregation!r}: expected equal, separability, or the widths of "
-            f"the layers in order, such as 256-128-128"
+            f"anchors.aggregation = {aggregation!r}: expected equal, separability, or the widths "
+            f"of the layers in order, such as 256-128-128"
         )
     widths = [int(part) for part in aggregation.split("-")]
     if len(widths) != count or sum(widths) != width:
@@ -161,8 +166,8 @@ def pca(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Principal components in fp64 of features [N, D] that come in chunks.
 
-    Two passes, since the sum of squares minus the squared mean loses half of the digits. The sign of
-    a direction is free; here its entry of largest magnitude is positive, so that machines agree.
+    Two passes, since the sum of squares minus the squared mean loses half of the digits. The sign
+    of a direction is free; here its entry of largest magnitude is positive, so that machines agree.
 
     Equation (pca) [N]:
         1/(N-1) sum_i (x_i - mean) (x_i - mean)^T = U diag(variances) U^T
@@ -198,10 +203,9 @@ def fisher_ratio(values_ND: torch.Tensor, labels: torch.Tensor, classes: int) ->
         sum_c n_c |mean_c - mean|^2 / sum_i |x_i - mean_class(i)|^2
     Test: tests/diffusion/test_anchors.py::test_fisher_ratio_closed_form
     """
-    counts = torch.bincount(labels, minlength=classes).double()
     values = values_ND.double() - values_ND.double().mean(0)
-    sums = torch.zeros(classes, values.shape[1], dtype=torch.float64)
-    means = sums.index_add_(0, labels, values) / counts.clamp(min=1)[:, None]
+    sums, counts = class_sums(values, labels, classes)
+    means = sums / counts.clamp(min=1)[:, None]
     between = (counts[:, None] * means.square()).sum()
     return float(between / (values - means[labels]).square().sum().clamp(min=1e-300))
 
@@ -225,9 +229,8 @@ def _fit(cache: FeatureCache, layer: str, width: int, whiten: bool) -> _Projecti
     available = int((variances > 1e-10 * variances[0]).sum()) if variances[0] > 0 else 0
     if width > available:
         raise UserError(
-            f"layer {layer}: only {available} PCA components available "
-            f"({cache.meta.get('images', 'these')} images), {width} requested; lower anchors.width, "
-            f"or raise diffusion.pool"
+            f"layer {layer}: only {available} PCA components available ({cache.meta.get('images')} "
+            f"images), {width} requested; lower anchors.width, or raise diffusion.pool"
         )
     kept = variances[:width]
     # Without whitening, one number per layer, so that no layer dominates by its scale.

@@ -82,14 +82,22 @@ def class_means(values_ND: torch.Tensor, labels: torch.Tensor, classes: int) -> 
     Raises:
         UserError: a class without images.
     """
-    counts = torch.bincount(labels, minlength=classes)
+    sums, counts = class_sums(values_ND, labels, classes)
     if (counts == 0).any():
         raise UserError(
             f"class {int((counts == 0).nonzero()[0])} has no image among those that make the "
             f"anchors; use anchors.per = image, or more images"
         )
+    return (sums / counts[:, None]).float()
+
+
+def class_sums(
+    values_ND: torch.Tensor, labels: torch.Tensor, classes: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sum float64 [C, D] and the number int64 [C] of every class's rows."""
     sums = torch.zeros(classes, values_ND.shape[1], dtype=torch.float64)
-    return (sums.index_add_(0, labels, values_ND.double()) / counts[:, None]).float()
+    counts = torch.bincount(labels, minlength=classes)
+    return sums.index_add_(0, labels, values_ND.double()), counts
 
 
 def _rows_of_others(

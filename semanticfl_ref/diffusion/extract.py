@@ -1,18 +1,18 @@
-"""Builds feature caches: every image once through the model, shard by shard to disk.
+"""Builds feature caches: every image passes the model once; features are written shard by shard.
 
 Memory does not grow with the number of images. A killed extraction continues after its last
-complete shard and ends with the same bytes. Processes that want the same cache take turns.
+complete shard and ends with the same bytes. Processes that need the same cache take turns.
 """
 
 import fcntl
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from semanticfl_ref.diffusion.backbone import Backbone
 from semanticfl_ref.diffusion.feature_cache import (
     MANIFEST,
     SHARD,
@@ -22,8 +22,9 @@ from semanticfl_ref.diffusion.feature_cache import (
     open_cache,
 )
 from semanticfl_ref.diffusion.model_files import fingerprint
-from semanticfl_ref.diffusion.text import captions
+from semanticfl_ref.diffusion.text import TextEncoder, captions
 from semanticfl_ref.errors import DataError, NonFiniteError
+from semanticfl_ref.formatting import format_bytes
 from semanticfl_ref.storage import (
     Damaged,
     canonical_json,
@@ -34,16 +35,19 @@ from semanticfl_ref.storage import (
     write_errors,
 )
 
+Say = Callable[[str], None]
+
 REMEDY = "free some disk space, or set SEMANTICFL_CACHE to another folder"
 LOCK = ".lock"
 
 
 def open_or_build(
-    plan: CachePlan, say: Callable[[str], None] = lambda text: None, *, rebuild: bool = False
+    plan: CachePlan, say: Say = lambda text: None, *, rebuild: bool = False
 ) -> FeatureCache:
     """Open the cache; build it first if it is absent or incomplete.
 
     Args:
+        plan: the cache.
         say: takes one line of progress.
         rebuild: discard an existing cache.
 
@@ -57,7 +61,7 @@ def open_or_build(
     return open_cache(plan)
 
 
-def build_cache(plan: CachePlan, say: Callable[[str], None], *, rebuild: bool = False) -> None:
+def build_cache(plan: CachePlan, say: Say, *, rebuild: bool = False) -> None:
     """Build the cache, or what is missing of it. Arguments and errors as in `open_or_build`."""
     with write_errors(plan.path, REMEDY):
         plan.path.mkdir(parents=True, exist_ok=True)
@@ -85,33 +89,30 @@ def complete_files(plan: CachePlan) -> dict[Path, str]:
             _, about, recorded = load_tensors(file)
         except (Damaged, DataError):
             continue
-        first = 0 if file.name == TEXT else _first_image(file)
-        if (about["cache"], about["first"]) == (plan.id, first):
+        if (about["cache"], about["file"]) == (plan.id, file.name):
             found[file] = recorded
     return found
 
 
 def images_in(plan: CachePlan, shard: Path) -> int:
-    """How many images a shard holds."""
+    """Number of images in a shard."""
     return min(SHARD, len(plan.images) - _first_image(shard))
 
 
-def _build(plan: CachePlan, say: Callable[[str], None]) -> None:
-    files, text_file = plan.shard_files, plan.path / TEXT
-    digests = complete_files(plan)
-    if set(digests) != {*files, text_file}:
+def _build(plan: CachePlan, say: Say) -> None:
+    digests, text_file = complete_files(plan), plan.path / TEXT
+    missing = [file for file in plan.shard_files if file not in digests]
+    if missing or text_file not in digests:
         hidden, text = _captions(plan)
         if text_file not in digests:
-            about = {"cache": plan.id, "first": 0}
+            about = {"cache": plan.id, "file": TEXT}
             digests[text_file] = save_tensors(text_file, {"text": text}, about, REMEDY)
-        missing = [file for file in files if file not in digests]
-        if missing:
-            digests |= _extract(plan, hidden, missing, say)
-    tensors, about, _ = load_tensors(files[0])
+    if missing:
+        digests |= _extract(plan, hidden, missing, say)
+    _, about, _ = load_tensors(plan.shard_files[0])
     manifest = {
-        "id": plan.id,
         "meta": plan.meta,
-        "widths": [(layer, tensors[layer].shape[1]) for layer in about["layers"]],
+        "widths": about["widths"],
         "files": {file.name: digests[file] for file in sorted(digests)},
     }
     sealed = {**manifest, "sha256": sha256_of(manifest)}
@@ -123,8 +124,6 @@ def _captions(plan: CachePlan) -> tuple[torch.Tensor, torch.Tensor]:
 
     The text encoder is freed when this returns.
     """
-    from semanticfl_ref.diffusion.text import TextEncoder
-
     # A prompt without a place for the class is refused before anything is loaded.
     prompts = captions(plan.meta["prompt"], plan.meta["class_names"])
     if fingerprint(plan.model) != plan.meta["weights_sha256"]:
@@ -140,68 +139,55 @@ def _captions(plan: CachePlan) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _extract(
-    plan: CachePlan, hidden: torch.Tensor, missing: list[Path], say: Callable[[str], None]
+    plan: CachePlan, hidden: torch.Tensor, missing: list[Path], say: Say
 ) -> dict[Path, str]:
     """Write the missing shards; returns their SHA-256."""
-    from semanticfl_ref.diffusion.backbone import Backbone
-
     meta, digests = plan.meta, {}
     backbone = Backbone.load(
         plan.model, layers=meta["layers"], device=plan.device, precision=meta["precision"]
     )
     assert SHARD % backbone.batch == 0, "a shard must end where a pass ends"
     widths = backbone.widths(meta["pool"])
-    left = sum(images_in(plan, file) for file in missing)
-    _announce(plan, left, 2 * sum(widths.values()), say)
+    done = len(plan.images) - sum(images_in(plan, file) for file in missing)
+    _announce(plan, done, 2 * sum(widths.values()), say)
     say(backbone.memory())
     options = {k: meta[k] for k in ("timestep", "seed", "pool", "input_size", "latent")}
     with tqdm(
-        total=len(plan.images),
-        initial=len(plan.images) - left,
-        desc="diffusion features",
-        unit=" images",
-        file=sys.stderr,
+        total=len(plan.images), initial=done, desc="diffusion features", unit=" images"
     ) as bar:
         for file in missing:
-            start = _first_image(file)
-            end, rows = start + images_in(plan, file), []
-            for first in range(start, end, backbone.batch):
-                part = slice(first, min(first + backbone.batch, end))
-                embedding = hidden[0]
-                if meta["condition"] == "own-class":
-                    embedding = hidden[plan.labels[part].to(hidden.device)]
-                features = backbone.features(
-                    plan.images[part], prompt_embedding=embedding, first=first, **options
-                )
-                rows.append(_as_stored(features, first))
-                bar.update(part.stop - part.start)
-            tensors = {layer: torch.cat([row[layer] for row in rows]) for layer in widths}
-            about = {"cache": plan.id, "first": start, "layers": list(widths)}
-            digests[file] = save_tensors(file, tensors, about, REMEDY)
+            first, count = _first_image(file), images_in(plan, file)
+            part = slice(first, first + count)
+            embedding = hidden[0]
+            if meta["condition"] == "own-class":
+                embedding = hidden[plan.labels[part].to(hidden.device)]
+            features = backbone.features(
+                plan.images[part], prompt_embedding=embedding, first=first, **options
+            )
+            about = {"cache": plan.id, "file": file.name, "widths": list(widths.items())}
+            digests[file] = save_tensors(file, _as_stored(features, first), about, REMEDY)
+            bar.update(count)
     return digests
 
 
-def _announce(plan: CachePlan, left: int, bytes_per_image: int, say: Callable[[str], None]) -> None:
-    """Say what will be written; refuse what does not fit.
+def _announce(plan: CachePlan, done: int, bytes_per_image: int, say: Say) -> None:
+    """Say what will be written.
 
     Raises:
-        DataError: the disk has too little space.
+        DataError: it does not fit on the disk.
     """
     count = len(plan.images)
-    needed, free = bytes_per_image * left, shutil.disk_usage(plan.path).free
+    needed, free = bytes_per_image * (count - done), shutil.disk_usage(plan.path).free
     if needed > free:
         raise DataError(
-            f"the feature cache {plan.path} needs {needed / 2**20:.0f} MiB, only "
-            f"{free / 2**20:.0f} MiB are free: {REMEDY}"
+            f"the feature cache {plan.path} needs {format_bytes(needed)}, only "
+            f"{format_bytes(free)} are free: {REMEDY}"
         )
-    done = f", {count - left} of them already done" if left < count else ""
-    leaks = ""
+    note = f", {done} of them already done" if done else ""
+    size = format_bytes(bytes_per_image * count)
+    say(f"feature cache of {count} images{note}: {size} at {plan.path}")
     if plan.meta["condition"] == "own-class":
-        leaks = "; each image under its own class's caption, so its features contain its label"
-    say(
-        f"feature cache of {count} images{done}: {bytes_per_image * count / 2**20:.1f} MiB at "
-        f"{plan.path}{leaks}"
-    )
+        say("each image has its own class's caption, so its features contain its label")
 
 
 def _as_stored(features: dict[str, torch.Tensor], first: int) -> dict[str, torch.Tensor]:
@@ -212,8 +198,8 @@ def _as_stored(features: dict[str, torch.Tensor], first: int) -> dict[str, torch
         if len(bad):
             raise NonFiniteError(
                 f"image {first + int(bad[0])}, layer {layer}: "
-                f"{features[layer].abs().max():.3g} does not fit the cache's fp16; leave this layer "
-                f"out of diffusion.layers"
+                f"{features[layer].abs().max():.3g} does not fit the cache's fp16; leave this "
+                f"layer out of diffusion.layers"
             )
     return stored
 

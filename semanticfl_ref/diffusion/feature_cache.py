@@ -1,9 +1,9 @@
-"""Diffusion features on disk: content-addressed, sharded, verified when read.
+"""Diffusion features on disk: content-addressed, sharded, verified when opened.
 
 A cache is a folder `features-<id>` of safetensors files: `shard-00000.safetensors` and so on with
 `SHARD` images each, `text.safetensors`, and `manifest.json`, which is written last with the SHA-256
 of every file. A folder without it is a cache that is still being built: extract.py continues it.
-Reading one imports neither diffusers nor transformers.
+Reading a cache imports neither diffusers nor transformers.
 
 Letters: N images, C classes, D width of a vector.
 """
@@ -23,7 +23,7 @@ from semanticfl_ref.data.dataset import Dataset
 from semanticfl_ref.device import resolve_precision, vae_precision
 from semanticfl_ref.diffusion.model_files import fingerprint, locate
 from semanticfl_ref.errors import DataError, MismatchError
-from semanticfl_ref.storage import Damaged, canonical_json, load_tensors, sha256_of
+from semanticfl_ref.storage import Damaged, load_tensors, sha256_of
 
 CODE_VERSION = 1  # raise it whenever the same inputs would give other features
 SHARD = 64  # images; a multiple of every pass, so that where a shard ends changes nothing
@@ -54,12 +54,11 @@ class FeatureCache:
         held: list[torch.Tensor] = []
         for shard in self.shards:
             held.append(shard(layer))
-            while (count := sum(map(len, held))) >= rows:
-                joined = torch.cat(held)
-                yield joined[:rows]
-                held = [joined[rows:]] if count > rows else []
-        if held:
-            yield torch.cat(held)
+            if sum(map(len, held)) > rows:
+                *complete, rest = torch.cat(held).split(rows)
+                yield from complete
+                held = [rest]
+        yield torch.cat(held)
 
     def read(self, layer: str) -> torch.Tensor:
         """All of the layer's vectors, float16 [N, D]."""
@@ -68,10 +67,11 @@ class FeatureCache:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CachePlan:
-    """A cache that is wanted.
+    """A cache that is needed, whether or not it exists.
 
     Attributes:
-        path, id, meta: where it is or will be, and what makes it.
+        path: where it is or will be.
+        id, meta: see `FeatureCache`.
         model: folder of the diffusion model.
         images, labels: uint8 [N, H, W, 3] and int64 [N].
         device: where features are computed.
@@ -109,12 +109,12 @@ def plan_cache(
     offline: bool = False,
     remedy: str = "delete its folder and build it again",
 ) -> CachePlan:
-    """Decide which cache is wanted.
+    """Determine which cache is needed.
 
     Reads the model's files only if their SHA-256 is not known yet.
 
     Args:
-        images: the data set whose training images are described.
+        images: the data set whose training images go through the model.
         settings: the section `diffusion`.
         seed: of the noise.
         device: where features are computed.
@@ -123,11 +123,13 @@ def plan_cache(
         remedy: ends the messages about a damaged cache.
 
     Raises:
-        DataError, DownloadError: see `model_files.locate`.
+        UserError: and its kinds, see `model_files.locate`.
     """
     precision = resolve_precision(settings.precision, device, half_on_cuda="fp16")
     model = locate(settings.source, offline=offline)
-    own_class = settings.condition == "own-class"
+    labels = None
+    if settings.condition == "own-class":
+        labels = sha256_of("labels", {"labels": images.train_labels})
     meta = {
         **dataclasses.asdict(settings),
         "layers": list(settings.layer_names),
@@ -138,14 +140,12 @@ def plan_cache(
         "dataset_sha256": images.sha256,
         "images": len(images.train_images),
         "images_sha256": sha256_of("images", {"images": images.train_images}),
-        "labels_sha256": sha256_of("labels", {"labels": images.train_labels})
-        if own_class
-        else None,
+        "labels_sha256": labels,
         "class_names": list(images.class_names),
         "shard": SHARD,
         "code_version": CODE_VERSION,
     }
-    id = sha256_of(_without_source(meta))
+    id = _id_of(meta)
     return CachePlan(
         path=folder / f"features-{id}",
         id=id,
@@ -163,21 +163,21 @@ def open_cache(plan: CachePlan) -> FeatureCache:
 
     Raises:
         MismatchError: damaged, or made by something else than its name says.
-        DataError: it is not there.
+        DataError: there is no complete cache.
     """
     manifest = _manifest(plan)
-    made_by, wanted = _without_source(manifest["meta"]), _without_source(plan.meta)
-    if manifest["id"] != plan.id or canonical_json(made_by) != canonical_json(wanted):
+    if _id_of(manifest["meta"]) != plan.id:
         raise MismatchError(
-            f"the feature cache {plan.path} was made from other images, weights or options than its "
-            f"name says; {plan.remedy}"
+            f"the feature cache {plan.path} was made from other images, weights or options than "
+            f"its name says; {plan.remedy}"
         )
     files = manifest["files"]
-    for path in plan.shard_files:
-        _verified(path, files.get(path.name), plan.remedy)
-    text = _verified(plan.path / TEXT, files.get(TEXT), plan.remedy)["text"]
+    for path in (*plan.shard_files, plan.path / TEXT):  # of the last, the tensors are kept
+        tensors = _verified(path, files.get(path.name), plan.remedy)
     shards = [partial(_read_layer, path) for path in plan.shard_files]
-    return FeatureCache(text, plan.id, manifest["meta"], shards, dict(manifest["widths"]))
+    return FeatureCache(
+        tensors["text"], plan.id, manifest["meta"], shards, dict(manifest["widths"])
+    )
 
 
 def _read_layer(path: Path, layer: str) -> torch.Tensor:
@@ -191,8 +191,7 @@ def _manifest(plan: CachePlan) -> dict:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         recorded = manifest.pop("sha256")
-        complete = set(manifest) == {"id", "meta", "widths", "files"}
-        intact = complete and recorded == sha256_of(manifest)
+        intact = set(manifest) == {"meta", "widths", "files"} and recorded == sha256_of(manifest)
     except FileNotFoundError:
         raise DataError(
             f"there is no complete feature cache at {plan.path}; {plan.remedy}"
@@ -210,10 +209,8 @@ def _verified(path: Path, expected: str | None, remedy: str) -> dict[str, torch.
     """The tensors of a file, every byte checked against the manifest."""
     try:
         tensors, _, recorded = load_tensors(path)
-    except Damaged as error:
+    except (Damaged, DataError) as error:
         raise MismatchError(f"the feature cache's {path} is damaged: {error}; {remedy}") from None
-    except DataError as error:
-        raise MismatchError(f"the feature cache is damaged: {error}; {remedy}") from None
     if recorded != expected:
         raise MismatchError(
             f"the feature cache's {path} is not the file that was written; {remedy}"
@@ -221,6 +218,6 @@ def _verified(path: Path, expected: str | None, remedy: str) -> dict[str, torch.
     return tensors
 
 
-def _without_source(meta: dict) -> dict:
-    """A model folder may move: its content is in the weights' SHA-256."""
-    return {key: value for key, value in meta.items() if key != "source"}
+def _id_of(meta: dict) -> str:
+    """SHA-256 of `meta` without the model's location: `weights_sha256` stands for its content."""
+    return sha256_of({key: value for key, value in meta.items() if key != "source"})

@@ -1,73 +1,20 @@
-"""Beside the weighted average (`kernels/weighted_average.py`): robust rules, selected models, drift.
+"""Beside the weighted average (`kernels/weighted_average.py`): robust rules and selected models.
 
 Letters: S clients of a cohort, K clients of the round, P size of a flat vector.
 """
 
-import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 
 import torch
 
 from semanticfl_ref.config.settings import ServerSettings, trimmed_clients
 from semanticfl_ref.errors import unknown
 from semanticfl_ref.federated.methods.method import SelectedModel
+from semanticfl_ref.federated.metrics import Drift
 from semanticfl_ref.kernels.weighted_average import weighted_average
 
 COHORT = 16  # models that are in memory at a time, beside those that a method keeps
 CHUNK = 2**20  # entries of each client that are sorted at a time
-
-
-@dataclass
-class Drift:
-    """How far the averaged models moved from the global model.
-
-    Norms leave out entries that do not descend from the global model: BatchNorm's running statistics,
-    or with model.batch_norm = local all of BatchNorm.
-
-    Attributes:
-        start_P: the global model [P].
-        excluded: int64 indices of the entries to leave out.
-        norms: client -> |w_k - w|.
-        weight: sum of the clients' weights.
-    """
-
-    start_P: torch.Tensor
-    excluded: torch.Tensor
-    norms: dict[int, float] = field(default_factory=dict)
-    weight: float = 0.0
-    weighted_norms: float = 0.0
-
-    def add(self, client: int, params_P: torch.Tensor, squared_norm: float, weight: float) -> None:
-        """Count a model.
-
-        Args:
-            client: whose model it is.
-            params_P: its parameters [P].
-            squared_norm: |params - start|^2 over all entries.
-            weight: its aggregation weight.
-        """
-        self.norms[client] = norm = self._norm(params_P, squared_norm)
-        self.weight += float(weight)
-        self.weighted_norms += float(weight) * norm
-
-    def summary(self, aggregate_P: torch.Tensor) -> dict[str, float | None]:
-        """Of the aggregate, before the server optimizer.
-
-        Returns:
-            mean_update_norm: |aggregate - w|. update_alignment: that over the weighted mean of
-            |w_k - w|: 1 if all updates are equal, 1 / sqrt(K) if K updates of one length are
-            orthogonal, 0 if they cancel; None if no client moved.
-        """
-        one = torch.ones(1, dtype=torch.float64, device=aggregate_P.device)
-        measured = weighted_average(aggregate_P[None], one, self.start_P)
-        norm = self._norm(aggregate_P, measured.squared_norm_S[0])
-        alignment = norm * self.weight / self.weighted_norms if self.weighted_norms else None
-        return {"mean_update_norm": norm, "update_alignment": alignment}
-
-    def _norm(self, params_P: torch.Tensor, squared_norm: float) -> float:
-        outside = params_P[self.excluded].double() - self.start_P[self.excluded]
-        return math.sqrt(max(float(squared_norm) - float(outside.square().sum()), 0.0))
 
 
 def cohorts(count: int, size: int = COHORT) -> Iterator[slice]:
@@ -94,8 +41,8 @@ def robust_aggregate(params_KP: torch.Tensor, rule: str, settings: ServerSetting
     """The median or trimmed mean of every entry, float32 [P]; each client counts once.
 
     BatchNorm's running statistics are treated alike. The rules tolerate fewer hostile clients than
-    half, or than the share `server.trim`. Under label skew an honest client is an outlier too, and is
-    lost with them.
+    half, or than the share `server.trim`. Under label skew an honest client is an outlier too, and
+    is lost with them.
 
     Raises:
         UserError: an unknown rule.

@@ -4,9 +4,6 @@ Letters: B batch, D feature width, C classes, P size of a flat vector.
 """
 
 import copy
-import math
-from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -16,61 +13,8 @@ from semanticfl_ref.data.batches import epoch_batches, network_input
 from semanticfl_ref.federated.flat import load_params, with_parameters
 from semanticfl_ref.federated.losses import cross_entropy
 from semanticfl_ref.federated.methods.method import LocalBatch, LocalUpdate, Method, Terms
+from semanticfl_ref.federated.report import ClientReport, first_batch
 from semanticfl_ref.randomness import generator
-
-
-class Gradient(NamedTuple):
-    """The gradient of one weighted term at the features.
-
-    Attributes:
-        norm: its norm.
-        share: its norm over the sum of all terms' norms.
-        cosine: cosine similarity to cross-entropy's gradient; NaN if either vanishes.
-    """
-
-    norm: float
-    share: float
-    cosine: float
-
-
-class FirstBatch(NamedTuple):
-    """A client's first batch of a round, in detail.
-
-    Attributes:
-        indices: int64 [B], into the training images.
-        terms: name -> (weight, unweighted value).
-        loss: the objective.
-        gradients: name -> gradient, of the terms that depend on the features.
-    """
-
-    indices: torch.Tensor
-    terms: Terms
-    loss: torch.Tensor
-    gradients: dict[str, Gradient]
-
-
-@dataclass
-class ClientReport:
-    """What a local update reports.
-
-    Attributes:
-        steps: SGD steps made.
-        loss: objective summed over steps, scalar tensor.
-        last_epoch_loss: mean objective of the last epoch, scalar tensor.
-        terms: name -> unweighted term summed over steps, scalar tensor.
-        first: the first batch.
-    """
-
-    steps: int = 0
-    loss: torch.Tensor | float = 0.0
-    last_epoch_loss: torch.Tensor | float = 0.0
-    terms: dict[str, torch.Tensor] = field(default_factory=dict)
-    first: FirstBatch | None = None
-
-    @property
-    def finite(self) -> bool:
-        """Whether the objective stayed finite."""
-        return bool(torch.isfinite(torch.as_tensor(self.loss)))
 
 
 def train_client(update: LocalUpdate) -> ClientReport:
@@ -113,7 +57,7 @@ def train_client(update: LocalUpdate) -> ClientReport:
             terms, features_BD = objective(update, method, references, images, index_B)
             loss = sum(weight * value for weight, value in terms.values())
             if report.first is None:
-                report.first = _first_batch(index_B, terms, loss, features_BD)
+                report.first = first_batch(index_B, terms, loss, features_BD)
             optimizer.zero_grad()
             loss.backward()
             for parameter, correction in corrections:
@@ -180,35 +124,3 @@ def reference_model(model: nn.Module, params_P: torch.Tensor) -> nn.Module:
     other = copy.deepcopy(model).requires_grad_(False).eval()
     load_params(other, params_P)
     return other
-
-
-def feature_gradients(terms: Terms, features_BD: torch.Tensor) -> dict[str, Gradient]:
-    """Each weighted term's gradient at the features [B, D].
-
-    At the features rather than at all parameters, since the backbone's backward pass, nearly all of
-    the cost, is then not repeated per term. Terms that do not depend on the features (distances
-    between parameters, inner levels) are left out.
-    """
-    found = {}
-    for name, (weight, value) in terms.items():
-        (gradient,) = torch.autograd.grad(
-            weight * value, features_BD, retain_graph=True, allow_unused=True
-        )
-        if gradient is not None:
-            found[name] = gradient.flatten()
-    norms = {name: gradient.norm().item() for name, gradient in found.items()}
-    total, base = sum(norms.values()), norms["cross_entropy"]
-    gradients = {}
-    for name, norm in norms.items():
-        cosine = math.nan
-        if norm * base:
-            cosine = found[name].dot(found["cross_entropy"]).item() / (norm * base)
-        gradients[name] = Gradient(norm, norm / total if total else 0.0, cosine)
-    return gradients
-
-
-def _first_batch(
-    index_B: torch.Tensor, terms: Terms, loss: torch.Tensor, features_BD: torch.Tensor
-) -> FirstBatch:
-    values = {name: (weight, value.detach()) for name, (weight, value) in terms.items()}
-    return FirstBatch(index_B, values, loss.detach(), feature_gradients(terms, features_BD))

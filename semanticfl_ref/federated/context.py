@@ -64,7 +64,8 @@ def make_context(
     """Move everything to the device and build the model with the heads that the method needs.
 
     Raises:
-        UserError: CUDA is asked for and not available, or anchors whose width the model cannot meet.
+        UserError: CUDA is asked for and not available, or anchors whose width the model cannot
+            meet.
     """
     device = resolve_device(config.run.device)
     method = METHODS[config.federation.method]

@@ -16,11 +16,11 @@ def evaluate(model: nn.Module, context: RunContext) -> dict:
     """Accuracies of `model`, 0 ... 1.
 
     Returns:
-        test_accuracy; validation_accuracy, None without validation images; class_accuracy, C values,
-        None for a class without test images; client_accuracy, M values: the class accuracies
-        averaged by the client's label histogram, which is the accuracy on a test set with its label
-        distribution. With partition.held_out_share also own_accuracy, M values on the clients' own
-        test images, None for a client without.
+        test_accuracy; validation_accuracy, None without validation images; class_accuracy, C
+        values, None for a class without test images; client_accuracy, M values: the class
+        accuracies averaged by the client's label histogram, which is the accuracy on a test set
+        with its label distribution. With partition.held_out_share also own_accuracy, M values on
+        the clients' own test images, None for a client without.
     """
     data, classes = context.dataset, context.dataset.classes
     correct_N = is_correct(model, context, data.test_images, data.test_labels)
@@ -51,7 +51,7 @@ def evaluate(model: nn.Module, context: RunContext) -> dict:
 
 
 def own_accuracy(model: nn.Module, context: RunContext) -> list[float | None]:
-    """The model's accuracy on each client's own test images, None for a client without: M values."""
+    """Accuracy on each client's own test images, M values; None for a client without."""
     data, held_out = context.dataset, context.partition.held_out
     all_N = torch.cat(held_out).to(data.train_images.device)
     images, labels = data.train_images[all_N], data.train_labels[all_N]

@@ -1,7 +1,7 @@
 """A model <-> one flat vector: every floating parameter and buffer in a fixed order.
 
-So averaging, resuming, hashing and robust rules are each one operation on a matrix. Integer counters
-stay out.
+So averaging, resuming, hashing and robust rules are each one operation on a matrix. Integer
+counters stay out.
 
 Letters: P size of a flat vector.
 """

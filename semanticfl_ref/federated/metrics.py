@@ -6,14 +6,16 @@ Letters: K clients of the round, M clients in all, P size of a flat vector.
 import math
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 import torch
 
 from semanticfl_ref.config.registry import METHODS
-from semanticfl_ref.federated.client import ClientReport
 from semanticfl_ref.errors import NonFiniteError
 from semanticfl_ref.federated.context import RunContext
 from semanticfl_ref.federated.methods.method import LocalUpdate
+from semanticfl_ref.federated.report import ClientReport
+from semanticfl_ref.kernels.weighted_average import weighted_average
 
 FLOAT_BYTES = 4
 
@@ -22,13 +24,13 @@ class RoundMetrics:
     """Collects the clients' reports while a round runs.
 
     Communication is counted in bytes of uncompressed float32 values: `model`, parameters and heads
-    each way, also of dropped clients; `anchors`, a client's visual ones (or those of every class) and
-    all text anchors, the first time it is sampled, if an active term needs them; `controls`, vectors
-    that the method sends beside the model.
+    each way, also of dropped clients; `anchors`, a client's visual ones (or those of every class)
+    and all text anchors, the first time it is sampled, if an active term needs them; `controls`,
+    vectors that the method sends beside the model.
 
-    Not counted: single numbers (image counts, FedDisco's discrepancy, FedCDA's loss); what the server
-    or a client keeps for itself; whatever reached the server before the first round to make anchors
-    (anchors.json says what it saw); evaluation.
+    Not counted: single numbers (image counts, FedDisco's discrepancy, FedCDA's loss); what the
+    server or a client keeps for itself; whatever reached the server before the first round to make
+    anchors (anchors.json says what it saw); evaluation.
     """
 
     def __init__(self, context: RunContext, anchors_sent: torch.Tensor):
@@ -114,11 +116,75 @@ class RoundMetrics:
         return FLOAT_BYTES * total
 
 
+@dataclass
+class Drift:
+    """How far the averaged models moved from the global model.
+
+    Norms leave out entries that do not descend from the global model: BatchNorm's running
+    statistics, or with model.batch_norm = local all of BatchNorm.
+
+    Attributes:
+        start_P: the global model [P].
+        excluded: int64 indices of the entries to leave out.
+        norms: client -> |w_k - w|.
+        weight: sum of the clients' weights.
+    """
+
+    start_P: torch.Tensor
+    excluded: torch.Tensor
+    norms: dict[int, float] = field(default_factory=dict)
+    weight: float = 0.0
+    weighted_norms: float = 0.0
+
+    def add(self, client: int, params_P: torch.Tensor, squared_norm: float, weight: float) -> None:
+        """Count a model.
+
+        Args:
+            client: whose model it is.
+            params_P: its parameters [P].
+            squared_norm: |params - start|^2 over all entries.
+            weight: its aggregation weight.
+        """
+        self.norms[client] = norm = self._norm(params_P, squared_norm)
+        self.weight += float(weight)
+        self.weighted_norms += float(weight) * norm
+
+    def require_weight(self, round: int) -> None:
+        """Check that an average exists.
+
+        Raises:
+            NonFiniteError: no client with a weight was added.
+        """
+        if not self.weight:
+            raise NonFiniteError(
+                f"round {round}: every client with a weight returned NaN or infinity. Lower "
+                f"federation.learning_rate"
+            )
+
+    def summary(self, aggregate_P: torch.Tensor) -> dict[str, float | None]:
+        """Of the aggregate, before the server optimizer.
+
+        Returns:
+            mean_update_norm: |aggregate - w|. update_alignment: that over the weighted mean of
+            |w_k - w|: 1 if all updates are equal, 1 / sqrt(K) if K updates of one length are
+            orthogonal, 0 if they cancel; None if no client moved.
+        """
+        one = torch.ones(1, dtype=torch.float64, device=aggregate_P.device)
+        measured = weighted_average(aggregate_P[None], one, self.start_P)
+        norm = self._norm(aggregate_P, measured.squared_norm_S[0])
+        alignment = norm * self.weight / self.weighted_norms if self.weighted_norms else None
+        return {"mean_update_norm": norm, "update_alignment": alignment}
+
+    def _norm(self, params_P: torch.Tensor, squared_norm: float) -> float:
+        outside = params_P[self.excluded].double() - self.start_P[self.excluded]
+        return math.sqrt(max(float(squared_norm) - float(outside.square().sum()), 0.0))
+
+
 def communication_cost(context: RunContext) -> dict[str, dict[str, int]]:
     """Bytes that a client receives ("down") and returns ("up") per round, anchors aside.
 
-    With model.batch_norm = local, BatchNorm entries are not sent down, since the client uses its own;
-    they go up, since the server averages them for evaluation. Control vectors have no buffers.
+    With model.batch_norm = local, BatchNorm entries are not sent down, since the client uses its
+    own; they go up, since the server averages them for evaluation. Control vectors have no buffers.
     """
     layout, config = context.layout, context.config
     own = len(layout.batch_norm) if config.model.batch_norm == "local" else 0

@@ -11,20 +11,19 @@ import torch
 
 from semanticfl_ref.config.registry import METHODS
 from semanticfl_ref.config.settings import Config
-from semanticfl_ref.errors import NonFiniteError
 from semanticfl_ref.federated.aggregate import (
     COHORT,
-    Drift,
     average_selected,
     cohorts,
     robust_aggregate,
 )
-from semanticfl_ref.federated.client import ClientReport, train_client
+from semanticfl_ref.federated.client import train_client
 from semanticfl_ref.federated.context import RunContext
 from semanticfl_ref.federated.evaluate import evaluate
 from semanticfl_ref.federated.flat import flatten_params, load_params
 from semanticfl_ref.federated.methods.method import LocalUpdate, Participants
-from semanticfl_ref.federated.metrics import RoundMetrics, non_finite_part
+from semanticfl_ref.federated.metrics import Drift, RoundMetrics
+from semanticfl_ref.federated.report import ClientReport
 from semanticfl_ref.federated.server_optimizer import server_step
 from semanticfl_ref.federated.state import FederatedState
 from semanticfl_ref.kernels.weighted_average import weighted_average
@@ -71,11 +70,7 @@ def run_round(
             method.update_state(method_state, updates[s], params_SP[s], reports[s])
             if len(batch_norm_MQ):
                 batch_norm_MQ[updates[s].client] = params_SP[s, context.layout.batch_norm]
-    if not drift.weight:
-        raise NonFiniteError(
-            f"round {state.round + 1}: every client with a weight returned NaN or infinity. Lower "
-            f"federation.learning_rate"
-        )
+    drift.require_weight(state.round + 1)
     aggregate_P, norms = average.values_P, drift.norms
     if rule != "mean":
         aggregate_P = robust_aggregate(params_SP[finite_S], rule, config.server)
@@ -87,16 +82,10 @@ def run_round(
 
     # 4. Server: evaluate the new global model, and record one line of metrics.
     load_params(context.model, params_P)
-    line = {
-        "round": state.round + 1,
-        "clients": sampled_K,
-        **evaluate(context.model, context),
-        **metrics.line(),
-        "drift": {
-            "update_norm": [norms.get(client) for client in sampled_K],
-            **drift.summary(aggregate_P),
-        },
-    }
+    line = {"round": state.round + 1, "clients": sampled_K}
+    line |= evaluate(context.model, context) | metrics.line()
+    line["drift"] = {"update_norm": [norms.get(client) for client in sampled_K]}
+    line["drift"] |= drift.summary(aggregate_P)
     state = replace(
         state,
         round=state.round + 1,

@@ -41,8 +41,8 @@ def server_step(
         fedavgm   v <- beta v + Delta,                              w + eta v
         fedadam   m <- beta_1 m + (1 - beta_1) Delta,
                   v <- beta_2 v + (1 - beta_2) Delta^2,             w + eta m / (sqrt(v) + tau)
-    Test: tests/federated/test_aggregation.py::test_fedavgm_on_numbers,
-        tests/federated/test_aggregation.py::test_fedadam_on_numbers
+    Test: tests/federated/test_server_optimizer.py::test_fedavgm_on_numbers,
+        tests/federated/test_server_optimizer.py::test_fedadam_on_numbers
 
     Args:
         config: sections `federation` and `server`.
@@ -51,11 +51,12 @@ def server_step(
         params_P, average_P: float32 [P].
 
     Source: Hsu, Qi, Brown: Measuring the Effects of Non-Identical Data Distribution for Federated
-    Visual Classification. arXiv 1909.06335; Reddi et al.: Adaptive Federated Optimization. ICLR 2021,
-    Algorithm 2 (no bias correction). fedavgm with beta = 0, eta = 1 is the average within rounding.
-    Choice: the optimizer moves parameters; BatchNorm's running statistics take the clients' average:
-    they are no directions, and Adam could make a variance negative. Choice: v starts at zero, where
-    the paper has at least tau^2.
+    Visual Classification. arXiv 1909.06335; Reddi et al.: Adaptive Federated Optimization. ICLR
+    2021, Algorithm 2 (no bias correction). fedavgm with beta = 0, eta = 1 is the average within
+    rounding.
+    Choice: the optimizer moves parameters; BatchNorm's running statistics take the clients'
+    average: they are no directions, and Adam could make a variance negative. Choice: v starts at
+    zero, where the paper has at least tau^2.
     """
     settings, kind = config.server, config.federation.server_optimizer
     if kind == "none":

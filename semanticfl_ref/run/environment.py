@@ -1,4 +1,7 @@
-"""Where and when a run runs: versions, machine, command, commit."""
+"""Where and when a run runs: versions, machine, command, commit.
+
+torch is imported only where its version is asked, since `compare` writes commands without it.
+"""
 
 import importlib.metadata
 import platform
@@ -7,19 +10,22 @@ import subprocess
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from semanticfl_ref import __version__
-from semanticfl_ref.federated.context import RunContext
+
+if TYPE_CHECKING:
+    from semanticfl_ref.federated.context import RunContext
 
 PACKAGES = ("torch", "diffusers", "transformers", "numpy", "safetensors", "triton")
 # What a resumed run's last bits may depend on.
 NUMERIC = ("semanticfl_ref", "versions", "threads", "device", "precision", "platform", "processor")
 
 
-def environment_of(context: RunContext) -> dict:
+def environment_of(context: "RunContext") -> dict:
     """Versions and machine; JSON values."""
+    import torch
+
     on_cuda = context.device.type == "cuda"
     return {
         "semanticfl_ref": __version__,

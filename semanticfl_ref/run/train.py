@@ -186,8 +186,8 @@ def _run_rounds(
     except KeyboardInterrupt:
         save_checkpoint(folder.checkpoint, state, job.identity)
         raise KeyboardInterrupt(
-            f"interrupted and saved after round {state.round} of {rounds}; continue with: python -m "
-            f"semanticfl_ref train --resume {folder.path}"
+            f"interrupted and saved after round {state.round} of {rounds}; continue with: "
+            f"python -m semanticfl_ref train --resume {folder.path}"
         ) from None
     return state
 
@@ -207,7 +207,8 @@ def _about(job: _Job, folder: RunFolder) -> dict:
     if job.anchors is not None and config.diffusion.source == "tiny" and not is_embedded(config):
         warnings.append(
             f"the anchors for {config.data.name} come from the embedded model, which knows digits "
-            f"only: a stand-in for a trial, not the paper's setting; pass a Stable Diffusion with --sd"
+            f"only: a stand-in for a trial, not the paper's setting; pass a Stable Diffusion with "
+            f"--sd"
         )
     return {
         "dataset": config.data.name,

@@ -24,68 +24,57 @@ from semanticfl_ref.randomness import generator
 def test_lengths(n, size, lengths):
     indices = torch.randperm(1000, generator=generator(0, "test"))[:n]
     batches = epoch_batches(indices, batch_size=size, generator=generator(0, "batches"))
-    assert [len(b) for b in batches] == lengths
+    assert [len(batch) for batch in batches] == lengths
     assert torch.cat(batches).sort().values.equal(indices.sort().values)
 
 
 def test_the_seed_decides():
     def order(epoch):
-        return torch.cat(
-            epoch_batches(
-                torch.arange(100), batch_size=8, generator=generator(0, "batches", epoch=epoch)
-            )
-        )
+        source = generator(0, "batches", epoch=epoch)
+        return torch.cat(epoch_batches(torch.arange(100), batch_size=8, generator=source))
 
-    assert order(0).equal(order(0)) and not order(0).equal(order(1))
+    assert order(0).equal(order(0))
+    assert not order(0).equal(order(1))
 
 
 def test_network_input_equals_its_expression():
     images = torch.randint(0, 256, (5, 6, 4, 3), dtype=torch.uint8, generator=generator(0, "test"))
     x = network_input(images, augment=False, generator=None)
     expected = (images.permute(0, 3, 1, 2).double() / 255 - 0.5) / 0.5
-    assert (
-        x.dtype == torch.float32
-        and x.shape == (5, 3, 6, 4)
-        and x.is_contiguous(memory_format=torch.channels_last)
-    )
-    assert (x - expected).abs().max() < 1e-6 and network_input(
-        images * 0 + 255, augment=False, generator=None
-    ).eq(1).all()
+    assert x.dtype == torch.float32
+    assert x.shape == (5, 3, 6, 4)
+    assert x.is_contiguous(memory_format=torch.channels_last)
+    assert (x - expected).abs().max() < 1e-6
+    assert network_input(images * 0 + 255, augment=False, generator=None).eq(1).all()
 
 
-def test_every_augmented_image_is_a_flip_and_crop_of_its_own():
+def test_every_augmented_image_is_its_own_flip_and_crop():
     images = torch.randint(0, 256, (64, 9, 8, 3), dtype=torch.uint8, generator=generator(0, "test"))
     kept = images.clone()
-    x = (
-        ((network_input(images, augment=True, generator=generator(0, "augment")) + 1) * 127.5)
-        .round()
-        .to(torch.uint8)
-        .permute(0, 2, 3, 1)
-    )
+    x = network_input(images, augment=True, generator=generator(0, "augment"))
+    pixels = ((x + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
     assert images.equal(kept)
     found = set()
-    for image, seen in zip(images, x, strict=True):
-        framed = torch.zeros(9 + 2 * MARGIN, 8 + 2 * MARGIN, 3, dtype=torch.uint8)
-        framed[MARGIN:-MARGIN, MARGIN:-MARGIN] = image
+    for image, augmented in zip(images, pixels, strict=True):
+        padded = torch.zeros(9 + 2 * MARGIN, 8 + 2 * MARGIN, 3, dtype=torch.uint8)
+        padded[MARGIN:-MARGIN, MARGIN:-MARGIN] = image
         crops = {
-            (t, le, f): framed[t : t + 9, le : le + 8]
-            for t in range(9)
-            for le in range(9)
-            for f in (False, True)
+            (top, left): padded[top : top + 9, left : left + 8]
+            for top in range(9)
+            for left in range(9)
         }
-        (how,) = [k for k, crop in crops.items() if seen.equal(crop.flip(1) if k[2] else crop)]
+        plain = [(*place, False) for place, crop in crops.items() if augmented.equal(crop)]
+        flipped = [(*place, True) for place, crop in crops.items() if augmented.equal(crop.flip(1))]
+        (how,) = plain + flipped
         found.add(how)
-    assert (
-        len(found) > 45
-        and {t for t, _, _ in found} == set(range(9))
-        and 15 < sum(f for _, _, f in found) < 50
-    )
+    assert len(found) > 45
+    assert {top for top, _, _ in found} == set(range(9))
+    assert 15 < sum(flipped for _, _, flipped in found) < 50
 
 
 def test_the_global_generator_is_not_moved():
     before = torch.get_rng_state()
-    network_input(
-        torch.zeros(4, 8, 8, 3, dtype=torch.uint8), augment=True, generator=generator(0, "augment")
-    )
+    images = torch.zeros(4, 8, 8, 3, dtype=torch.uint8)
+    network_input(images, augment=True, generator=generator(0, "augment"))
     epoch_batches(torch.arange(9), batch_size=2, generator=generator(0, "batches"))
     assert torch.get_rng_state().equal(before)

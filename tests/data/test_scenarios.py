@@ -1,101 +1,85 @@
-"""Every scenario over its whole range: disjoint, complete, nobody below the minimum, in time, or
-refused by name; and what each rule promises.
+"""Every scenario over its whole range, and what each rule promises.
+
+A partition is disjoint and complete, gives every client the minimum, and is made in time; or it is
+refused by name.
 """
 
 import time
 
 import pytest
+import splitting
 import torch
 
-from semanticfl_ref.data.partition import CORRUPTIONS, MODALITIES, make_partition
-from semanticfl_ref.data.scenarios import long_tail, quantity
+from semanticfl_ref.config.settings import PartitionSettings
+from semanticfl_ref.data.partition import CORRUPTIONS, MODALITIES
+from semanticfl_ref.data.scenarios import Assignment, long_tail, quantity
 from semanticfl_ref.errors import UserError
 from semanticfl_ref.randomness import generator
 
 CIFAR100 = torch.arange(50_000) % 100
+FIVE = torch.arange(400) % 5
+COUNTS = (2, 50, 1000)
 GRID = [
     *(
         (scenario, alpha, clients)
         for scenario in ("nid1", "quantity")
         for alpha in (1e-3, 1e3)
-        for clients in (2, 50, 1000)
+        for clients in COUNTS
     ),
-    *(
-        (scenario, 1.0, clients)
-        for scenario in ("iid", "pathological")
-        for clients in (2, 50, 1000)
-    ),
+    *((scenario, 1.0, clients) for scenario in ("iid", "pathological") for clients in COUNTS),
     ("nid2", 1.0, 6),
 ]
 
 
-def split(scenario, labels=CIFAR100, clients=10, classes=100, alpha=0.5, seed=0, **options):
-    return make_partition(
-        labels,
-        scenario=scenario,
-        clients=clients,
-        classes=classes,
-        alpha=alpha,
-        seed=seed,
-        **options,
-    )
+def split(scenario, labels=CIFAR100, *, classes=100, alpha=0.5, **options):
+    return splitting.split(labels, scenario, classes=classes, alpha=alpha, **options)
 
 
 @pytest.mark.parametrize("imbalance", [1.0, 100.0])
 @pytest.mark.parametrize(("scenario", "alpha", "clients"), GRID)
 def test_the_whole_range(scenario, alpha, clients, imbalance):
+    k = 50 if clients == 2 else 10
     started = time.process_time()
     p = split(
         scenario,
         alpha=alpha,
         clients=clients,
         imbalance=imbalance,
-        classes_per_client=50 if clients == 2 else 10,
-        features="corruption",
+        classes_per_client=k,
+        feature_shift="corruption",
         modality="mixed",
     )
     assert time.process_time() - started < 2
     held = torch.cat(p.indices)
-    assert len(held.unique()) == len(held) == len(p.owned) == 50_000 - sum(p.dropped), (
-        "disjoint, together all kept images"
-    )
-    assert len(p.indices) == clients and min(p.sizes) >= 2
-    assert torch.tensor(p.histograms).sum(0).tolist() == [
-        500 - lost for lost in p.dropped or [0] * 100
-    ]
+    assert len(held.unique()) == len(held), "disjoint"
+    assert len(held) == len(p.used) == 50_000 - sum(p.dropped), "together all kept images"
+    assert len(p.indices) == clients
+    assert min(p.sizes) >= 2
+    kept = [500 - dropped for dropped in p.dropped or [0] * 100]
+    assert torch.tensor(p.histograms).sum(0).tolist() == kept
     if scenario == "pathological":
-        assert {sum(n > 0 for n in row) for row in p.histograms} == {50 if clients == 2 else 10}
+        assert {sum(n > 0 for n in row) for row in p.histograms} == {k}
 
 
 def test_pathological_by_hand():
-    """Five clients, two classes each, of five classes of 60 images: ten shards of 30, two of each
-    class.
-    """
-    p = split("pathological", labels=torch.arange(300) % 5, clients=5, classes=5)
+    """Five clients of two classes, of five classes of 60 images: ten shards of 30, two a class."""
+    labels = torch.arange(300) % 5
+    p = split("pathological", labels, clients=5, classes=5)
     assert [sorted(row) for row in p.histograms] == [[0, 0, 0, 30, 30]] * 5
-    assert p.skew == pytest.approx(0.6) and p.kl == pytest.approx(torch.tensor(2.5).log().item())
+    assert p.skew == pytest.approx(0.6)
+    assert p.kl == pytest.approx(torch.tensor(2.5).log().item())
     pairs = {
-        split(
-            "pathological", labels=torch.arange(300) % 5, clients=5, classes=5, seed=seed
-        ).histograms
+        split("pathological", labels, clients=5, classes=5, seed=seed).histograms
         for seed in range(8)
     }
-    assert len(pairs) > 4, "who holds which classes is drawn"
+    assert len(pairs) > 4, "the seed decides who holds which classes"
 
 
 def test_pathological_cuts_large_classes_into_more_shards():
     labels = torch.repeat_interleave(torch.arange(4), torch.tensor([400, 200, 100, 100]))
-    p = split("pathological", labels=labels, clients=8, classes=4, classes_per_client=1)
-    assert sorted(p.sizes) == [100] * 8 and sorted(row.index(100) for row in p.histograms) == [
-        0,
-        0,
-        0,
-        0,
-        1,
-        1,
-        2,
-        3,
-    ]
+    p = split("pathological", labels, clients=8, classes=4, classes_per_client=1)
+    assert sorted(p.sizes) == [100] * 8
+    assert sorted(row.index(100) for row in p.histograms) == [0, 0, 0, 0, 1, 1, 2, 3]
 
 
 @pytest.mark.parametrize(
@@ -103,9 +87,13 @@ def test_pathological_cuts_large_classes_into_more_shards():
     [
         (
             {"clients": 10},
-            "cuts 20 shards, 2 classes for each of 10 clients; these 50000 images of 100 classes allow 100",
+            "needs 20 shards, 2 classes for each of 10 clients; these 50000 images of 100 classes "
+            "allow 100",
         ),
-        ({"clients": 50, "classes_per_client": 101}, "cuts 5050 shards, .* 5000: change --clients"),
+        (
+            {"clients": 50, "classes_per_client": 101},
+            "needs 5050 shards, .* 5000: change --clients",
+        ),
         (
             {
                 "clients": 40,
@@ -113,7 +101,7 @@ def test_pathological_cuts_large_classes_into_more_shards():
                 "classes": 10,
                 "classes_per_client": 3,
             },
-            "cuts 120 shards",
+            "needs 120 shards",
         ),
     ],
 )
@@ -123,85 +111,91 @@ def test_shards_that_do_not_come_out(options, words):
 
 
 def test_quantity_skews_sizes_and_not_labels():
-    few, even = (
-        split("quantity", classes=10, labels=CIFAR100 % 10, alpha=0.3),
-        split("quantity", classes=10, labels=CIFAR100 % 10, alpha=1e3),
-    )
-    assert max(few.sizes) > 4 * sorted(few.sizes)[5] and max(even.sizes) < 1.2 * min(even.sizes)
+    few = split("quantity", CIFAR100 % 10, classes=10, alpha=0.3)
+    even = split("quantity", CIFAR100 % 10, classes=10, alpha=1e3)
+    assert max(few.sizes) > 4 * sorted(few.sizes)[5]
+    assert max(even.sizes) < 1.2 * min(even.sizes)
     large = [row for row, n in zip(few.histograms, few.sizes, strict=True) if n > 1000]
-    assert len(large) > 3 and all(abs(n / sum(row) - 0.1) < 0.04 for row in large for n in row)
+    assert len(large) > 3
+    assert all(abs(n / sum(row) - 0.1) < 0.04 for row in large for n in row)
     assert few.manifest()["alpha"] == 0.3
 
 
 def test_quantity_has_the_dirichlet_variance():
     """Shares of four clients: variance (1/4)(3/4) / (4 alpha + 1)."""
-    labels, source = torch.zeros(1000, dtype=torch.int64), generator(0, "test")
-    shares = (
-        torch.stack(
-            [torch.bincount(quantity(labels, 4, 0.5, source), minlength=4) for _ in range(2000)]
-        ).double()
-        / 1000
+    assignment = Assignment(
+        labels=torch.zeros(1000, dtype=torch.int64),
+        classes=1,
+        settings=PartitionSettings(clients=4, alpha=0.5),
+        minimum=2,
+        generator=generator(0, "test"),
     )
-    assert (
-        shares.mean(0).sub(0.25).abs().max() < 0.02
-        and shares.var(0).sub(0.1875 / 3).abs().max() < 0.006
-    )
+    counts = [torch.bincount(quantity(assignment), minlength=4) for _ in range(2000)]
+    shares = torch.stack(counts).double() / 1000
+    assert shares.mean(0).sub(0.25).abs().max() < 0.02
+    assert shares.var(0).sub(0.1875 / 3).abs().max() < 0.006
 
 
 def test_the_long_tail_by_hand():
-    """Of 80 a class, five classes, factor 16: 80, 40, 20, 10, 5."""
-    labels = torch.arange(400) % 5
-    kept = long_tail(labels, 5, 16.0, generator(0, "test"))
-    assert torch.bincount(labels[kept]).tolist() == [80, 40, 20, 10, 5] and kept.equal(
-        kept.unique()
-    )
-    p = split("iid", labels=labels, classes=5, imbalance=16.0)
-    assert p.dropped == (0, 40, 60, 70, 75) and len(p.owned) == 155
-    assert p.owned.equal(split("nid1", labels=labels, classes=5, imbalance=16.0).owned), (
-        "the tail is the seed's, whatever the scenario"
-    )
-    assert (
-        torch.bincount(labels[long_tail(labels, 5, 1e4, generator(0, "test"))]).tolist()[-1] == 1
-    ), "no class is lost"
-    with pytest.raises(
-        UserError, match="100 clients need at least 200 training images .* there are 155"
-    ):
-        split("iid", labels=labels, classes=5, imbalance=16.0, clients=100)
+    """Of 80 per class, five classes, factor 16: 80, 40, 20, 10, 5."""
+    kept = long_tail(FIVE, 5, 16.0, generator(0, "test"))
+    assert torch.bincount(FIVE[kept]).tolist() == [80, 40, 20, 10, 5]
+    assert kept.equal(kept.unique())
+    last = long_tail(FIVE, 5, 1e4, generator(0, "test"))
+    assert torch.bincount(FIVE[last]).tolist()[-1] == 1, "no class is lost"
 
 
-def test_the_same_split_in_a_data_set_of_the_owned_images():
-    labels = torch.arange(400) % 5
-    p = split("nid1", labels=labels, classes=5, imbalance=16.0, held_out_share=0.3)
-    owned, among = p.owned, p.among_owned()
+def test_the_long_tail_of_a_partition():
+    p = split("iid", FIVE, classes=5, imbalance=16.0)
+    assert p.dropped == (0, 40, 60, 70, 75)
+    assert len(p.used) == 155
+    other = split("nid1", FIVE, classes=5, imbalance=16.0)
+    assert p.used.equal(other.used), "the tail is the seed's, whatever the scenario"
+    words = "100 clients need at least 200 training images .* there are 155"
+    with pytest.raises(UserError, match=words):
+        split("iid", FIVE, classes=5, imbalance=16.0, clients=100)
+
+
+def test_the_same_partition_of_the_used_images():
+    p = split("nid1", FIVE, classes=5, imbalance=16.0, held_out_share=0.3)
+    used, among = p.used, p.among_used()
     assert torch.cat([*among.indices, *among.held_out]).sort().values.equal(torch.arange(155))
-    for there, here in zip(p.indices + p.held_out, among.indices + among.held_out, strict=True):
-        assert owned[here].equal(there)
+    before, after = p.indices + p.held_out, among.indices + among.held_out
+    for there, here in zip(before, after, strict=True):
+        assert used[here].equal(there)
     assert among.sha256 == p.sha256
+    trained = torch.cat(p.indices).sort().values
+    assert p.trained.equal(trained)
 
 
-def test_cameras_and_modalities_are_dealt_in_turn():
-    """Each as often as any other, by draws of their own, and without a bearing on who holds what."""
-    plain, p = (
-        split("nid1", clients=20),
-        split("nid1", clients=20, features="corruption", modality="mixed"),
-    )
-    assert p.sha256 == plain.sha256 and (plain.corruptions, plain.modalities) == ((), ())
-    assert {p.corruptions.count(name) for name in CORRUPTIONS} == {4} and {
-        p.modalities.count(name) for name in MODALITIES
-    } == {5}
+def test_corruptions_and_modalities_go_in_turn():
+    """Each as often as any other, independent of each other and of the partition."""
+    plain = split("nid1", clients=20)
+    p = split("nid1", clients=20, feature_shift="corruption", modality="mixed")
+    assert p.sha256 == plain.sha256
+    assert (plain.corruptions, plain.modalities) == ((), ())
+    assert {p.corruptions.count(name) for name in CORRUPTIONS} == {4}
+    assert {p.modalities.count(name) for name in MODALITIES} == {5}
     assert len(set(zip(p.corruptions, p.modalities, strict=True))) > 5
-    assert p.corruptions != split("nid1", clients=20, features="corruption", seed=1).corruptions
-    told = {
-        name: (p.gets(p.modalities.index(name), "visual"), p.gets(p.modalities.index(name), "text"))
+    other = split("nid1", clients=20, feature_shift="corruption", seed=1)
+    assert p.corruptions != other.corruptions
+
+
+def test_which_anchors_a_client_receives():
+    plain = split("nid1", clients=20)
+    p = split("nid1", clients=20, modality="mixed")
+    received = {
+        name: tuple(p.receives(p.modalities.index(name), kind) for kind in ("visual", "text"))
         for name in MODALITIES
     }
-    assert told == {
+    assert received == {
         "visual and text": (True, True),
         "text": (False, True),
         "visual": (True, False),
         "neither": (False, False),
     }
-    assert plain.gets(0, "visual") and plain.gets(0, "text")
+    assert plain.receives(0, "visual")
+    assert plain.receives(0, "text")
 
 
 @pytest.mark.parametrize(
@@ -213,16 +207,8 @@ def test_cameras_and_modalities_are_dealt_in_turn():
         ("nid2", 6, 0.0, "f8b542c95b8c6c60"),
     ],
 )
-def test_splits_stay_what_they_were(scenario, clients, share, digest):
-    """Published results name these hashes: a change here changes every result. (torch 2.11 ...
-    2.13)
-    """
-    assert split(
-        scenario,
-        labels=torch.arange(1000) % 10,
-        classes=10,
-        clients=clients,
-        alpha=0.05,
-        seed=3,
-        held_out_share=share,
-    ).sha256.startswith(digest)
+def test_published_results_name_these_hashes(scenario, clients, share, digest):
+    """A change here changes every result. (torch 2.11 ... 2.13)"""
+    labels = torch.arange(1000) % 10
+    options = {"clients": clients, "held_out_share": share, "alpha": 0.05, "seed": 3}
+    assert split(scenario, labels, classes=10, **options).sha256.startswith(digest)

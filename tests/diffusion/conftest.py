@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from bank_files import LABELS, NAMES, RECIPE
+from cache_files import LABELS, NAMES, dataset_of, settings_for
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -22,9 +22,8 @@ def small_passes():
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory):
+    import make_tiny
     from diffusers import AutoencoderKL, DDPMScheduler
-
-    from semanticfl_ref.diffusion import make_tiny
 
     folder = tmp_path_factory.mktemp("model")
     with torch.random.fork_rng(devices=[]):
@@ -41,20 +40,15 @@ def model_folder(tmp_path_factory):
         )
         tokenizer = make_tiny.make_tokenizer(folder / "words")
         scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
-        make_tiny.save(
-            folder,
-            vae,
-            make_tiny.new_unet(),
-            make_tiny.new_text_encoder(tokenizer),
-            tokenizer,
-            scheduler,
-        )
+        unet = make_tiny.new_unet()
+        text_encoder = make_tiny.new_text_encoder(tokenizer)
+        make_tiny.save(folder, vae, unet, text_encoder, tokenizer, scheduler)
     return folder
 
 
 @pytest.fixture(scope="session")
 def deep_folder(model_folder, tmp_path_factory):
-    """The same but for the U-Net, which has Stable Diffusion 1.5's blocks (two layers each,
+    """The same except for the U-Net, which has Stable Diffusion 1.5's blocks (two layers each,
     attention in three of four levels) at small widths.
     """
     from diffusers import UNet2DConditionModel
@@ -97,59 +91,54 @@ def backbone(loaded):
 
 @pytest.fixture(scope="session")
 def images():
-    return torch.randint(
-        0, 256, (12, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
-    )
+    source = torch.Generator().manual_seed(1)
+    return torch.randint(0, 256, (12, 32, 32, 3), dtype=torch.uint8, generator=source)
 
 
 @pytest.fixture(scope="module")
 def small_shards(small_passes):
     """A dozen images in three shards, one pass each."""
-    from semanticfl_ref.diffusion import extract
-    from semanticfl_ref.diffusion import feature_cache as cache
+    from semanticfl_ref.diffusion import extract, feature_cache
     from semanticfl_ref.diffusion.backbone import Backbone
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Backbone, "SMALL_PASS", 4)
-        for module in (cache, extract):
+        for module in (feature_cache, extract):
             patch.setattr(module, "SHARD", 4)
         yield
 
 
 @pytest.fixture(scope="module")
-def want(model_folder, images, small_shards):
-    """A function: options of a recipe -> the plan of its cache."""
-    from semanticfl_ref.diffusion.feature_cache import Recipe, plan
+def plan_for(model_folder, images, small_shards):
+    """A function: a cache folder, and options of the section `diffusion` -> the plan of a cache."""
+    from semanticfl_ref.diffusion.feature_cache import plan_cache
 
-    def want(cache_dir, **options):
-        given = {"source": str(model_folder), **RECIPE} | options
-        chosen = given.pop("images", images)
-        return plan(
-            chosen,
-            given.pop("labels", LABELS),
-            given.pop("names", NAMES),
-            "data",
-            Recipe(**given),
-            cache_dir=cache_dir,
+    def plan_for(folder, *, images=images, labels=LABELS, names=NAMES, seed=0, **options):
+        return plan_cache(
+            dataset_of(images, labels, names),
+            settings_for(model_folder, **options),
+            seed=seed,
+            device=torch.device("cpu"),
+            folder=folder,
             offline=True,
-            device="cpu",
             remedy="remake it",
         )
 
-    return want
+    return plan_for
 
 
 @pytest.fixture(scope="module")
-def made(want, tmp_path_factory):
-    from semanticfl_ref.diffusion.feature_cache import open_or_build
+def built(plan_for, tmp_path_factory):
+    """The plan of a cache that has been built."""
+    from semanticfl_ref.diffusion.extract import open_or_build
 
-    wanted = want(tmp_path_factory.mktemp("cache"))
-    open_or_build(wanted)
-    return wanted
+    plan = plan_for(tmp_path_factory.mktemp("cache"))
+    open_or_build(plan)
+    return plan
 
 
 @pytest.fixture
-def cached(made, want, tmp_path):
-    """The plan of a finished cache in a cache folder of the test's own."""
-    shutil.copytree(made.path, tmp_path / made.path.name)
-    return want(tmp_path)
+def copied(built, plan_for, tmp_path):
+    """The plan of a copy of that cache, in a cache folder of the test's own."""
+    shutil.copytree(built.path, tmp_path / built.path.name)
+    return plan_for(tmp_path)

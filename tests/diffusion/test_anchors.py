@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from cache_files import in_memory
 
-from semanticfl_ref.diffusion.anchors import fisher_ratio, make_anchors, pca
-from semanticfl_ref.diffusion.feature_cache import in_memory
+from semanticfl_ref.config.settings import AnchorsSettings
+from semanticfl_ref.diffusion.anchors import LabelledCache, fisher_ratio, make_anchors, pca
+from semanticfl_ref.diffusion.controls import apply_control
 from semanticfl_ref.errors import UserError
 
 N, CLASSES = 120, 5
@@ -35,20 +37,25 @@ def cache():
     return in_memory(features, draw(CLASSES, 16, seed=3), "cache-id", meta)
 
 
-def make(cache, **options):
-    return make_anchors(cache, LABELS, **({"width": 12, "classes": CLASSES} | options))
+def make(cache, *, labels=LABELS, text_source=None, seed=0, **options):
+    return make_anchors(
+        LabelledCache(cache=cache, labels=labels),
+        AnchorsSettings(**{"width": 12, "aggregation": "equal", **options}),
+        classes=CLASSES,
+        seed=seed,
+        text_source=text_source,
+    )
 
 
 def test_pca_closed_form():
-    """Points on the axes (3, 4)/5 and (-4, 3)/5 with variances 4 and 1: these are the components."""
+    """Points on the axes (3, 4)/5 and (-4, 3)/5 with variances 4 and 1 have these components."""
     long, short = torch.tensor([3.0, 4.0]) / 5, torch.tensor([-4.0, 3.0]) / 5
     points = torch.stack([2 * long, -2 * long, short, -short]).double() + 10
     mean, directions, variances = pca(lambda: [points], 2)
     torch.testing.assert_close(mean, torch.tensor([10.0, 10.0]).double())
     torch.testing.assert_close(variances, torch.tensor([8.0, 2.0]).double() / 3)
-    torch.testing.assert_close(
-        directions, torch.tensor([[0.6, 0.8], [0.8, -0.6]]).double()
-    )  # the larger entry is positive in both
+    expected = torch.tensor([[0.6, 0.8], [0.8, -0.6]])  # the larger entry is positive in both
+    torch.testing.assert_close(directions, expected.double())
 
 
 def test_pca_sign_and_value_do_not_depend_on_the_images_order(cache):
@@ -88,18 +95,12 @@ def test_separability_lengthens_the_level_that_tells_classes_apart(cache):
     ratios do, and sum to the width.
     """
     equal, weighted = make(cache), make(cache, aggregation="separability")
-    strengths = weighted.provenance["level_strengths"]
-    ratios = [
-        fisher_ratio(equal.visual[:, part], LABELS, CLASSES) for part in (slice(0, 6), slice(6, 12))
-    ]
-    assert (
-        strengths["mid"] / strengths["up.0"] == pytest.approx(ratios[0] / ratios[1], rel=1e-3)
-        and ratios[0] > 5 * ratios[1]
-    )
-    assert (
-        sum(strengths.values()) == pytest.approx(2, abs=1e-5)
-        and equal.provenance["level_strengths"] is None
-    )
+    strengths = weighted.provenance["layer_strengths"]
+    mid, up = (fisher_ratio(part, LABELS, CLASSES) for part in equal.visual.split(6, dim=1))
+    assert strengths["mid"] / strengths["up.0"] == pytest.approx(mid / up, rel=1e-3)
+    assert mid > 5 * up
+    assert sum(strengths.values()) == pytest.approx(2, abs=1e-5)
+    assert equal.provenance["layer_strengths"] is None
     torch.testing.assert_close(
         weighted.visual[:, :6], equal.visual[:, :6] * strengths["mid"] ** 0.5
     )
@@ -108,53 +109,40 @@ def test_separability_lengthens_the_level_that_tells_classes_apart(cache):
     )
 
 
-def own_class_bank(cache, **meta):
+def own_class_source(cache, labels=LABELS[:25], **meta):
+    """The first 25 images under their own class's caption, with other features."""
     features = {layer: cache.read(layer)[:25] * 2 + 1 for layer in cache.widths}
-    return in_memory(
-        features, cache.text, "text-id", {**cache.meta, "condition": "own-class", **meta}
-    )
+    meta = {**cache.meta, "condition": "own-class", **meta}
+    return LabelledCache(cache=in_memory(features, cache.text, "text-id", meta), labels=labels)
 
 
 @pytest.mark.parametrize("aggregation", ["equal", "separability"])
 def test_texts_from_the_unet_lie_in_the_visual_anchors_space(cache, aggregation):
-    """A cache that says of its images what the visual cache says gives the class means of the visual
-    anchors themselves.
-    """
-    copy = in_memory(
-        {layer: cache.read(layer) for layer in cache.widths},
-        cache.text,
-        "text-id",
-        {**cache.meta, "condition": "own-class"},
-    )
-    anchors = make(cache, text_cache=copy, text_labels=LABELS, aggregation=aggregation)
-    assert (
-        anchors.text.shape == (CLASSES, 12)
-        and anchors.provenance["text"] == "unet"
-        and anchors.provenance["text_cache"] == "text-id"
-    )
+    """A cache with the visual cache's features gives the class means of the visual anchors."""
+    features = {layer: cache.read(layer) for layer in cache.widths}
+    meta = {**cache.meta, "condition": "own-class"}
+    copy = LabelledCache(cache=in_memory(features, cache.text, "text-id", meta), labels=LABELS)
+    anchors = make(cache, text_source=copy, text="unet", aggregation=aggregation)
+    assert anchors.text.shape == (CLASSES, 12)
+    assert anchors.provenance["text"] == "unet" and anchors.provenance["text_cache"] == "text-id"
     torch.testing.assert_close(
         anchors.text, make(cache, per="class", aggregation=aggregation).visual
     )
-    other = make(cache, text_cache=own_class_bank(cache), text_labels=LABELS[:25])
-    assert torch.equal(other.visual, make(cache).visual) and not torch.allclose(
-        other.text, anchors.text
-    )
+    other = make(cache, text_source=own_class_source(cache))
+    assert torch.equal(other.visual, make(cache).visual)
+    assert not torch.allclose(other.text, anchors.text)
     assert make(cache).provenance["text"] == "clip"
 
 
-def test_a_text_bank_must_fit(cache):
+def test_a_text_cache_must_fit(cache):
     with pytest.raises(UserError, match="own class's caption"):
-        make(cache, text_cache=own_class_bank(cache, condition="null"), text_labels=LABELS[:25])
+        make(cache, text_source=own_class_source(cache, condition="null"))
+    features, meta = {"mid": cache.read("mid")}, {"condition": "own-class"}
+    fewer_layers = in_memory(features, cache.text, "id", meta)
     with pytest.raises(UserError, match="same layers"):
-        make(
-            cache,
-            text_cache=in_memory(
-                {"mid": cache.read("mid")}, cache.text, "id", {"condition": "own-class"}
-            ),
-            text_labels=LABELS,
-        )
+        make(cache, text_source=LabelledCache(cache=fewer_layers, labels=LABELS))
     with pytest.raises(UserError, match="class 3 has no image"):
-        make(cache, text_cache=own_class_bank(cache), text_labels=LABELS[:25] % 3)
+        make(cache, text_source=own_class_source(cache, LABELS[:25] % 3))
 
 
 def test_anchors_are_whitened_levels_side_by_side(cache):
@@ -163,25 +151,21 @@ def test_anchors_are_whitened_levels_side_by_side(cache):
     covariance = anchors.visual.T.cov()
     torch.testing.assert_close(covariance[:7, :7], torch.eye(7), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(covariance[7:, 7:], torch.eye(6), rtol=1e-4, atol=1e-4)
-    assert anchors.provenance["widths"] == [7, 6] and anchors.provenance["cache"] == "cache-id"
-    assert (
-        anchors.provenance["images"] == "train"
-        and anchors.provenance["source"] == "tiny"
-        and anchors.provenance["condition"] == "null"
-    )
+    provenance = anchors.provenance
+    assert provenance["widths"] == [7, 6] and provenance["cache"] == "cache-id"
+    assert provenance["images"] == "train" and provenance["source"] == "tiny"
+    assert provenance["condition"] == "null"
     total = torch.linalg.eigvalsh(cache.read("mid").double().T.cov()).flip(0)
-    assert anchors.provenance["explained_variance"]["mid"] == pytest.approx(
-        float(total[:7].sum() / total.sum()), abs=1e-5
-    )
+    explained = float(total[:7].sum() / total.sum())
+    assert provenance["explained_variance"]["mid"] == pytest.approx(explained, abs=1e-5)
     assert torch.equal(anchors.text, cache.text)
 
 
 def test_without_whitening_levels_keep_their_shape_but_not_their_scale(cache):
     visual = make(cache, whiten=False).visual
     variances = visual.var(0)
-    assert variances[:6].mean() == pytest.approx(1, rel=1e-4) and variances[
-        6:
-    ].mean() == pytest.approx(1, rel=1e-4)
+    assert variances[:6].mean() == pytest.approx(1, rel=1e-4)
+    assert variances[6:].mean() == pytest.approx(1, rel=1e-4)
     assert variances[0] > 2 * variances[5]
 
 
@@ -193,15 +177,16 @@ def test_aggregation_by_widths(cache):
 
 
 def test_a_width_that_the_levels_cannot_give_is_refused(cache):
-    with pytest.raises(
-        UserError, match=r"layer up\.0 gives 20 components of 120 images, 30 were asked"
-    ):
+    message = r"layer up\.0: only 20 PCA components available \(120 images\), 30 requested"
+    with pytest.raises(UserError, match=message):
         make(cache, width=60)
-    with pytest.raises(UserError, match="below one component"):
-        make(cache, width=1)
     constant = in_memory({"mid": torch.ones(N, 30).half()}, cache.text, "id", {"images": N})
-    with pytest.raises(UserError, match="gives 0 components"):
+    with pytest.raises(UserError, match="only 0 PCA components"):
         make(constant)
+    features = {layer: cache.read("mid") for layer in ("mid", "up.0", "up.1")}
+    three_layers = in_memory(features, cache.text, "id", {"images": N})
+    with pytest.raises(UserError, match="width = 2 is too small for 3 layers"):
+        make(three_layers, width=2)
 
 
 def test_class_anchors_are_the_classes_means(cache):
@@ -209,28 +194,23 @@ def test_class_anchors_are_the_classes_means(cache):
     assert means.visual.shape == (CLASSES, 12)
     for label in range(CLASSES):
         torch.testing.assert_close(means.visual[label], each.visual[label == LABELS].mean(0))
-    with pytest.raises(UserError, match="class 5 has no image"):
-        make(cache, per="class", classes=6)
+    with pytest.raises(UserError, match="class 4 has no image"):
+        make(cache, labels=LABELS % 4, per="class")
 
 
 def test_visual_for(cache):
     labels, indices = torch.tensor([1, 0, 4]), torch.tensor([11, 5, 119])
-    assert torch.equal(make(cache).visual_for(labels, indices), make(cache).visual[indices])
-    assert torch.equal(
-        make(cache, per="class").visual_for(labels, indices),
-        make(cache, per="class").visual[labels],
-    )
+    each, means = make(cache), make(cache, per="class")
+    assert torch.equal(each.visual_for(labels, indices), each.visual[indices])
+    assert torch.equal(means.visual_for(labels, indices), means.visual[labels])
 
 
 @pytest.mark.parametrize("per", ["image", "class"])
 @pytest.mark.parametrize("control", ["shuffled", "permuted", "random", "onehot"])
 def test_controls_keep_shapes_and_lengths_and_are_seeded(cache, control, per):
     true, other = make(cache, per=per), make(cache, per=per, control=control)
-    assert (
-        other.visual.shape == true.visual.shape
-        and other.text.shape == true.text.shape
-        and other.visual.dtype == torch.float32
-    )
+    assert other.visual.shape == true.visual.shape and other.text.shape == true.text.shape
+    assert other.visual.dtype == torch.float32
     lengths = [anchors.visual.norm(dim=1).sort().values for anchors in (true, other)]
     torch.testing.assert_close(*lengths)
     torch.testing.assert_close(
@@ -244,7 +224,7 @@ def test_controls_keep_shapes_and_lengths_and_are_seeded(cache, control, per):
 
 
 def rows_of(part, whole):
-    """For every row of `part` the number of the equal row of `whole`."""
+    """For every row of `part` the index of the equal row of `whole`."""
     return (part[:, None] == whole[None]).all(2).int().argmax(1)
 
 
@@ -267,16 +247,12 @@ def test_permuted_moves_whole_classes_and_their_text_together(cache):
 
 def test_permuted_with_unequal_and_absent_classes(cache):
     labels = torch.where(torch.arange(N) < 100, 0, torch.arange(N) % 2 + 1)
-    true = make_anchors(cache, labels, width=12, classes=CLASSES)
-    permuted = make_anchors(cache, labels, width=12, classes=CLASSES, control="permuted")
+    true, permuted = make(cache, labels=labels), make(cache, labels=labels, control="permuted")
     taken = labels[rows_of(permuted.visual, true.visual)]
-    assert (taken != labels).all() and all(
-        len(taken[labels == label].unique()) == 1 for label in range(3)
-    )
+    assert (taken != labels).all()
+    assert all(len(taken[labels == label].unique()) == 1 for label in range(3))
     with pytest.raises(UserError, match="two classes"):
-        make_anchors(
-            cache, torch.zeros(N, dtype=torch.long), width=12, classes=CLASSES, control="permuted"
-        )
+        make(cache, labels=torch.zeros(N, dtype=torch.long), control="permuted")
 
 
 def test_onehot_tells_the_label_and_nothing_else(cache):
@@ -287,7 +263,10 @@ def test_onehot_tells_the_label_and_nothing_else(cache):
 
 
 def test_unknown_names(cache):
-    with pytest.raises(UserError, match="unknown control 'shufled'; did you mean 'shuffled'"):
+    with pytest.raises(UserError, match=r"'shufled'.*'shuffled'"):
         make(cache, control="shufled")
-    with pytest.raises(UserError, match="unknown granularity of anchors 'img'"):
+    with pytest.raises(UserError, match=r"anchors\.per.*'img'"):
         make(cache, per="img")
+    visual, text = draw(N, 4), draw(CLASSES, 4)
+    with pytest.raises(UserError, match="unknown control 'shufled'; did you mean 'shuffled'"):
+        apply_control("shufled", visual, text, LABELS, per="image", seed=0)

@@ -5,20 +5,22 @@ and generators.
 import copy
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from semanticfl_ref.device import resolve_precision, vae_precision
 from semanticfl_ref.diffusion.backbone import (
     Backbone,
+    PassOptions,
     _content,
     _noise,
-    settled_precision,
     resolve_layers,
-    vae_dtype,
+    scale_images,
 )
-from semanticfl_ref.diffusion.modules import parameters, unet_layers
+from semanticfl_ref.diffusion.modules import unet_layers
 from semanticfl_ref.diffusion.text import captions
 from semanticfl_ref.errors import NonFiniteError, UserError
 
@@ -27,6 +29,14 @@ OPTIONS = {"timestep": 150, "seed": 3}
 
 def hook_count(backbone):
     return sum(len(module._forward_hooks) for module in backbone.unet.modules())
+
+
+def noise_of(images, shape, purpose):
+    return _noise([_content(image) for image in images], shape, OPTIONS["seed"], purpose)
+
+
+def parameters(module):
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 @pytest.mark.parametrize("size", [32, 40], ids=["even", "odd"])
@@ -49,17 +59,15 @@ def test_early_stop_behind_a_pruned_unet_is_bitwise_the_full_forward(
     """Stable Diffusion's blocks; at 40 pixels the levels are 10, 5, 3 and 2 a side, where diffusers
     treats the last up-block differently.
     """
-    images = torch.randint(
-        0, 256, (2, size, size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(2)
-    )
+    source = torch.Generator().manual_seed(2)
+    images = torch.randint(0, 256, (2, size, size, 3), dtype=torch.uint8, generator=source)
     early = Backbone.load(deep_folder, layers=layers, offline=True)
     full = copy.copy(whole_unet)
     full.stop_early = False
     expected = full.features(images, prompt_embedding=full.null_prompt, **OPTIONS)
     found = early.features(images, prompt_embedding=full.null_prompt, **OPTIONS)
-    assert list(found) == layers and all(
-        torch.equal(found[layer], expected[layer]) for layer in layers
-    )
+    assert list(found) == layers
+    assert all(torch.equal(found[layer], expected[layer]) for layer in layers)
     assert {layer: values.shape[1] for layer, values in found.items()} == early.widths()
     assert hook_count(early) == 0
 
@@ -67,14 +75,15 @@ def test_early_stop_behind_a_pruned_unet_is_bitwise_the_full_forward(
 @pytest.fixture(scope="module")
 def whole_unet(deep_folder):
     """Every layer of the deep model selected, nothing cut off."""
-    probe = Backbone.load(deep_folder, layers=["vae"], offline=True)
-    whole = Backbone.load(deep_folder, layers=probe.layer_names(), offline=True, pruned=False)
+    latent_alone = Backbone.load(deep_folder, layers=["vae"], offline=True)
+    layers = ["vae", *unet_layers(latent_alone.unet)]
+    whole = Backbone.load(deep_folder, layers=layers, offline=True, pruned=False)
     whole.null_prompt  # noqa: B018 (kept by every copy)
     return whole
 
 
 def test_layers_are_named_in_the_order_in_which_they_end(whole_unet, images):
-    names = whole_unet.layer_names()
+    names = list(whole_unet.layers)
     assert len(names) == 1 + (4 * 2 + 3 * 2 + 4) + (2 + 1 + 1) + (4 * 3 + 3 * 3 + 4)
     ended, handles = ["vae"], []
     for name, module in unet_layers(whole_unet.unet).items():
@@ -98,10 +107,8 @@ def test_the_pruned_unet_is_smaller_by_what_lies_behind(deep_folder, whole_unet)
     blocks = {f"up.{i}": parameters(block) for i, block in enumerate(whole_unet.unet.up_blocks)}
     assert sizes["up.3"] - sizes["up.0"] == blocks["up.1"] + blocks["up.2"] + blocks["up.3"]
     alone = Backbone.load(deep_folder, layers=["vae"], offline=True)
-    assert (
-        all(parameter.is_meta for parameter in alone.unet.parameters())
-        and "0.0 of" in alone.memory()
-    )
+    assert all(parameter.is_meta for parameter in alone.unet.parameters())
+    assert "0.0 of" in alone.memory()
 
 
 def test_early_stop_leaves_out_what_lies_beyond(model_folder, images):
@@ -118,56 +125,42 @@ def test_early_stop_leaves_out_what_lies_beyond(model_folder, images):
 
 
 @torch.no_grad()
-def test_taps_equal_hooks_on_diffusers_own_pipeline_parts(model_folder, backbone, images):
+def test_layers_equal_hooks_on_diffusers_own_pipeline_parts(model_folder, backbone, images):
     """The whole chain once more with diffusers' own loading and plain calls; the noise is taken
     from the backbone, at the size of its passes.
     """
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextModel
 
-    vae, unet = (
-        AutoencoderKL.from_pretrained(model_folder / "vae"),
-        UNet2DConditionModel.from_pretrained(model_folder / "unet"),
-    )
-    fill = torch.arange(backbone.batch).clamp(max=len(images) - 1)
-    latent = (
-        vae.encode(images[fill].permute(0, 3, 1, 2).float() / 255 * 2 - 1).latent_dist.mean * 0.7
-    )
-    noise = _noise([_content(image) for image in images[fill]], latent.shape[1:], 3, "noise/150")
-    share = (
-        torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64)
-        .square()
-        .neg()
-        .add(1)
-        .cumprod(0)[150]
-    )
-    assert float(share) == pytest.approx(float(backbone.scheduler.alphas_cumprod[150]), rel=1e-5), (
-        "t is the noise level"
-    )
-    tokens = torch.full((1, 32), backbone_tokens(model_folder)[1])
-    tokens[0, 0] = backbone_tokens(model_folder)[0]
-    hidden = (
-        CLIPTextModel.from_pretrained(model_folder / "text_encoder")
-        .float()(tokens)
-        .last_hidden_state.expand(len(fill), -1, -1)
-    )
+    vae = AutoencoderKL.from_pretrained(model_folder / "vae")
+    unet = UNet2DConditionModel.from_pretrained(model_folder / "unet")
+    filled = images[torch.arange(backbone.batch).clamp(max=len(images) - 1)]
+    pixels = filled.permute(0, 3, 1, 2).float() / 255 * 2 - 1
+    latent = vae.encode(pixels).latent_dist.mean * 0.7
+    noise = noise_of(filled, latent.shape[1:], "noise/150")
+    deviations = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64)
+    signal = (1 - deviations.square()).cumprod(0)[150]
+    assert float(signal) == pytest.approx(
+        float(backbone.scheduler.alphas_cumprod[150]), rel=1e-5
+    ), "t is the noise level"
+    start, end = backbone_tokens(model_folder)
+    tokens = torch.full((1, 32), end)
+    tokens[0, 0] = start
+    encoder = CLIPTextModel.from_pretrained(model_folder / "text_encoder").float()
+    hidden = encoder(tokens).last_hidden_state.expand(len(filled), -1, -1)
     seen = {}
-    for layer, module in {
-        "down.1": unet.down_blocks[1],
-        "mid": unet.mid_block,
-        "up.0": unet.up_blocks[0],
-    }.items():
-        module.register_forward_hook(
-            lambda _m, _i, out, layer=layer: seen.__setitem__(
-                layer, out[0] if isinstance(out, tuple) else out
-            )
-        )
-    unet(latent * share.sqrt().float() + noise * (1 - share).sqrt().float(), 150, hidden)
+
+    def keep(layer, _module, _inputs, output):
+        seen[layer] = output[0] if isinstance(output, tuple) else output
+
+    modules = {"down.1": unet.down_blocks[1], "mid": unet.mid_block, "up.0": unet.up_blocks[0]}
+    for layer, module in modules.items():
+        module.register_forward_hook(partial(keep, layer))
+    unet(latent * signal.sqrt().float() + noise * (1 - signal).sqrt().float(), 150, hidden)
     features = backbone.features(images, **OPTIONS)
     for layer, values in {"vae": latent, **seen}.items():
-        torch.testing.assert_close(
-            features[layer], values[: len(images)].mean((2, 3)), rtol=1e-4, atol=1e-4
-        )
+        expected = values[: len(images)].mean((2, 3))
+        torch.testing.assert_close(features[layer], expected, rtol=1e-4, atol=1e-4)
 
 
 def backbone_tokens(folder) -> tuple[int, int]:
@@ -179,37 +172,31 @@ def backbone_tokens(folder) -> tuple[int, int]:
 
 
 def test_the_noise_level_is_the_timestep(backbone, images, monkeypatch):
-    """What enters the U-Net correlates with the clean latent as sqrt(alphas_cumprod[t]) says:
-    nearly all of it at 0, next to nothing at 999.
+    """The input of the U-Net is the clean latent times sqrt(alphas_cumprod[t]), plus noise: nearly
+    all of it at 0, next to nothing at 999.
     """
-    seen = []
-    monkeypatch.setattr(
-        backbone.unet, "forward", lambda noisy, *_args, **_options: seen.append(noisy) or (noisy,)
-    )
-    latent = []
+    noised, distributions = [], []
     encode = backbone.vae.encode
-    monkeypatch.setattr(
-        backbone.vae, "encode", lambda values: latent.append(encode(values)) or latent[-1]
-    )
-    for timestep in (0, 150, 999):
-        backbone._pass(
-            images, backbone.null_prompt.expand(12, -1, -1), timestep, 3, 1, None, "mean"
-        )
-        clean = latent[-1].latent_dist.mean * 0.7
-        noise = _noise(
-            [_content(image) for image in images], clean.shape[1:], 3, f"noise/{timestep}"
-        )
-        share = backbone.scheduler.alphas_cumprod[timestep]
-        torch.testing.assert_close(
-            seen[-1], share.sqrt() * clean + (1 - share).sqrt() * noise, rtol=1e-5, atol=1e-5
-        )
-        assert (
-            share > 0.999
-            if timestep == 0
-            else share < 0.01
-            if timestep == 999
-            else 0.7 < share < 0.9
-        )
+
+    def forward(inputs, *_args, **_options):
+        noised.append(inputs)
+        return (inputs,)
+
+    def encode_and_keep(values):
+        distributions.append(encode(values))
+        return distributions[-1]
+
+    monkeypatch.setattr(backbone.unet, "forward", forward)
+    monkeypatch.setattr(backbone.vae, "encode", encode_and_keep)
+    prompts = backbone.null_prompt.expand(12, -1, -1)
+    for timestep, low, high in ((0, 0.999, 1), (150, 0.7, 0.9), (999, 0, 0.01)):
+        backbone.pass_once(images, prompts, PassOptions(timestep=timestep, seed=OPTIONS["seed"]))
+        clean = distributions[-1].latent_dist.mean * 0.7
+        noise = noise_of(images, clean.shape[1:], f"noise/{timestep}")
+        signal = backbone.scheduler.alphas_cumprod[timestep]
+        expected = signal.sqrt() * clean + (1 - signal).sqrt() * noise
+        torch.testing.assert_close(noised[-1], expected, rtol=1e-5, atol=1e-5)
+        assert low < signal < high
 
 
 def test_features_do_not_depend_on_batch_or_order(backbone, images):
@@ -220,7 +207,7 @@ def test_features_do_not_depend_on_batch_or_order(backbone, images):
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     shuffled = backbone.features(images[order], **OPTIONS)
     alone = backbone.features(images[5:6], **OPTIONS)
-    backbone.batch = 8  # another size of pass, which the user cannot choose: looser
+    backbone.batch = 8  # another size of pass, which users cannot choose: a looser bound
     small = backbone.features(images, **OPTIONS)
     for layer, values in whole.items():
         bound = values.abs().max() * 2e-6
@@ -232,15 +219,12 @@ def test_features_do_not_depend_on_batch_or_order(backbone, images):
 def test_own_prompts_reach_the_unet_in_their_order(backbone, text_encoder, images):
     hidden = text_encoder.encode(captions("a photo of a {}", ["one", "two"]))[0]
     labels = torch.arange(12) % 2
-    mixed = backbone.features(images, prompt_embedding=hidden[labels], **OPTIONS)
+    mixed = backbone.features(images, prompt_embedding=hidden[labels], **OPTIONS)["up.0"]
     for label in (0, 1):
-        single = backbone.features(images, prompt_embedding=hidden[label], **OPTIONS)
-        torch.testing.assert_close(
-            mixed["up.0"][labels == label], single["up.0"][labels == label], rtol=1e-5, atol=1e-5
-        )
-        assert not torch.allclose(
-            mixed["up.0"][labels != label], single["up.0"][labels != label], rtol=1e-4, atol=1e-4
-        )
+        single = backbone.features(images, prompt_embedding=hidden[label], **OPTIONS)["up.0"]
+        own, other = labels == label, labels != label
+        torch.testing.assert_close(mixed[own], single[own], rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(mixed[other], single[other], rtol=1e-4, atol=1e-4)
 
 
 def test_noise_follows_content_seed_and_timestep(backbone, images):
@@ -254,24 +238,21 @@ def test_noise_follows_content_seed_and_timestep(backbone, images):
 def test_the_vae_sees_minus_one_to_one_once(backbone, monkeypatch):
     seen = []
     encode = backbone.vae.encode
-    monkeypatch.setattr(
-        backbone.vae, "encode", lambda values: seen.append(values) or encode(values)
-    )
+
+    def encode_and_keep(values):
+        seen.append(values)
+        return encode(values)
+
+    monkeypatch.setattr(backbone.vae, "encode", encode_and_keep)
     images = torch.zeros(3, 32, 32, 3, dtype=torch.uint8)
     images[1], images[2] = 255, 128
     backbone.features(images, **OPTIONS)
     assert seen[0].shape == (16, 3, 32, 32) and seen[0].dtype == torch.float32
-    assert [float(value) for value in seen[0][:3, 0, 0, 0]] == [
-        -1.0,
-        1.0,
-        pytest.approx(128 / 127.5 - 1, abs=1e-6),
-    ]
+    black, white, grey = seen[0][:3, 0, 0, 0].tolist()
+    assert (black, white) == (-1, 1) and grey == pytest.approx(128 / 127.5 - 1, abs=1e-6)
     backbone.features(images[:, ::2, ::2], input_size=32, **OPTIONS)  # resized, and still in range
-    assert (
-        seen[1].shape == (16, 3, 32, 32)
-        and float(seen[1].min()) == -1
-        and float(seen[1].max()) == 1
-    )
+    assert seen[1].shape == (16, 3, 32, 32)
+    assert float(seen[1].min()) == -1 and float(seen[1].max()) == 1
 
 
 def test_hooks_are_gone_after_an_exception(backbone, images, monkeypatch):
@@ -294,12 +275,10 @@ def test_a_non_finite_image_is_named_with_its_first_layer(model_folder, images, 
     def spoil(_module, _inputs, output):
         (output[0] if isinstance(output, tuple) else output)[4] = float("nan")
 
-    {"vae": backbone.vae.quant_conv, **unet_layers(backbone.unet)}[layer].register_forward_hook(
-        spoil
-    )
-    with pytest.raises(
-        NonFiniteError, match=rf"image 104, layer {layer}: .* choose precision fp32"
-    ):
+    modules = {"vae": backbone.vae.quant_conv, **unet_layers(backbone.unet)}
+    modules[layer].register_forward_hook(spoil)
+    message = rf"image 104, layer {layer}: .* in fp32; use diffusion\.precision=fp32"
+    with pytest.raises(NonFiniteError, match=message):
         backbone.features(images, first=100, **OPTIONS)
 
 
@@ -310,14 +289,12 @@ def test_a_sampled_latent_is_keyed_by_content_and_seed(backbone, images):
     assert not torch.equal(mean["vae"], sample["vae"])
     again = backbone.features(images[3:5], latent="sample", **OPTIONS)
     assert (again["vae"] - sample["vae"][3:5]).abs().max() <= sample["vae"].abs().max() * 2e-6
-    assert not torch.equal(
-        backbone.features(images, latent="sample", timestep=150, seed=4)["vae"], sample["vae"]
-    )
-    found = backbone.vae.encode(backbone._scaled(images, None)).latent_dist
-    noise = _noise([_content(image) for image in images], found.mean.shape[1:], 3, "vae-sample")
-    torch.testing.assert_close(
-        sample["vae"], ((found.mean + found.std * noise) * 0.7).mean((2, 3)), rtol=1e-4, atol=1e-5
-    )
+    other_seed = backbone.features(images, latent="sample", timestep=150, seed=4)
+    assert not torch.equal(other_seed["vae"], sample["vae"])
+    found = backbone.vae.encode(scale_images(images, 0)).latent_dist
+    noise = noise_of(images, found.mean.shape[1:], "vae-sample")
+    expected = ((found.mean + found.std * noise) * 0.7).mean((2, 3))
+    torch.testing.assert_close(sample["vae"], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_text_is_the_pooled_output_of_the_caption(text_encoder):
@@ -326,19 +303,15 @@ def test_text_is_the_pooled_output_of_the_caption(text_encoder):
         ["a photo of a letter a"], padding="max_length", max_length=32, return_tensors="pt"
     ).input_ids
     torch.testing.assert_close(pooled[1:], text_encoder.model(tokens).pooler_output)
-    assert (
-        hidden.shape == (2, 32, 64)
-        and pooled.shape == (2, 64)
-        and pooled.dtype == hidden.dtype == torch.float32
-    )
+    assert hidden.shape == (2, 32, 64) and pooled.shape == (2, 64)
+    assert pooled.dtype == hidden.dtype == torch.float32
     many = text_encoder.encode(["zero"] * 65)[1]
     torch.testing.assert_close(many[64], many[0])
 
 
 def test_bf16_is_near_fp32(model_folder, backbone, images):
-    half = Backbone.load(model_folder, layers=["mid"], precision="bf16", offline=True).features(
-        images, **OPTIONS
-    )["mid"]
+    in_bf16 = Backbone.load(model_folder, layers=["mid"], precision="bf16", offline=True)
+    half = in_bf16.features(images, **OPTIONS)["mid"]
     full = backbone.features(images, **OPTIONS)["mid"]
     assert half.dtype == torch.float32
     assert (half - full).norm() / full.norm() < 0.03
@@ -353,11 +326,11 @@ def test_loading_leaves_the_global_generator_alone(model_folder, images):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"timestep": 1000, "seed": 0}, "timestep 1000 is outside"),
-        ({"timestep": -1, "seed": 0}, "timestep -1 is outside"),
-        ({"timestep": 1, "seed": 0, "pool": 9}, "has 4 cells a side; choose 1 ... 4"),
-        ({"timestep": 1, "seed": 0, "pool": 6, "input_size": 36}, "has 5 cells a side"),
-        ({"timestep": 1, "seed": 0, "input_size": 30}, "multiples of 4"),
+        ({"timestep": 1000, "seed": 0}, "timestep = 1000 is outside"),
+        ({"timestep": -1, "seed": 0}, "timestep = -1 is outside"),
+        ({"timestep": 1, "seed": 0, "pool": 9}, "has 4 cells per side; choose 1 ... 4"),
+        ({"timestep": 1, "seed": 0, "pool": 6, "input_size": 36}, "has 5 cells per side"),
+        ({"timestep": 1, "seed": 0, "input_size": 30}, "to a multiple of 4"),
     ],
 )
 def test_options_out_of_range(backbone, images, options, message):
@@ -365,56 +338,44 @@ def test_options_out_of_range(backbone, images, options, message):
         backbone.features(images, **options)
 
 
-def test_unknown_tap_and_prompt_without_a_place(model_folder):
+def test_unknown_layer_and_prompt_without_a_place(model_folder):
     with pytest.raises(UserError, match="did you mean 'mid'"):
         Backbone.load(model_folder, layers=["midd"], offline=True)
-    with pytest.raises(UserError, match="none twice"):
+    with pytest.raises(UserError, match="each once"):
         Backbone.load(model_folder, layers=["mid", "mid"], offline=True)
     with pytest.raises(UserError, match="no place for the class"):
         captions("a photo", ["one"])
     assert captions("a {class}, {}", ["sea_lion"]) == ["a sea lion, sea lion"]
     with pytest.raises(UserError, match="at least one"):
         Backbone.load(model_folder, layers=[], offline=True)
-    assert resolve_layers(
-        ["all"], ["vae", "down.0.resnets.0", "down.0", "mid.attentions.0", "mid"]
-    ) == ("vae", "down.0", "mid")
+    names = ["vae", "down.0.resnets.0", "down.0", "mid.attentions.0", "mid"]
+    assert resolve_layers(["all"], names) == ("vae", "down.0", "mid")
 
 
 def test_precisions():
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert (
-        settled_precision("auto", cuda) == "fp16"
-        and settled_precision("auto", cpu) in ("bf16", "fp32")
-        and settled_precision("fp32", cuda) == "fp32"
-    )
-    assert (vae_dtype("fp32", cpu), vae_dtype("bf16", cpu), vae_dtype("fp32", cuda)) == (
-        torch.float32,
-        torch.bfloat16,
-        torch.float32,
-    )
-    assert vae_dtype("fp16", cuda) != torch.float16, "the VAE overflows there"
-    with pytest.raises(UserError, match="unknown precision 'fp8'"):
-        settled_precision("fp8", cpu)
+    assert resolve_precision("auto", cuda, "fp16") == "fp16"
+    assert resolve_precision("auto", cpu, "fp16") in ("bf16", "fp32")
+    assert resolve_precision("fp32", cuda, "fp16") == "fp32"
+    assert vae_precision("fp32", cpu) == vae_precision("fp32", cuda) == "fp32"
+    assert vae_precision("bf16", cpu) == "bf16"
+    assert vae_precision("fp16", cuda) != "fp16", "the VAE overflows there"
 
 
 def test_modules_import_neither_library():
-    code = "import sys; from semanticfl_ref.diffusion import backbone, cache, anchors; print([m for m in ('diffusers', 'transformers') if m in sys.modules])"
-    assert (
-        subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True
-        ).stdout.strip()
-        == "[]"
-    )
+    code = """
+import sys
+from semanticfl_ref.diffusion import anchors, backbone, extract, feature_cache
+print([name for name in ("diffusers", "transformers") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_pooling_is_the_mean_of_cells(backbone, images):
     fine = backbone.features(images, pool=4, **OPTIONS)["mid"].view(12, 112, 4, 4)
-    torch.testing.assert_close(
-        F.avg_pool2d(fine, 2).flatten(1),
-        backbone.features(images, pool=2, **OPTIONS)["mid"],
-        rtol=1e-5,
-        atol=1e-5,
-    )
+    coarse = backbone.features(images, pool=2, **OPTIONS)["mid"]
+    torch.testing.assert_close(F.avg_pool2d(fine, 2).flatten(1), coarse, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

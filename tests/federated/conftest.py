@@ -1,25 +1,29 @@
-"""Federations small enough to play in a second: random 32x32 images, or quadratic losses whose
-every number is known; three clients.
-"""
+"""Federations small enough to run in a second: random 32x32 images, or quadratic losses."""
 
 import pytest
 import torch
 from quadratic import TARGETS, Quadratic
 
-from semanticfl_ref.config.settings import build
+from semanticfl_ref.config.resolve import resolve
+from semanticfl_ref.config.settings import PartitionSettings
 from semanticfl_ref.data.dataset import Dataset
 from semanticfl_ref.data.partition import Partition, make_partition
 from semanticfl_ref.diffusion.anchors import Anchors
 from semanticfl_ref.federated import client as client_module
+from semanticfl_ref.federated import round as round_module
 from semanticfl_ref.federated.context import RunContext, make_context
 from semanticfl_ref.federated.flat import flat_layout
 
 CLASSES, TRAIN, TEST = 3, 30, 12
 
 
+def resolve_with(defaults: dict, settings: dict):
+    return resolve(defaults | {name.replace("__", "."): v for name, v in settings.items()})
+
+
 @pytest.fixture
 def small_context():
-    """A function: settings by dotted name -> RunContext."""
+    """A function: settings, written section__field=value -> RunContext."""
 
     def make(**settings):
         source = torch.Generator().manual_seed(0)
@@ -38,7 +42,7 @@ def small_context():
             test_labels=torch.arange(TEST) % CLASSES,
             sha256="0" * 64,
         )
-        values = {
+        defaults = {
             "data.name": "digits",
             "model.width": 2,
             "partition.clients": 3,
@@ -47,40 +51,32 @@ def small_context():
             "federation.batch_size": 8,
             "run.precision": "fp32",
         }
-        config = build(
-            values | {name.replace("__", "."): value for name, value in settings.items()}
-        )
+        config = resolve_with(defaults, settings)
         partition = make_partition(
             labels,
-            scenario="iid",
-            clients=config.partition.clients,
+            PartitionSettings(scenario="iid", clients=config.partition.clients),
             classes=CLASSES,
-            alpha=1.0,
             seed=0,
         )
-        visual, text = (
-            torch.randn(TRAIN, 8, generator=source),
-            torch.randn(CLASSES, 6, generator=source),
-        )
-        return make_context(
-            config,
-            dataset,
-            partition,
-            Anchors(visual=visual, text=text, per="image", provenance={}),
-        )
+        visual = torch.randn(TRAIN, 8, generator=source)
+        text = torch.randn(CLASSES, 6, generator=source)
+        anchors = Anchors(visual=visual, text=text, per="image", provenance={})
+        return make_context(config, dataset, partition, anchors)
 
     return make
 
 
 @pytest.fixture
-def quadratic_world(monkeypatch):
-    """A function: settings -> a context of three clients with the loss |w - t_k|^2 / 2 and no
-    randomness. t_k is `TARGETS[k]`; each client holds `images[k]` copies of it, one batch an epoch
-    unless the batch size is set. Learning rate 1/2, two epochs, no momentum."""
+def quadratic_context(monkeypatch):
+    """A function: settings -> three clients with the loss |w - t_k|^2 / 2, without randomness.
+
+    t_k is `TARGETS[k]`; each client holds `images[k]` copies of it, one batch per epoch unless the
+    batch size is set. Learning rate 1/2, two epochs, no momentum.
+    """
     monkeypatch.setattr(client_module, "cross_entropy", lambda logits, labels: logits.mean())
 
     def make(images=(4, 4, 4), **settings):
-        values = {
+        defaults = {
             "data.name": "digits",
             "partition.clients": 3,
             "federation.clients_per_round": 3,
@@ -90,29 +86,25 @@ def quadratic_world(monkeypatch):
             "federation.weight_decay": 0.0,
             "run.precision": "fp32",
         }
-        config = build(
-            values | {name.replace("__", "."): value for name, value in settings.items()}
-        )
-        owner = torch.repeat_interleave(torch.arange(3), torch.tensor(images))
-        pixels = ((TARGETS + 1) * 127.5).round().to(torch.uint8)[owner][:, None, None]
-        empty = pixels[:0], owner[:0]
+        labels = torch.repeat_interleave(torch.arange(3), torch.tensor(images))
+        pixels = ((TARGETS + 1) * 127.5).round().to(torch.uint8)[labels][:, None, None]
         dataset = Dataset(
             name="targets",
             class_names=("a", "b", "c"),
             train_images=pixels,
-            train_labels=owner,
-            validation_images=empty[0],
-            validation_labels=empty[1],
+            train_labels=labels,
+            validation_images=pixels[:0],
+            validation_labels=labels[:0],
             test_images=pixels,
-            test_labels=owner,
+            test_labels=labels,
             sha256="0" * 64,
         )
         partition = Partition(
             scenario="iid",
             alpha=None,
             seed=0,
-            indices=tuple((owner == k).nonzero()[:, 0] for k in range(3)),
-            held_out=(owner[:0],) * 3,
+            indices=tuple((labels == k).nonzero()[:, 0] for k in range(3)),
+            held_out=(labels[:0],) * 3,
             sizes=tuple(images),
             histograms=tuple(tuple(images[k] if c == k else 0 for c in range(3)) for k in range(3)),
             skew=1.0,
@@ -120,7 +112,7 @@ def quadratic_world(monkeypatch):
         )
         model = Quadratic()
         return RunContext(
-            config=config,
+            config=resolve_with(defaults, settings),
             dataset=dataset,
             partition=partition,
             anchors=None,
@@ -131,3 +123,20 @@ def quadratic_world(monkeypatch):
         )
 
     return make
+
+
+@pytest.fixture
+def tamper(monkeypatch):
+    """A function that takes a function (update, report) to call after every local training."""
+    honest = round_module.train_client
+
+    def install(change):
+        def train(update):
+            report = honest(update)
+            with torch.no_grad():
+                change(update, report)
+            return report
+
+        monkeypatch.setattr(round_module, "train_client", train)
+
+    return install

@@ -4,46 +4,45 @@ the losses |w - t_k|^2 / 2.
 With learning rate 1/2 a plain step goes half-way to t_k: from 0, two steps end at 3/4 t_k.
 """
 
+import itertools
 import math
 from types import SimpleNamespace
 
 import pytest
 import torch
-from quadratic import MEAN, TARGETS, near, play
+from quadratic import MEAN, TARGETS, assert_near, run_rounds
 
-from semanticfl_ref.federated.client import ClientReport
-from semanticfl_ref.federated.losses import (
-    divergence_penalty,
-    model_contrast,
-    proximal,
-    supervised_contrast,
-)
+from semanticfl_ref.config.methods import FedDiscoSettings, ScaffoldSettings
 from semanticfl_ref.federated.methods.fedcda import batches, least_divergent
 from semanticfl_ref.federated.methods.feddisco import discrepancy, discrepancy_weights
+from semanticfl_ref.federated.methods.fedprox import proximal
+from semanticfl_ref.federated.methods.fedrcl import divergence_penalty, supervised_contrast
 from semanticfl_ref.federated.methods.method import Participants
+from semanticfl_ref.federated.methods.moon import model_contrast
 from semanticfl_ref.federated.methods.scaffold import effective_steps, update_controls
+from semanticfl_ref.federated.report import ClientReport
 from semanticfl_ref.federated.round import run_round
 
 
-def test_fedavg_weighs_by_images(quadratic_world):
-    state, lines = play(quadratic_world(images=(2, 4, 10), federation__method="fedavg"), 1)
-    near(state.params, 0.75 * (2 * TARGETS[0] + 4 * TARGETS[1] + 10 * TARGETS[2]) / 16)
-    assert lines[0]["steps"] == 6 and state.memory == {}
+def test_fedavg_weighs_by_images(quadratic_context):
+    state, lines = run_rounds(quadratic_context(images=(2, 4, 10), federation__method="fedavg"), 1)
+    average = (2 * TARGETS[0] + 4 * TARGETS[1] + 10 * TARGETS[2]) / 16
+    assert_near(state.params, 0.75 * average)
+    assert lines[0]["steps"] == 6
+    assert state.method_state == {}
 
 
-def test_fedprox_stays_nearer(quadratic_world):
+def test_fedprox_stays_nearer(quadratic_context):
     """mu = 1: the first step goes to t/2; there the gradient is (t/2 - t) + 1 (t/2 - 0) = 0, so the
-    second stays.
-    """
-    state, lines = play(quadratic_world(federation__method="fedprox", fedprox__mu=1.0), 1)
-    near(state.params, 0.5 * MEAN)
-    # The term is 0 before the first step and |t/2|^2 / 2 before the second; the ledger's mean over
-    # steps and clients is half of that.
-    assert lines[0]["terms"]["proximal"] == pytest.approx(
-        float((TARGETS / 2).square().sum(1).mean()) / 4, rel=1e-5
-    )
+    second stays."""
+    state, lines = run_rounds(quadratic_context(federation__method="fedprox", fedprox__mu=1.0), 1)
+    assert_near(state.params, 0.5 * MEAN)
+    # The term is 0 before the first step and |t/2|^2 / 2 before the second; the mean over steps and
+    # clients is half of that.
+    expected = float((TARGETS / 2).square().sum(1).mean()) / 4
+    assert lines[0]["terms"]["proximal"] == pytest.approx(expected, rel=1e-5)
     assert set(lines[0]["gradient_share"]) == {"cross_entropy"}, (
-        "a distance between weights does not pass through the features"
+        "a distance between parameters does not depend on the features"
     )
 
 
@@ -51,87 +50,82 @@ def test_the_proximal_term_is_half_the_squared_distance():
     w = torch.tensor([3.0, 4.0], requires_grad=True)
     value = proximal([(w, torch.zeros(2)), (torch.ones(1), torch.zeros(1))])
     value.backward()
-    assert value.item() == 13 and w.grad.tolist() == [3.0, 4.0]
+    assert value.item() == 13
+    assert w.grad.tolist() == [3.0, 4.0]
 
 
-def test_scaffold_over_two_rounds(quadratic_world):
-    """Round 1, controls zero, K = 2: y_i = 3/4 t_i, the gradients were -t_i and -t_i/2, so c_i =
-    -3/4 t_i and c = -3/4 t. Round 2 starts at 3/4 t; the corrected gradient is w - 1/4 t_i - 3/4 t:
-    the steps go to 3/4 t + 1/8 t_i and 3/4 t + 3/16 t_i."""
-    context = quadratic_world(federation__method="scaffold")
-    state, _ = play(context, 1)
-    near(state.params, 0.75 * MEAN)
-    near(state.memory["scaffold.clients"], -0.75 * TARGETS)
-    near(state.memory["scaffold.server"], -0.75 * MEAN)
+def test_scaffold_over_two_rounds(quadratic_context):
+    """Round 1, control variates zero, K = 2: y_i = 3/4 t_i; the gradients were -t_i and -t_i/2, so
+    c_i = -3/4 t_i and c = -3/4 t. Round 2 starts at 3/4 t; the corrected gradient is
+    w - 1/4 t_i - 3/4 t: the steps go to 3/4 t + 1/8 t_i and 3/4 t + 3/16 t_i."""
+    context = quadratic_context(federation__method="scaffold")
+    state, _ = run_rounds(context, 1)
+    assert_near(state.params, 0.75 * MEAN)
+    assert_near(state.method_state["scaffold.clients"], -0.75 * TARGETS)
+    assert_near(state.method_state["scaffold.server"], -0.75 * MEAN)
     state, line = run_round(state, context)
-    near(state.params, 0.9375 * MEAN)
-    near(state.memory["scaffold.clients"], 0.75 * MEAN - 0.9375 * TARGETS)
-    near(state.memory["scaffold.server"], -0.1875 * MEAN)
+    assert_near(state.params, 0.9375 * MEAN)
+    assert_near(state.method_state["scaffold.clients"], 0.75 * MEAN - 0.9375 * TARGETS)
+    assert_near(state.method_state["scaffold.server"], -0.1875 * MEAN)
     assert line["bytes_down"] == line["bytes_up"] == 3 * 4 * (3 + 3), (
-        "three parameters and their controls, each way"
+        "three parameters and their control variates, each way"
     )
 
 
-def test_scaffold_counts_the_steps_made(quadratic_world):
+def test_scaffold_counts_the_steps_made(quadratic_context):
     """Batches of 2, one epoch: 1, 2 and 1 steps, since a last batch of one image joins the one
     before. After one step c_i is the first gradient, -t_i; after two the mean of -t_i and
     -t_i/2."""
-    context = quadratic_world(
+    context = quadratic_context(
         images=(2, 4, 3),
         federation__method="scaffold",
         federation__batch_size=2,
         federation__local_epochs=1,
     )
-    state, lines = play(context, 1)
+    state, lines = run_rounds(context, 1)
+    controls = state.method_state["scaffold.clients"]
     assert lines[0]["steps"] == 1 + 2 + 1
-    near(
-        state.memory["scaffold.clients"],
-        torch.stack([-TARGETS[0], -0.75 * TARGETS[1], -TARGETS[2]]),
-    )
-    near(state.memory["scaffold.server"], state.memory["scaffold.clients"].mean(0))
+    assert_near(controls, torch.stack([-TARGETS[0], -0.75 * TARGETS[1], -TARGETS[2]]))
+    assert_near(state.method_state["scaffold.server"], controls.mean(0))
 
 
-def test_scaffold_leaves_absent_clients_alone(quadratic_world):
-    state, lines = play(
-        quadratic_world(federation__method="scaffold", federation__clients_per_round=2), 1
-    )
+def test_scaffold_leaves_absent_clients_alone(quadratic_context):
+    context = quadratic_context(federation__method="scaffold", federation__clients_per_round=2)
+    state, lines = run_rounds(context, 1)
     (absent,) = {0, 1, 2} - set(lines[0]["clients"])
-    assert not state.memory["scaffold.clients"][absent].any()
-    near(state.memory["scaffold.server"], state.memory["scaffold.clients"].sum(0) / 3)
+    controls = state.method_state["scaffold.clients"]
+    assert not controls[absent].any()
+    assert_near(state.method_state["scaffold.server"], controls.sum(0) / 3)
 
 
 @pytest.mark.parametrize(("steps", "control"), [("effective", 1.0), ("made", 1.25)])
 def test_scaffold_under_momentum(steps, control):
     """Constant gradient g = 1, momentum 1/2, rate 0.1: velocities 1 and 3/2, so two steps move by
-    0.25; over K eta = 0.2 that is 1.25 g, over 2.5 eta it is g.
-    """
+    0.25; over K eta = 0.2 that is 1.25 g, over 2.5 eta it is g."""
     w = torch.nn.Parameter(torch.zeros(3))
     optimizer = torch.optim.SGD([w], 0.1, momentum=0.5)
     for _ in range(2):
         optimizer.zero_grad()
         w.sum().backward()
         optimizer.step()
-    memory = {"scaffold.clients": torch.zeros(3, 3), "scaffold.server": torch.zeros(3)}
-    scaffold, federation = (
-        SimpleNamespace(control_scale=1.0, steps=steps),
-        SimpleNamespace(learning_rate=0.1, momentum=0.5),
-    )
-    config = SimpleNamespace(
-        scaffold=scaffold, federation=federation, partition=SimpleNamespace(clients=3)
-    )
-    context = SimpleNamespace(layout=SimpleNamespace(buffers=torch.tensor([2])))
+    state = {"scaffold.clients": torch.zeros(3, 3), "scaffold.server": torch.zeros(3)}
     update = SimpleNamespace(
-        config=config,
-        context=context,
+        settings=ScaffoldSettings(steps=steps),
+        config=SimpleNamespace(
+            federation=SimpleNamespace(learning_rate=0.1, momentum=0.5),
+            partition=SimpleNamespace(clients=3),
+        ),
+        context=SimpleNamespace(layout=SimpleNamespace(buffers=torch.tensor([2]))),
         client=1,
         start_P=torch.zeros(3),
-        memory={name: rows.clone() for name, rows in memory.items()},
+        method_state={name: value.clone() for name, value in state.items()},
     )
-    update_controls(memory, update, w.detach(), ClientReport(steps=2))
-    near(
-        memory["scaffold.clients"], torch.tensor([[0.0, 0, 0], [control, control, 0], [0, 0, 0]])
-    )  # the third entry is a buffer
-    assert effective_steps(2, 0.5) == 2.5 and effective_steps(7, 0.0) == 7
+    update_controls(state, update, w.detach(), ClientReport(steps=2))
+    expected = torch.zeros(3, 3)
+    expected[1, :2] = control  # the third entry is a buffer
+    assert_near(state["scaffold.clients"], expected)
+    assert effective_steps(2, 0.5) == 2.5
+    assert effective_steps(7, 0.0) == 7
 
 
 def test_moon_on_vectors():
@@ -141,42 +135,39 @@ def test_moon_on_vectors():
     free = torch.tensor([[1.0, 1.0]], requires_grad=True)
     value = model_contrast(free, y, y, 0.5)
     value.backward()
-    assert value.item() == pytest.approx(math.log(2)) and free.grad.abs().max() == 0, (
-        "in the first round both models are the same"
-    )
+    assert value.item() == pytest.approx(math.log(2))
+    assert free.grad.abs().max() == 0, "in the first round both reference models are the same"
 
 
-RELAXED = torch.tensor([[1.0, 0.0], [1.2, 1.6], [0.0, 1.0]])  # cosines 0.6, 0 and 0.8
+RELAXED = torch.tensor([[1.0, 0.0], [1.2, 1.6], [0.0, 1.0]])  # cosine similarities 0.6, 0 and 0.8
 LABELS = torch.tensor([0, 0, 1])
 
 
 def test_supervised_contrast_on_vectors():
     """Positives 0.6, 0.6 and, alone in its class, itself; negatives 0, 0.8 and {0.8, 0}."""
-    rows = [
+    terms = [
         math.log(1 + math.exp(0 - 0.6)),
         math.log(1 + math.exp(0.8 - 0.6)),
         math.log(1 + math.exp(0.8 - 1) + math.exp(0 - 1)),
     ]
-    assert supervised_contrast(RELAXED, LABELS, 1.0).item() == pytest.approx(sum(rows) / 3)
-    nearest_only = [*rows[:2], math.log(1 + math.exp(0.8 - 1))]
-    assert supervised_contrast(RELAXED, LABELS, 1.0, negatives=1).item() == pytest.approx(
-        sum(nearest_only) / 3
-    )
-    both = [
-        (rows[0] + math.log(1 + math.exp(-1))) / 2,
-        (rows[1] + math.log(1 + math.exp(0.8 - 1))) / 2,
-        rows[2],
+    value = supervised_contrast(RELAXED, LABELS, 1.0)
+    assert value.item() == pytest.approx(sum(terms) / 3)
+    nearest_only = [*terms[:2], math.log(1 + math.exp(0.8 - 1))]
+    value = supervised_contrast(RELAXED, LABELS, 1.0, negatives=1)
+    assert value.item() == pytest.approx(sum(nearest_only) / 3)
+    with_itself = [
+        (terms[0] + math.log(1 + math.exp(-1))) / 2,
+        (terms[1] + math.log(1 + math.exp(0.8 - 1))) / 2,
+        terms[2],
     ]
-    assert supervised_contrast(RELAXED, LABELS, 1.0, positives=5).item() == pytest.approx(
-        sum(both) / 3
-    ), "itself is a positive too, with cosine 1"
+    value = supervised_contrast(RELAXED, LABELS, 1.0, positives=5)
+    assert value.item() == pytest.approx(sum(with_itself) / 3), "itself is a positive too"
 
 
 def test_divergence_penalty_on_vectors():
-    """The pair of class 0 has cosine 0.6: counted from threshold 0.5, not from 0.7."""
-    assert divergence_penalty(RELAXED, LABELS, 1.0, 0.5).item() == pytest.approx(
-        2 * math.log(1 + math.exp(0.6 - 1)) / 3
-    )
+    """The pair of class 0 has similarity 0.6: counted from threshold 0.5, not from 0.7."""
+    expected = 2 * math.log(1 + math.exp(0.6 - 1)) / 3
+    assert divergence_penalty(RELAXED, LABELS, 1.0, 0.5).item() == pytest.approx(expected)
     assert divergence_penalty(RELAXED, LABELS, 1.0, 0.7).item() == 0
 
 
@@ -184,63 +175,57 @@ def test_divergence_penalty_on_vectors():
 def test_relaxed_contrast_is_finite_with_its_gradient(labels):
     """One class, no pair of one class, a feature of zero."""
     features = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 0.0]], requires_grad=True)
-    value = supervised_contrast(features, torch.tensor(labels), 0.05) + divergence_penalty(
-        features, torch.tensor(labels), 0.05, 0.7
-    )
+    labels_B = torch.tensor(labels)
+    contrast = supervised_contrast(features, labels_B, 0.05)
+    value = contrast + divergence_penalty(features, labels_B, 0.05, 0.7)
     value.backward()
-    assert value.isfinite() and features.grad.isfinite().all()
+    assert value.isfinite()
+    assert features.grad.isfinite().all()
     if len(set(labels)) == 1:
-        assert supervised_contrast(features, torch.tensor(labels), 0.05).item() == 0
+        assert contrast.item() == 0
 
 
 def participants(histograms, a=0.5, b=0.1):
-    histograms = torch.tensor(histograms)
+    histograms_KC = torch.tensor(histograms)
     return Participants(
-        config=SimpleNamespace(feddisco=SimpleNamespace(a=a, b=b)),
-        counts_K=histograms.sum(1),
-        histograms_KC=histograms,
+        config=SimpleNamespace(method=SimpleNamespace(a=a, b=b)),  # b < 0 is no valid setting
+        counts_K=histograms_KC.sum(1),
+        histograms_KC=histograms_KC,
     )
 
 
 def test_feddisco_on_numbers():
     """16 images, two classes. KL to uniform: log 2, 0, log 2; so d = 1/2, 0, 1/2 and n = 1/2, 1/4,
-    1/4: n - d/2 + 0.1 = 0.35, 0.35, 0.1.
-    """
+    1/4: n - d/2 + 0.1 = 0.35, 0.35, 0.1."""
     skewed = [[8, 0], [2, 2], [0, 4]]
-    near(discrepancy(torch.tensor(skewed)), torch.tensor([0.5, 0, 0.5], dtype=torch.float64))
-    near(
-        discrepancy_weights(participants(skewed)) / 16,
-        torch.tensor([0.35, 0.35, 0.1], dtype=torch.float64),
-    )
-    assert discrepancy_weights(participants(skewed, a=1.0, b=0.0)).tolist() == [0.0, 4.0, 0.0], (
-        "ReLU"
-    )
-    assert discrepancy_weights(participants(skewed, a=0.0, b=-1.0)).tolist() == [8.0, 4.0, 4.0], (
-        "none is left: sample counts"
-    )
-    assert discrepancy_weights(participants([[2, 2], [3, 3]], a=5.0, b=0.0)).tolist() == [
-        4.0,
-        6.0,
-    ], "all uniform: no discrepancy"
+    expected = torch.tensor([0.5, 0, 0.5], dtype=torch.float64)
+    assert_near(discrepancy(torch.tensor(skewed)), expected)
+    expected = torch.tensor([0.35, 0.35, 0.1], dtype=torch.float64)
+    assert_near(discrepancy_weights(participants(skewed)) / 16, expected)
+    weights = discrepancy_weights(participants(skewed, a=1.0, b=0.0)).tolist()
+    assert weights == [0.0, 4.0, 0.0], "ReLU"
+    weights = discrepancy_weights(participants(skewed, a=0.0, b=-1.0)).tolist()
+    assert weights == [8.0, 4.0, 4.0], "all weights vanish: sample counts"
+    weights = discrepancy_weights(participants([[2, 2], [3, 3]], a=5.0, b=0.0)).tolist()
+    assert weights == [4.0, 6.0], "all uniform: no discrepancy"
+    assert (FedDiscoSettings().a, FedDiscoSettings().b) == (0.5, 0.1)
 
 
 def test_fedcda_chooses_on_numbers():
-    """Newest and older rows of three clients, one parameter. (10, 9, 9) has variance 2/9, (0, 4, 1)
-    has 26/9; with L = 2 that is the objective.
-    """
-    rows = [
+    """Newest and older models of three clients, one parameter. (10, 9, 9) has variance 2/9,
+    (0, 4, 1) has 26/9; with L = 2 that is the objective."""
+    models = [
         torch.tensor([[0.0], [10.0]]),
         torch.tensor([[4.0], [9.0]]),
         torch.tensor([[9.0], [1.0]]),
     ]
-    losses = [torch.zeros(2) for _ in rows]
-    assert least_divergent(rows, losses, [1, 1, 1], 2.0) == [1, 1, 0]
+    losses = [torch.zeros(2) for _ in models]
+    assert least_divergent(models, losses, [1, 1, 1], 2.0) == [1, 1, 0]
     losses[0][1] = 9  # a mean loss of 3 more than (0, 4, 1)'s 26/9 outweighs
-    assert least_divergent(rows, losses, [1, 1, 1], 2.0) == [0, 0, 1]
-    assert least_divergent(rows, [torch.zeros(2)] * 3, [1, 1, 1], 0.0) == [0, 0, 0], (
-        "nothing to choose by: the newest"
-    )
-    # Weighted 3 : 1, rows 0 and 4 or 0 and 2: variances 3/16 * 16 = 3 and 3/16 * 4 = 3/4; the
+    assert least_divergent(models, losses, [1, 1, 1], 2.0) == [0, 0, 1]
+    newest = least_divergent(models, [torch.zeros(2)] * 3, [1, 1, 1], 0.0)
+    assert newest == [0, 0, 0], "without a difference, the newest"
+    # Weighted 3 : 1, models 0 and 4 or 0 and 2: variances 3/16 * 16 = 3 and 3/16 * 4 = 3/4; the
     # second's loss of 10 counts a quarter: 2.5 + 3/4 > 3.
     pair = [torch.tensor([[0.0]]), torch.tensor([[4.0], [2.0]])]
     assert least_divergent(pair, [torch.zeros(1), torch.tensor([0.0, 8.0])], [3, 1], 2.0) == [0, 1]
@@ -248,27 +233,26 @@ def test_fedcda_chooses_on_numbers():
 
 
 def test_fedcda_only_looks_at_parameters():
-    """Entry 0 favours the newest row, entry 1 the older one."""
-    rows = [torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 9.0], [4.0, 0.0]])]
+    """Entry 0 favours the newest model, entry 1 the older one."""
+    models = [torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 9.0], [4.0, 0.0]])]
     losses = [torch.zeros(1), torch.zeros(2)]
-    assert least_divergent(rows, losses, [1, 1], 2.0, torch.tensor([0])) == [0, 0]
-    assert least_divergent(rows, losses, [1, 1], 2.0, torch.tensor([1])) == [0, 1]
+    assert least_divergent(models, losses, [1, 1], 2.0, torch.tensor([0])) == [0, 0]
+    assert least_divergent(models, losses, [1, 1], 2.0, torch.tensor([1])) == [0, 1]
 
 
 def test_fedcda_splits_the_round():
     source = torch.Generator().manual_seed(0)
     split = batches([3, 5, 7, 8, 9], 3, 3, source)
-    assert sorted(len(b) for b in split) == [1, 2, 2] and sorted(sum(split, [])) == [3, 5, 7, 8, 9]
-    assert max(len(b) for b in batches(list(range(100)), 3, 3, source)) <= 7, (
-        "3^7 = 2187 combinations, 3^8 are too many"
-    )
+    assert sorted(map(len, split)) == [1, 2, 2]
+    assert sorted(itertools.chain(*split)) == [3, 5, 7, 8, 9]
+    largest = max(map(len, batches(list(range(100)), 3, 3, source)))
+    assert largest <= 7, "3^7 = 2187 combinations, 3^8 are too many"
     assert batches([4], 3, 3, source) == [[4]]
 
 
-def test_fedcda_remembers_absent_clients(quadratic_world):
-    """One client a round, no warm-up: the second round averages the rows of both clients seen; left
-    out, the new row stands alone.
-    """
+def test_fedcda_remembers_absent_clients(quadratic_context):
+    """One client per round, no warm-up: the second round averages the models of both clients seen;
+    with absent clients left out, the new model stands alone."""
     settings = {
         "federation__method": "fedcda",
         "fedcda__warm_up": 0,
@@ -276,36 +260,35 @@ def test_fedcda_remembers_absent_clients(quadratic_world):
         "run__seed": 2,
     }
     for absent in ("remembered", "left-out"):
-        state, lines = play(quadratic_world(**settings, fedcda__absent=absent), 2)
+        state, lines = run_rounds(quadratic_context(**settings, fedcda__absent=absent), 2)
         one, two = (line["clients"][0] for line in lines)
-        assert one != two, "the seed draws two clients"
+        assert one != two, "the seed samples two clients"
         first = 0.75 * TARGETS[one]
         second = first + 0.75 * (TARGETS[two] - first)
-        near(state.params, (first + second) / 2 if absent == "remembered" else second)
-        near(
-            state.memory["fedcda.losses"][one, 0], TARGETS[one].square().sum() / 8
-        )  # of the last epoch, whose one step is at t/2: |t/2|^2 / 2
-        assert state.memory["fedcda.valid"].sum() == 2
+        assert_near(state.params, (first + second) / 2 if absent == "remembered" else second)
+        # The loss is that of the last epoch, whose one step is at t/2: |t/2|^2 / 2.
+        loss = state.method_state["fedcda.losses"][one, 0]
+        assert_near(loss, TARGETS[one].square().sum() / 8)
+        assert state.method_state["fedcda.valid"].sum() == 2
 
 
-def test_fedcda_takes_an_older_row_that_fits_better(quadratic_world):
-    """All three clients, memory 2, L large: round 2's choice minimises the variance over the 2^3
-    combinations, found here by trying them.
-    """
-    context = quadratic_world(
+def test_fedcda_takes_an_older_model_that_fits_better(quadratic_context):
+    """All three clients, memory 2, L large: round 2's selection minimises the variance over the 2^3
+    combinations, found here by trying them."""
+    context = quadratic_context(
         federation__method="fedcda",
         fedcda__warm_up=0,
         fedcda__memory=2,
         fedcda__batches=1,
         fedcda__smoothness=1000.0,
     )
-    state, _ = play(context, 1)
+    state, _ = run_rounds(context, 1)
     old, middle = 0.75 * TARGETS, 0.75 * MEAN
-    near(state.params, middle)
+    assert_near(state.params, middle)
     new = middle + 0.75 * (TARGETS - middle)
     state, _ = run_round(state, context)
     choices = [torch.stack([(new, old)[(code >> k) & 1][k] for k in range(3)]) for code in range(8)]
-    best = min(choices, key=lambda rows: (rows - rows.mean(0)).square().sum().item())
-    assert not torch.equal(best, new), "else the newest rows would do"
-    near(state.params, best.mean(0))
-    near(state.memory["fedcda.rows"], torch.stack([new, old], dim=1))
+    best = min(choices, key=lambda models: (models - models.mean(0)).square().sum().item())
+    assert not torch.equal(best, new), "otherwise the newest models would do"
+    assert_near(state.params, best.mean(0))
+    assert_near(state.method_state["fedcda.models"], torch.stack([new, old], dim=1))

@@ -4,17 +4,17 @@
                       =   mean loss + L/2 mean |w_n - w_bar|^2
 
 Source: Wang, Xu, Li, Xu, Li, Zhang: FedCDA: Federated Learning with Cross-rounds Divergence-aware
-Aggregation. ICLR 2024, from its abstract and as public re-implementations read it (its equations were
-not at hand). The server keeps K = 3 models of each client and the loss F_n of its last local epoch.
-The first 50 rounds are FedAvg's. Then the round's clients are split at random into B = 3 batches;
-batch by batch, the best combination of kept models is selected, with everything selected before held
-fixed. Clients that are not sampled keep their last selection.
+Aggregation. ICLR 2024, from its abstract and as public re-implementations read it (its equations
+were not at hand). The server keeps K = 3 models of each client and the loss F_n of its last local
+epoch. The first 50 rounds are FedAvg's. Then the round's clients are split at random into B = 3
+batches; batch by batch, the best combination of kept models is selected, with everything selected
+before held fixed. Clients that are not sampled keep their last selection.
 
-Choice: 1/N is the share of images, as in FedAvg, where the paper averages evenly; divergence is over
-parameters, not over BatchNorm's running statistics; there are more batches where one would have more
-than 4096 combinations. memory = 1 is FedAvg: nothing is kept across rounds, so absent clients are left
-out too. The server holds M x memory models. With many clients and few of them per round, the models
-selected are old, and the average lags.
+Choice: 1/N is the share of images, as in FedAvg, where the paper averages evenly; divergence is
+over parameters, not over BatchNorm's running statistics; there are more batches where one would
+have more than 4096 combinations. memory = 1 is FedAvg: nothing is kept across rounds, so absent
+clients are left out too. The server holds M x memory models. With many clients and few of them per
+round, the models selected are old, and the average lags.
 """
 
 import itertools
@@ -98,8 +98,8 @@ def select(
 def batches(
     clients: list[int], count: int, memory: int, source: torch.Generator
 ) -> list[list[int]]:
-    """The clients in random order in `count` nearly equal batches, or in more, so that none has more
-    than 4096 combinations."""
+    """The clients in random order in `count` nearly equal batches, or in more, so that none has
+    more than 4096 combinations."""
     sizes = range(1, len(clients) + 1)
     largest = max(size for size in sizes if size == 1 or memory**size <= MOST_COMBINATIONS)
     count = min(len(clients), max(count, -(-len(clients) // largest)))

@@ -2,12 +2,13 @@
 
     p_k  proportional to  ReLU(n_k - a d_k + b)
 
-n_k is the client's share of the round's images; d_k is its discrepancy KL(labels || uniform), divided
-by the sum of the round's discrepancies.
+n_k is the client's share of the round's images; d_k is its discrepancy KL(labels || uniform),
+divided by the sum of the round's discrepancies.
 
 Source: Ye, Xu, Wang, Xu, Chen, Wang: FedDisco: Federated Learning with Discrepancy-Aware
-Collaboration. ICML 2023, and the authors' code (a = 0.5, b = 0.1; shares and discrepancies are those
-of the round's clients). Clients reveal one number, their discrepancy before its normalisation.
+Collaboration. ICML 2023, and the authors' code (a = 0.5, b = 0.1; shares and discrepancies are
+those of the round's clients). Clients reveal one number, their discrepancy before its
+normalisation.
 
 a = b = 0 is FedAvg; so is any a with b = a/K if all are equally skewed. Choice: where every weight
 would be zero (large a, small b), sample counts are used, which the paper leaves open. The global

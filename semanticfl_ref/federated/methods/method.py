@@ -17,8 +17,8 @@ from semanticfl_ref.diffusion.anchors import Anchors
 from semanticfl_ref.federated.flat import with_parameters
 
 if TYPE_CHECKING:
-    from semanticfl_ref.federated.client import ClientReport
     from semanticfl_ref.federated.context import RunContext
+    from semanticfl_ref.federated.report import ClientReport
 
 # name -> (weight, unweighted value)
 Terms = dict[str, tuple[float, torch.Tensor]]

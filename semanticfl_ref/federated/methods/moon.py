@@ -1,8 +1,8 @@
-"""MOON: a client's features are pulled to those of the model it received and pushed from those of its
-own previous model.
+"""MOON: a client's features are pulled to those of the model it received and pushed from those of
+its own previous model.
 
-    l_con = -log  exp(sim(z, z_glob) / tau) / (exp(sim(z, z_glob) / tau) + exp(sim(z, z_prev) / tau))
-    l = l_sup + mu l_con
+    l_con = -log  exp(sim(z, z_glob) / tau) / (exp(sim(z, z_glob) / tau) + exp(sim(z, z_prev) /
+    tau)) l = l_sup + mu l_con
 
 Source: Li, He, Song: Model-Contrastive Federated Learning. CVPR 2021, Eqs. 3-4, Algorithm 1; sim is
 the cosine similarity, tau = 0.5, with a projection head of two layers and 256 outputs; mu = 5, 1, 1
@@ -11,16 +11,17 @@ evaluation mode, as in the authors' code; before a client's first round, its pre
 initial one.
 
 Choice: the head is a branch: the classifier reads the features, so that mu = 0 is FedAvg, bitwise;
-the authors' classifier stands behind the head. moon.projection = 0 contrasts the features themselves.
-In round one z_glob = z_prev, so the term is log 2 and its gradient zero. A large mu holds the model
-at the one received. Each step costs two more forward passes, and the server keeps M models.
+the authors' classifier stands behind the head. moon.projection = 0 contrasts the features
+themselves. In round one z_glob = z_prev, so the term is log 2 and its gradient zero. A large mu
+holds the model at the one received. Each step costs two more forward passes, and the server keeps M
+models.
 """
 
 import torch
+import torch.nn.functional as F
 
 from semanticfl_ref.config.settings import Config
 from semanticfl_ref.diffusion.anchors import Anchors
-from semanticfl_ref.federated.losses import model_contrast
 from semanticfl_ref.federated.methods.method import (
     LocalBatch,
     LocalUpdate,
@@ -70,6 +71,29 @@ def model_contrastive_term(batch: LocalBatch) -> Terms:
         )
     z_BE = batch.model.project(batch.features_BD)
     return {"model_contrast": (s.mu, model_contrast(z_BE, received_BE, previous_BE, s.tau))}
+
+
+def model_contrast(
+    z_BD: torch.Tensor, received_BD: torch.Tensor, last_BD: torch.Tensor, tau: float
+) -> torch.Tensor:
+    """The model-contrastive term, mean over the batch.
+
+    Equation (model-contrast) [MOON, Eq. 3]:
+        - log( exp(cos(z, received) / tau) / (exp(cos(z, received) / tau) + exp(cos(z, last) / tau))
+            )
+    Test: tests/federated/test_method_equations.py::test_moon_on_vectors
+
+    Args:
+        z_BD: float32 [B, D], of the model in training.
+        received_BD, last_BD: float32 [B, D], constants: of the model received and of the client's
+            previous one. Equal ones give log 2 and no gradient.
+        tau: temperature.
+
+    Source: MOON (Li et al. 2021), Eq. 3.
+    """
+    toward_B = F.cosine_similarity(z_BD, received_BD, dim=1)
+    away_B = F.cosine_similarity(z_BD, last_BD, dim=1)
+    return F.softplus((away_B - toward_B) / tau).mean()
 
 
 MOON = Method(

@@ -4,22 +4,22 @@
     c_i+ = c_i - c + (x - y_i) / (K eta_l)            (option II)
     c   <- c + 1/M sum_{i in S} (c_i+ - c_i)
 
-Source: Karimireddy, Kale, Mohri, Reddi, Stich, Suresh: SCAFFOLD: Stochastic Controlled Averaging for
-Federated Learning. ICML 2020, Eqs. 3-5, Algorithm 1. Control variates start at zero; K is the number
-of steps made, a last short batch included.
+Source: Karimireddy, Kale, Mohri, Reddi, Stich, Suresh: SCAFFOLD: Stochastic Controlled Averaging
+for Federated Learning. ICML 2020, Eqs. 3-5, Algorithm 1. Control variates start at zero; K is the
+number of steps made, a last short batch included.
 
 The paper has plain SGD. With momentum beta, a constant gradient g moves the model by
 eta_l g sum_t (1 - beta^t) / (1 - beta) in K steps, up to 1 / (1 - beta) times as far; control
 variates by the formula above then come out that much too large, so that corrections overshoot and
-the run may diverge. Choice: scaffold.steps = effective divides by that sum instead of K: exact for a
-constant gradient, the paper's own formula without momentum. scaffold.steps = made takes K. Weight
+the run may diverge. Choice: scaffold.steps = effective divides by that sum instead of K: exact for
+a constant gradient, the paper's own formula without momentum. scaffold.steps = made takes K. Weight
 decay is part of what the steps show, and so of the control variates. Choice: models are averaged by
 images, as in FedAvg; control variates evenly, as published. The paper's server step eta_g is the
 server optimizer's.
 
 control_scale = 0 is FedAvg. BatchNorm's running statistics have no gradient, hence no control
-variate. With few clients per round the c_i are old, and the correction is known to do more harm than
-good.
+variate. With few clients per round the c_i are old, and the correction is known to do more harm
+than good.
 """
 
 import torch

@@ -1,11 +1,11 @@
-"""SemanticFL: features agree with their images' diffusion anchors, and contrast with the text anchors
-of the classes.
+"""SemanticFL: features agree with their images' diffusion anchors, and contrast with the text
+anchors of the classes.
 
     L = CE + lambda_kd * consistency(features, visual anchors)
            + lambda_con * InfoNCE(features, text anchors; own class, tau)
 
-Source: arXiv 2603.19337 (objective and weights as summarised second-hand; what is not published is an
-option, see config/methods.py and docs/choices.md).
+Source: arXiv 2603.19337 (objective and weights as summarised second-hand; what is not published is
+an option, see config/methods.py and docs/choices.md).
 
 Both weights 0 is FedAvg. The literal KL divergence between unit vectors at temperature 1 has a
 negligible gradient.

@@ -1,1 +1,1 @@
-"""Comparisons: the runs of a grid and the statistics over them."""
+"""Comparisons: an experiment grid, its runs, and their statistics, tables and figures."""

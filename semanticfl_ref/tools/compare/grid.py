@@ -1,233 +1,155 @@
-"""The runs of a comparison: arms x scenarios x seeds, each a `train` of its own; finished ones are
-reused, killed ones go on.
+"""An experiment grid: every method in every scenario with every seed.
 
-All runs of one seed share the split, the clients of every round, the initial weights and the order
-of batches, since each is drawn from (seed, purpose, round, client, epoch): an arm's numbers do not
-depend on which others stand beside it."""
+Runs of one scenario and seed share the partition, the clients of every round, the initial weights
+and the order of batches, since each is drawn from (seed, purpose, round, client, epoch). A method's
+numbers therefore do not depend on which others are in the grid.
+"""
 
+import os
 import re
-import signal
-import subprocess
-import sys
-import tempfile
-from collections import Counter
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
-from tqdm import tqdm
-
+from semanticfl_ref.config.resolve import resolve
 from semanticfl_ref.config.settings import Config
-from semanticfl_ref.config.settings import settings as configuration
-from semanticfl_ref.errors import MismatchError, UserError
-from semanticfl_ref.run.folder import RunFolder, read_config
+from semanticfl_ref.errors import UserError
 
-SHORT = {
+# The setting that x stands for in a scenario such as nid1:x.
+NUMBERED = {
     "nid1": "partition.alpha",
     "quantity": "partition.alpha",
     "pathological": "partition.classes_per_client",
-}  # what x is in `nid1:x`
+}
+NID2_CLIENTS = 6  # five with a fifth of the classes each, one with all
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
-    """One run of the grid: which cell it belongs to, its configuration and its folder."""
+class Grid:
+    """An experiment grid, how it is trained, and what is reported of it.
 
+    Attributes:
+        methods: entries such as "fedavg" or "semanticfl[anchors.control=shuffled]".
+        scenarios: entries such as "nid1:0.1"; empty: the one that `settings` make.
+        seeds: their number; the seeds are 0 to seeds - 1.
+        settings: dotted name -> value, of all runs; the settings of an entry override them.
+        out: folder of the experiment; its runs are in `runs/`.
+        baseline: the method that the others are paired with.
+        part: "test" or "validation", whose accuracy is reported.
+        at: numbers of rounds after which to report, ascending; empty: after the last round.
+        workers: runs at a time, which share the processor's threads.
+        offline: no network access.
+        imports: files that register methods, data sets and the like, see `--import`.
+    """
+
+    methods: Sequence[str]
+    scenarios: Sequence[str] = ()
+    seeds: int
+    settings: Mapping[str, object]
+    out: Path
+    baseline: str
+    part: str = "test"
+    at: Sequence[int] = ()
+    workers: int = 1
+    offline: bool = False
+    imports: Sequence[Path] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One run of a grid: its entries, its seed, its configuration and its folder."""
+
+    method: str
     scenario: str
-    arm: str
     seed: int
     config: Config
     folder: Path
 
 
-def split(text: str) -> list[str]:
-    """The items of a list that is separated by commas; commas in brackets separate nothing."""
-    return [item.strip() for item in re.split(r",(?![^\[]*\])", text) if item.strip()]
+def plan(grid: Grid) -> list[Run]:
+    """The runs of a grid, seed by seed: an interrupted grid has whole seeds.
+
+    Raises:
+        UserError: an unknown name, a malformed entry, a setting out of range, a duplicate run.
+    """
+    threads = max(1, (os.cpu_count() or 1) // grid.workers) if grid.workers > 1 else 0
+    shared = {"run.threads": threads, **grid.settings}
+    scenarios = grid.scenarios or [resolve(shared).partition.scenario]
+    runs: dict[Path, Run] = {}
+    for seed, scenario, method in product(range(grid.seeds), scenarios, grid.methods):
+        own = scenario_settings(scenario) if grid.scenarios else {}
+        config = resolve({**shared, **own, **method_settings(method), "run.seed": seed})
+        name = f"{_slug(method)}-{_slug(scenario)}-{config.federation.rounds}-seed{seed}"
+        folder = grid.out / "runs" / name
+        if folder in runs:
+            first = runs[folder]
+            raise UserError(
+                f"duplicate run: {first.method} in {first.scenario} and {method} in {scenario}; "
+                f"leave one out"
+            )
+        runs[folder] = Run(
+            method=method, scenario=scenario, seed=seed, config=config, folder=folder
+        )
+    return list(runs.values())
 
 
-def arm_settings(text: str) -> dict[str, str]:
-    """The settings of an arm, `method` or `method[section.field=value;...]`."""
-    name, assignments = _bracketed(text)
+def split_entries(flag: str, text: str, known: Iterable[str]) -> list[str]:
+    """The entries of a list separated by commas; commas in brackets do not separate.
+
+    Args:
+        flag: that has the list.
+        text: the list.
+        known: names that it may have.
+
+    Raises:
+        UserError: the list is empty.
+    """
+    entries = [entry.strip() for entry in re.split(r",(?![^\[]*\])", text) if entry.strip()]
+    if not entries:
+        raise UserError(f"{flag} {text!r} is empty: give at least one of {', '.join(known)}")
+    return entries
+
+
+def method_settings(entry: str) -> dict[str, object]:
+    """The settings of `method` or `method[section.field=value;...]`.
+
+    Raises:
+        UserError: a malformed entry.
+    """
+    name, assignments = _parts(entry)
     return {"federation.method": name, **assignments}
 
 
-def scenario_settings(text: str) -> dict[str, object]:
-    """The settings of a scenario, `name`, `name:x` (nid1:0.1 is alpha 0.1) or
+def scenario_settings(entry: str) -> dict[str, object]:
+    """The settings of `name`, `name:x` (nid1:0.1 is alpha = 0.1) or
     `name[section.field=value;...]`.
-    """
-    name, assignments = _bracketed(text)
-    name, colon, value = name.partition(":")
-    if colon and name not in SHORT:
-        raise UserError(
-            f"scenario {text!r}: {name!r} takes no number; write one of {', '.join(f'{n}:x' for n in SHORT)}, or {name}[partition.field=value]"
-        )
-    return {
-        "partition.scenario": name,
-        **({"partition.clients": 6} if name == "nid2" else {}),
-        **({SHORT[name]: value} if colon else {}),
-        **assignments,
-    }
-
-
-def plan(
-    arms: list[str],
-    scenarios: list[str],
-    seeds: int,
-    settle: Callable[[dict[str, object]], Config],
-    out: Path,
-) -> list[Job]:
-    """The jobs of a grid, seed by seed, so that an interrupted grid has whole seeds.
-
-    Args:
-        settle: makes a Config of settings that a cell adds to the user's own.
-        out: folder of the comparison; runs lie in its `runs/`.
 
     Raises:
-        UserError: one run twice or two whose folders have one name, or whatever a configuration is
-            refused for.
+        UserError: a number for a scenario that takes none, or a malformed entry.
     """
-    jobs = [
-        Job(
-            scenario=scenario,
-            arm=arm,
-            seed=seed,
-            config=made,
-            folder=out
-            / "runs"
-            / f"{_slug(arm)}-{_slug(scenario)}-{made.federation.rounds}-seed{seed}",
-        )
-        for seed in range(seeds)
-        for scenario in scenarios
-        for arm in arms
-        for made in [settle({**scenario_settings(scenario), **arm_settings(arm), "run.seed": seed})]
-    ]
-    for folder, count in Counter(job.folder for job in jobs).items():
-        if count > 1:
+    head, assignments = _parts(entry)
+    name, colon, number = head.partition(":")
+    settings = {"partition.scenario": name}
+    if name == "nid2":
+        settings["partition.clients"] = NID2_CLIENTS
+    if colon:
+        if name not in NUMBERED:
             raise UserError(
-                f"the run {folder} stands twice: {' and '.join(f'{job.arm}, {job.scenario}' for job in jobs if job.folder == folder)}"
+                f"scenario {entry!r}: only {', '.join(NUMBERED)} take a number; use "
+                f"NAME[partition.field=value]"
             )
-    return jobs
+        settings[NUMBERED[name]] = number
+    return settings | assignments
 
 
-def run(jobs: list[Job], *, workers: int, offline: bool, methods: list[Path]) -> None:
-    """Train what is not finished, `workers` runs at a time.
-
-    Args:
-        methods: files of methods from outside the package, see `--import`.
-
-    Raises:
-        MismatchError: a finished or begun run was made with other settings. UserError: runs failed;
-            it has the first one's exit code and their last words.
-        KeyboardInterrupt: when the runs have saved what they have.
-    """
-    left = [job for job in jobs if not _finished(job)]
-    bar = tqdm(
-        total=len(jobs), initial=len(jobs) - len(left), desc="runs", unit="run", file=sys.stderr
-    )
-    failed, children = [], []
-
-    def one(job: Job) -> None:
-        if not failed:
-            try:
-                _train(job, offline, methods, started)
-                bar.update()
-            except UserError as error:
-                failed.append(error)
-
-    def started(child: subprocess.Popen) -> None:
-        children.append(child)
-        if failed:  # meanwhile
-            child.send_signal(signal.SIGINT)
-
-    with bar, ThreadPoolExecutor(workers) as pool:
-        try:
-            list(pool.map(one, left))
-        except KeyboardInterrupt:
-            failed.append(UserError("interrupted"))  # nothing more is started
-            for child in children[:]:
-                child.send_signal(signal.SIGINT)  # it saves, and ends
-            raise KeyboardInterrupt(
-                "interrupted; finished runs are kept and begun ones go on: give the same command again"
-            ) from None
-    if failed:
-        failed[0].args = ("; and ".join(map(str, failed)),)
-        raise failed[0]
-
-
-def _finished(job: Job) -> bool:
-    """Whether a job's run is there and done; raises MismatchError where it is another run."""
-    if not job.folder.exists():
-        return False
-    there, here = (
-        configuration.to_flat(read_config(job.folder, "--out")),
-        configuration.to_flat(job.config),
-    )
-    differing = [
-        f"{name} = {there.get(name)!r} there, {here[name]!r} here"
-        for name in here
-        if there.get(name) != here[name]
-    ]
-    if differing:
-        raise MismatchError(
-            f"{job.folder} was made with other settings: {'; '.join(differing[:4])}. Choose another --out, or delete it"
-        )
-    return RunFolder(job.folder).finished
-
-
-def _train(
-    job: Job, offline: bool, methods: list[Path], started: Callable[[subprocess.Popen], None]
-) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "semanticfl_ref",
-        "train",
-        *(f"--import={file}" for file in methods),
-        *(["--offline"] if offline else []),
-    ]
-    with tempfile.TemporaryDirectory() as scratch:
-        settings = Path(scratch) / "config.toml"
-        settings.write_text(configuration.to_toml(job.config), encoding="utf-8")
-        place = (
-            ["--resume", str(job.folder)]
-            if job.folder.exists()
-            else ["--config", str(settings), "--out", str(job.folder)]
-        )
-        # A process group of its own: Ctrl-C at a terminal reaches it once, through `run`.
-        child = subprocess.Popen(
-            [*command, *place],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            errors="replace",
-            process_group=0,
-        )
-        started(child)
-        words = (child.communicate()[1].strip().splitlines() or ["no message"])[-1].removeprefix(
-            "semanticfl_ref: error: "
-        )
-    if child.returncode:
-        words = (
-            f"killed by signal {-child.returncode}" if child.returncode < 0 else words
-        )  # whose last words are a progress bar
-        error = UserError(f"the run {job.arm}, {job.scenario}, seed {job.seed} failed: {words}")
-        error.exit_code = max(child.returncode, 1)
-        raise error
-
-
-def _bracketed(text: str) -> tuple[str, dict[str, str]]:
-    whole = re.fullmatch(r"([^\[\]]+?)(?:\[([^\[\]]*)\])?", text)
-    if not whole:
-        raise UserError(f"{text!r}: expected name or name[section.field=value;section.field=value]")
-    assignments = {}
-    for item in filter(None, (whole[2] or "").split(";")):
-        name, sign, value = item.partition("=")
-        if not sign:
-            raise UserError(f"{text!r}: {item!r} is no assignment; write name[section.field=value]")
-        assignments[name.strip()] = value.strip()
-    return whole[1].strip(), assignments
+def _parts(entry: str) -> tuple[str, dict[str, str]]:
+    """The name of an entry, and the settings in its brackets."""
+    parts = re.fullmatch(r"([^\[\]]+?)(?:\[((?:[^\[\]=;]+=[^\[\];]*;?\s*)*)\])?", entry)
+    if not parts:
+        raise UserError(f"{entry!r}: expected NAME or NAME[section.field=value;...]")
+    assignments = re.findall(r"([^=;\s]+)\s*=\s*([^;]*?)\s*(?:;|$)", parts[2] or "")
+    return parts[1].strip(), dict(assignments)
 
 
 def _slug(text: str) -> str:

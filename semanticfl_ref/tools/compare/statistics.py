@@ -1,117 +1,174 @@
-"""What a finished grid says: means, spread, and differences paired over seeds with bootstrap
-confidence intervals.
+"""Statistics of a finished grid: means, standard deviations, and differences paired over seeds with
+bootstrap intervals.
 
-Accuracies are in per cent. A run's figure is the last round's, or the mean of its last five rounds;
-never its best round."""
+Accuracies are in per cent. What counts of a run is its last round, or the mean of its last five
+rounds; never its best round.
+"""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
 from statistics import fmean, stdev
 
 import numpy as np
 
 from semanticfl_ref.run.folder import RunFolder
-from semanticfl_ref.tools.compare.grid import Job
+from semanticfl_ref.run.summary import LAST
+from semanticfl_ref.tools.compare.grid import Grid, Run
 
 RESAMPLES = 10_000
-LAST = 5  # rounds whose mean is reported
+POOLED = "all scenarios"  # the scenario of results over all of them
+MACHINE = ("processor", "device", "precision", "threads", "python", "versions", "semanticfl_ref")
+
+Rounds = list[dict]  # lines of metrics.jsonl
 
 
-def compare(jobs: list[Job], baseline: str, part: str) -> dict:
-    """The comparison as plain JSON values.
+@dataclass(frozen=True, kw_only=True)
+class Gain:
+    """Differences to the baseline in the same scenario and with the same seed.
 
-    Args:
-        jobs: finished ones.
-        baseline: the arm that the others are paired with.
-        part: "test" or "validation", the part whose accuracy is told.
-
-    Returns:
-        part, baseline, seeds, rounds, dataset, machine; cells, one for each arm in each scenario,
-        and in "all" of them where there are several: scenario, arm, last, last_five, worst_client
-        (a value a run, in the order of the seeds, in per cent), bytes_sent (both ways, mean of the
-        runs), gain (see `gain`; None for the baseline); curves: scenario -> arm -> mean and
-        standard deviation over seeds of every round's accuracy.
+    Attributes:
+        mean: of the differences, in percentage points.
+        low, high: 95 % percentile bootstrap interval of the mean over the pairs; None for a single
+            pair. With a handful of pairs it is narrower than it should be.
+        wins: number of differences above zero.
+        values: the differences.
     """
-    key = f"{part}_accuracy"
-    rows = {(job.scenario, job.arm, job.seed): RunFolder(job.folder).rows() for job in jobs}
-    scenarios, arms = (
-        list(dict.fromkeys(names)) for names in ([j.scenario for j in jobs], [j.arm for j in jobs])
+
+    mean: float
+    low: float | None
+    high: float | None
+    wins: int
+    values: list[float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """A method in a scenario, or over all of them.
+
+    Attributes:
+        scenario, method: entries of the grid; POOLED for all scenarios.
+        rounds: number of rounds after which this is the result.
+        averaged: number of last rounds that `mean_of_last` averages.
+        last, mean_of_last, worst_client: a value per run, scenario by scenario in the order of the
+            seeds.
+        bytes_sent: both ways, mean over the runs.
+        gain: None for the baseline.
+    """
+
+    scenario: str
+    method: str
+    rounds: int
+    averaged: int
+    last: list[float]
+    mean_of_last: list[float]
+    worst_client: list[float]
+    bytes_sent: int
+    gain: Gain | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """A finished grid in numbers; all are JSON values.
+
+    Attributes:
+        part, baseline, at: as in `Grid`.
+        seeds: in ascending order.
+        dataset: name of the data set.
+        machine: environment of the first run.
+        results: by number of rounds, then by scenario (over all of them last), then by method.
+        curves: scenario -> method -> "mean" and standard "deviation" over seeds after every round.
+    """
+
+    part: str
+    baseline: str
+    at: list[int]
+    seeds: list[int]
+    dataset: str
+    machine: dict
+    results: list[Result]
+    curves: dict[str, dict[str, dict[str, list]]]
+
+
+def compare(runs: Sequence[Run], grid: Grid) -> Comparison:
+    """The comparison of a grid's finished runs."""
+    key = f"{grid.part}_accuracy"
+    scenarios = list(dict.fromkeys(run.scenario for run in runs))
+    ordered = sorted(runs, key=lambda run: scenarios.index(run.scenario))
+    histories = [(run, RunFolder(run.folder).rounds()) for run in ordered]
+
+    def select(method: str, group: str, after: int | None = None) -> list[Rounds]:
+        return [
+            rounds[:after]
+            for run, rounds in histories
+            if run.method == method and group in (run.scenario, POOLED)
+        ]
+
+    def result(after: int | None, group: str, method: str) -> Result:
+        own = select(method, group, after)
+        baseline = None if method == grid.baseline else select(grid.baseline, group, after)
+        return _result(group, method, own, baseline, key)
+
+    groups = [*scenarios, POOLED] if len(scenarios) > 1 else scenarios
+    environment = RunFolder(runs[0].folder).read("environment.json")
+    return Comparison(
+        part=grid.part,
+        baseline=grid.baseline,
+        at=list(grid.at),
+        seeds=list(range(grid.seeds)),
+        dataset=runs[0].config.data.name,
+        machine={name: environment[name] for name in MACHINE},
+        results=[result(*which) for which in product(grid.at or [None], groups, grid.methods)],
+        curves={
+            scenario: {method: _curve(select(method, scenario), key) for method in grid.methods}
+            for scenario in scenarios
+        },
     )
-    seeds = sorted({job.seed for job in jobs})
-
-    def cell(name: str, among: list[str], arm: str) -> dict:
-        runs = [(rows[s, arm, seed], rows[s, baseline, seed]) for s in among for seed in seeds]
-        gains = [last_five(mine, key) - last_five(theirs, key) for mine, theirs in runs]
-        return dict(
-            scenario=name,
-            arm=arm,
-            last=[100 * mine[-1][key] for mine, _ in runs],
-            last_five=[last_five(mine, key) for mine, _ in runs],
-            worst_client=[100 * min(mine[-1]["client_accuracy"]) for mine, _ in runs],
-            bytes_sent=round(
-                fmean(sum(row["bytes_down"] + row["bytes_up"] for row in mine) for mine, _ in runs)
-            ),
-            gain=None if arm == baseline else gain(gains),
-        )
-
-    groups = [(s, [s]) for s in scenarios] + ([("all", scenarios)] if len(scenarios) > 1 else [])
-    environment = RunFolder(jobs[0].folder).read("environment.json")
-    return {
-        "part": part,
-        "baseline": baseline,
-        "seeds": seeds,
-        "rounds": jobs[0].config.federation.rounds,
-        "dataset": jobs[0].config.data.name,
-        "machine": {
-            key: environment[key]
-            for key in (
-                "processor",
-                "device",
-                "precision",
-                "threads",
-                "python",
-                "versions",
-                "semanticfl_ref",
-            )
-        },
-        "cells": [cell(name, among, arm) for name, among in groups for arm in arms],
-        "curves": {
-            s: {arm: _curve([rows[s, arm, seed] for seed in seeds], key) for arm in arms}
-            for s in scenarios
-        },
-    }
 
 
-def gain(values: list[float]) -> dict:
-    """What differences to the baseline in the same scenario and seed, in points, come to; the
-    resampling is seeded.
-
-    Returns:
-        mean; low ... high, the 95 % interval of the mean by the percentile bootstrap over the pairs
-        (None for a single pair; with a handful of pairs it is narrower than the truth); wins, the
-        pairs above zero; values.
-    """
+def gain(differences: Sequence[float]) -> Gain:
+    """The mean of paired differences and its bootstrap interval; the resampling is seeded."""
     low = high = None
-    if len(values) > 1:
-        draws = np.random.default_rng(0).choice(np.asarray(values), size=(RESAMPLES, len(values)))
-        low, high = np.percentile(draws.mean(axis=1), (2.5, 97.5)).tolist()
-    return {
-        "mean": fmean(values),
-        "low": low,
-        "high": high,
-        "wins": sum(v > 0 for v in values),
-        "values": values,
-    }
+    if len(differences) > 1:
+        size = (RESAMPLES, len(differences))
+        samples = np.random.default_rng(0).choice(np.asarray(differences), size=size)
+        low, high = np.percentile(samples.mean(axis=1), (2.5, 97.5)).tolist()
+    wins = sum(difference > 0 for difference in differences)
+    return Gain(mean=fmean(differences), low=low, high=high, wins=wins, values=list(differences))
 
 
-def last_five(rows: list[dict], key: str) -> float:
-    """Mean accuracy of a run's last five rounds, in per cent."""
-    return 100 * fmean(row[key] for row in rows[-LAST:])
+def mean_of_last(rounds: Rounds, key: str) -> float:
+    """Mean accuracy of a run's last rounds, five or as many as there are, in per cent."""
+    return 100 * fmean(line[key] for line in rounds[-LAST:])
 
 
-def spread(values: list[float]) -> float | None:
-    """Standard deviation of a sample, None of a single value."""
+def standard_deviation(values: Sequence[float]) -> float | None:
+    """Sample standard deviation over runs; None for a single value."""
     return stdev(values) if len(values) > 1 else None
 
 
-def _curve(runs: list[list[dict]], key: str) -> dict[str, list]:
-    values = [[100 * row[key] for row in round] for round in zip(*runs, strict=True)]
-    return {"mean": [fmean(v) for v in values], "spread": [spread(v) for v in values]}
+def _result(
+    scenario: str, method: str, own: list[Rounds], baseline: list[Rounds] | None, key: str
+) -> Result:
+    means = [mean_of_last(rounds, key) for rounds in own]
+    paired = None
+    if baseline is not None:
+        others = [mean_of_last(rounds, key) for rounds in baseline]
+        paired = gain([mean - other for mean, other in zip(means, others, strict=True)])
+    sent = [sum(line["bytes_down"] + line["bytes_up"] for line in rounds) for rounds in own]
+    return Result(
+        scenario=scenario,
+        method=method,
+        rounds=len(own[0]),
+        averaged=min(LAST, len(own[0])),
+        last=[100 * rounds[-1][key] for rounds in own],
+        mean_of_last=means,
+        worst_client=[100 * min(rounds[-1]["client_accuracy"]) for rounds in own],
+        bytes_sent=round(fmean(sent)),
+        gain=paired,
+    )
+
+
+def _curve(runs: list[Rounds], key: str) -> dict[str, list]:
+    values = [[100 * line[key] for line in lines] for lines in zip(*runs, strict=True)]
+    return {"mean": list(map(fmean, values)), "deviation": list(map(standard_deviation, values))}

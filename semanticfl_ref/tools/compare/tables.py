@@ -1,156 +1,101 @@
-"""A comparison for a reader: Markdown, CSV, and its figures."""
+"""A comparison as Markdown and as CSV."""
 
 import csv
 import io
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 from statistics import fmean
 
-from semanticfl_ref.tools.compare.statistics import spread
-from semanticfl_ref.tools.report.drawing import COLOURS, new_figure, save_figure
-from semanticfl_ref.formatting import format_bytes as size
+from semanticfl_ref.formatting import format_bytes
+from semanticfl_ref.tools.compare.statistics import POOLED, Comparison, Result, standard_deviation
+
+COLUMNS = (
+    *("scenario", "method", "seed", "rounds", "averaged"),
+    *("last_round", "mean_of_last", "worst_client", "difference"),
+)
+NOTES = """\
+Numbers are mean ± standard deviation over seeds (for all scenarios: over scenarios and seeds).
+Differences are between means of the last rounds, in percentage points, paired by scenario and seed;
+wins are differences above zero. In brackets: the 95 % bootstrap interval of the mean difference,
+which is too narrow with few pairs and not corrected for the number of methods. Runs of one scenario
+and seed share partition, sampled clients, initial weights and batches, unless a method's own
+settings change them."""
 
 
-def markdown(result: dict, command: str | None = None) -> str:
-    """A table a scenario, then one over all; under them what was run, where."""
-    seeds, machine = result["seeds"], result["machine"]
-    lines, on_test = [], "" if result["part"] == "test" else ", test part"
-    for scenario in dict.fromkeys(cell["scenario"] for cell in result["cells"]):
-        lines += [f"**{'all scenarios' if scenario == 'all' else scenario}**", ""]
-        lines += [
-            f"| method | last round | mean of last five | worst client{on_test} | sent | minus {result['baseline']}, paired | wins |",
-            "|" + " --- |" * 7,
-        ]
-        lines += [_row(cell) for cell in result["cells"] if cell["scenario"] == scenario] + [""]
-    versions = ", ".join(
-        f"{name} {version}" for name, version in machine["versions"].items() if version
-    )
+def markdown(comparison: Comparison, command: str | None = None) -> str:
+    """A table per scenario, one over all scenarios, and below them what was run and where."""
+    tables: dict[str, list[Result]] = {}
+    for result in comparison.results:
+        heading = result.scenario
+        if comparison.at:
+            heading += f", after round {result.rounds}"
+        tables.setdefault(heading, []).append(result)
+    lines = []
+    for heading, results in tables.items():
+        lines += [f"**{heading}**", "", *_table(comparison, results), ""]
+    curves = [curve for curves in comparison.curves.values() for curve in curves.values()]
+    rounds = _numbers(len(curve["mean"]) for curve in curves)
     lines += [
-        f"{result['dataset']}, {result['part']} accuracy in %, {f'mean ± standard deviation over {len(seeds)} seeds' if len(seeds) > 1 else 'one seed'}, {result['rounds']} rounds. Runs of a seed share split, clients, "
-        "initial weights and batches. In brackets the 95 % bootstrap interval of the mean paired difference: with few seeds it is narrower than the truth.",
-        f"{machine['device']} ({machine['processor']}), {machine['precision']}, {machine['threads']} thread{'s' if machine['threads'] > 1 else ''} a run, Python {machine['python']}, {versions}.",
+        f"{comparison.dataset}, {comparison.part} accuracy in %; seeds: {len(comparison.seeds)}, "
+        f"rounds: {rounds}.",
+        NOTES,
+        _machine(comparison.machine),
     ]
-    return "\n".join(lines + (["", f"    {command}"] if command else []))
+    if command:
+        lines += ["", f"    {command}"]
+    return "\n".join(lines)
 
 
-def csv_text(result: dict) -> str:
-    """A line a run: scenario, method, seed, its accuracies and its difference to the baseline."""
+def csv_text(comparison: Comparison) -> str:
+    """A line per run and reported number of rounds.
+
+    `difference` is to the baseline, of `mean_of_last`: the mean of the last `averaged` rounds.
+    """
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(
-        ["scenario", "method", "seed", "last_round", "last_five", "worst_client", "minus_baseline"]
-    )
-    for cell in result["cells"]:
-        if cell["scenario"] != "all":
-            gains = cell["gain"]["values"] if cell["gain"] else [0.0] * len(result["seeds"])
-            for seed, *values in zip(
-                result["seeds"],
-                cell["last"],
-                cell["last_five"],
-                cell["worst_client"],
-                gains,
-                strict=True,
-            ):
-                writer.writerow(
-                    [cell["scenario"], cell["arm"], seed, *(f"{v:.4f}" for v in values)]
-                )
+    writer.writerow(COLUMNS)
+    for result in comparison.results:
+        if result.scenario == POOLED:
+            continue
+        differences = result.gain.values if result.gain else [0.0] * len(result.last)
+        values = (result.last, result.mean_of_last, result.worst_client, differences)
+        for seed, *numbers in zip(comparison.seeds, *values, strict=True):
+            about = (result.scenario, result.method, seed, result.rounds, result.averaged)
+            writer.writerow([*about, *map("{:.4f}".format, numbers)])
     return buffer.getvalue()
 
 
-def draw_curves(result: dict, *paths: Path) -> None:
-    """Accuracy over rounds, a panel a scenario, a line an arm, a band of one standard deviation
-    over seeds.
-    """
-    figure, axes = new_figure(
-        1, len(result["curves"]), width=4.6 * len(result["curves"]), height=4.2, sharey=True
-    )
-    for axis, (scenario, arms) in zip(axes[0], result["curves"].items(), strict=True):
-        for i, (arm, curve) in enumerate(arms.items()):
-            colour, rounds = COLOURS[i % len(COLOURS)], range(1, len(curve["mean"]) + 1)
-            axis.plot(
-                rounds,
-                curve["mean"],
-                label=arm,
-                color=colour,
-                linestyle="-" if i < len(COLOURS) else "--",
-                linewidth=2.2 if arm == "semanticfl" else 1.3,
-            )
-            if curve["spread"][0] is not None:
-                low, high = (
-                    [m + sign * s for m, s in zip(curve["mean"], curve["spread"], strict=True)]
-                    for sign in (-1, 1)
-                )
-                axis.fill_between(rounds, low, high, color=colour, alpha=0.08, linewidth=0)
-        axis.set(title=scenario, xlabel="round")
-        axis.grid(alpha=0.25)
-    axes[0, 0].set_ylabel(f"{result['part']} accuracy, %")
-    figure.legend(
-        *axes[0, 0].get_legend_handles_labels(),
-        loc="outside lower center",
-        ncols=min(5, len(arms)),
-        frameon=False,
-    )
-    save_figure(figure, *paths)
-
-
-def draw_gains(result: dict, *paths: Path) -> None:
-    """Paired differences to the baseline, a panel a scenario, a bar an arm with its interval, a dot
-    a seed.
-    """
-    groups = list(dict.fromkeys(cell["scenario"] for cell in result["cells"]))
-    arms = list(dict.fromkeys(cell["arm"] for cell in result["cells"]))
-    compared = [arm for arm in arms if arm != result["baseline"]]
-    if not compared:
-        return
-    figure, axes = new_figure(
-        1,
-        len(groups),
-        width=1.6 + 3.1 * len(groups),
-        height=1.2 + 0.42 * len(compared),
-        sharey=True,
-        sharex=True,
-    )
-    for axis, group in zip(axes[0], groups, strict=True):
-        cells = {cell["arm"]: cell["gain"] for cell in result["cells"] if cell["scenario"] == group}
-        for place, arm in enumerate(compared):
-            g = cells[arm]
-            axis.barh(
-                place,
-                g["mean"],
-                color=COLOURS[arms.index(arm) % len(COLOURS)],
-                alpha=0.75,
-                height=0.7,
-            )
-            axis.plot(
-                g["values"], [place] * len(g["values"]), ".", color="black", markersize=4, alpha=0.6
-            )
-            if g["low"] is not None:
-                axis.plot([g["low"], g["high"]], [place, place], color="black", linewidth=1.2)
-        axis.axvline(0, color="black", linewidth=0.8)
-        axis.set(
-            title="all scenarios" if group == "all" else group,
-            xlabel=f"points over {result['baseline']}",
-        )
-        axis.set_yticks(range(len(compared)), compared)
-        axis.grid(axis="x", alpha=0.25)
-    axes[0, 0].invert_yaxis()
-    save_figure(figure, *paths)
-
-
-def _row(cell: dict) -> str:
-    gain = cell["gain"]
-    interval = (
-        f" [{gain['low']:+.1f}, {gain['high']:+.1f}]" if gain and gain["low"] is not None else ""
-    )
-    difference, wins = (
-        (f"{gain['mean']:+.1f}{interval}", f"{gain['wins']} of {len(gain['values'])}")
-        if gain
-        else ("", "")
-    )
-    numbers = [mean(cell[name]) for name in ("last", "last_five", "worst_client")]
-    return f"| {cell['arm']} | {' | '.join(numbers)} | {size(cell['bytes_sent'])} | {difference} | {wins} |"
-
-
-def mean(values: list[float]) -> str:
-    """Mean ± standard deviation; the mean alone of a single value."""
-    deviation = spread(values)
+def mean_and_deviation(values: Sequence[float]) -> str:
+    """Mean ± standard deviation; the mean alone for a single value."""
+    deviation = standard_deviation(values)
     return f"{fmean(values):.1f}" + (f" ± {deviation:.1f}" if deviation is not None else "")
+
+
+def _table(comparison: Comparison, results: list[Result]) -> list[str]:
+    worst = "worst client" if comparison.part == "test" else "worst client (test part)"
+    difference = f"difference to {comparison.baseline}"
+    mean = f"mean of the last {_numbers(result.averaged for result in results)}"
+    header = ["method", "last round", mean, worst, "communication", difference, "wins"]
+    rows = [header, ["---"] * len(header), *map(_cells, results)]
+    return [f"| {' | '.join(row)} |" for row in rows]
+
+
+def _cells(result: Result) -> list[str]:
+    values = map(mean_and_deviation, (result.last, result.mean_of_last, result.worst_client))
+    cells = [result.method, *values, format_bytes(result.bytes_sent)]
+    gain = result.gain
+    if gain is None:
+        return [*cells, "", ""]
+    interval = f" [{gain.low:+.1f}, {gain.high:+.1f}]" if gain.low is not None else ""
+    return [*cells, f"{gain.mean:+.1f}{interval}", f"{gain.wins} of {len(gain.values)}"]
+
+
+def _numbers(values: Iterable[int]) -> str:
+    return " or ".join(map(str, sorted(set(values))))
+
+
+def _machine(machine: dict) -> str:
+    versions = [f"{name} {version}" for name, version in machine["versions"].items() if version]
+    return (
+        f"{machine['device']} ({machine['processor']}), {machine['precision']}, threads per run: "
+        f"{machine['threads']}, Python {machine['python']}, {', '.join(versions)}."
+    )

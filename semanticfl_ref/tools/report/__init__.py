@@ -1,1 +1,1 @@
-"""What a run leaves behind: its folder, its metrics, its summary. No torch in here."""
+"""Recorded runs as pages and figures. Nothing here imports torch."""

@@ -1,15 +1,17 @@
-"""What all figures share: matplotlib only where it is used, colours that the colour-blind can tell
-apart, the same bytes every time.
+"""What all figures share: matplotlib imported only where it is used, the same bytes every time, and
+SVG in the colours of the page around it.
 """
 
 import importlib.util
 import io
+import re
+import warnings
 from pathlib import Path
 
 from semanticfl_ref.errors import UserError
 from semanticfl_ref.storage import write_atomic
 
-# Okabe and Ito's palette (2008), darkest last; a tenth line takes the first colour again, dashed.
+# The palette of Okabe and Ito (2008), which the colour-blind can tell apart; darkest last.
 COLOURS = (
     "#0072B2",
     "#D55E00",
@@ -21,68 +23,91 @@ COLOURS = (
     "#7F7F7F",
     "#000000",
 )
-SUFFIXES = (".png", ".svg")
+# matplotlib's colour -> the page's, which is light or dark.
+PAGE_COLOURS = {
+    "#000000": "currentColor",
+    "#ffffff": "var(--ground)",
+    "#b0b0b0": "var(--line)",
+    **{colour.lower(): f"var(--line-{n})" for n, colour in enumerate(COLOURS[:-1])},
+}
+# Of matplotlib's SVG, what a page has itself or must not contain.
+UNWANTED = (
+    r"<metadata>.*?</metadata>",
+    r"<style.*?</style>",
+    r' xmlns(:\w+)?="[^"]*"',
+    r'(?<=<g) id="[^"]*"',
+    r' (width|height)="[\d.]+pt"',
+)
 
 
 def can_draw() -> bool:
-    """Whether matplotlib, the extra `plots`, is there."""
+    """Whether matplotlib, the extra `plots`, is installed."""
     return importlib.util.find_spec("matplotlib") is not None
 
 
 def need_matplotlib(flag: str, path: Path) -> None:
-    """Raise before any work is done where a figure was asked for and cannot be made.
+    """Check before any work is done that a figure can be made.
 
     Raises:
         UserError: matplotlib is missing, or the file's name does not end in .png or .svg.
     """
-    if path.suffix.lower() not in SUFFIXES:
+    if path.suffix.lower() not in (".png", ".svg"):
         raise UserError(
-            f"{flag} {path}: give the figure a name that ends in {' or '.join(SUFFIXES)}"
+            f"{flag} {path}: unknown kind of figure; give it a name that ends in .png or .svg"
         )
     if not can_draw():
         raise UserError(
-            f"{flag} needs matplotlib: pip install matplotlib, or leave the flag out: the table needs nothing"
+            f"{flag} {path}: matplotlib is not installed; pip install matplotlib, or leave {flag} "
+            f"out (the table does not need it)"
         )
 
 
 def new_figure(rows: int = 1, columns: int = 1, *, width: float, height: float, **options):
-    """A matplotlib figure of `width` x `height` inches and its axes, an array [rows, columns];
-    outside pyplot, so that nothing global is touched.
+    """A matplotlib figure of `width` x `height` inches and its axes, an array [rows, columns].
+
+    It is made outside of pyplot, so that nothing global changes.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False, **options)
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
+        axis.set_prop_cycle(color=COLOURS)
     return figure, axes
 
 
 def save_figure(figure, *paths: Path) -> None:
-    """Write a figure as PNG or SVG, by the path's ending, whole or not at all; equal figures give
-    equal files.
+    """Write a figure as PNG or SVG, by the path's ending; equal figures give equal files.
 
     Raises:
-        DataError: a file cannot be written.
+        DataError: a file cannot be written; the old one stays.
     """
     for path in paths:
-        write_atomic(
-            path, encoded(figure, path.suffix[1:].lower()), "choose another place for the figure"
-        )
+        content = encoded(figure, path.suffix[1:].lower())
+        write_atomic(path, content, "choose another place for the figure")
 
 
 def encoded(figure, kind: str) -> bytes:
-    """A figure as the bytes of a "png" or an "svg" file."""
+    """A figure as the bytes of a "png" or "svg" file."""
     import matplotlib
 
+    metadata = {"Software": None} if kind == "png" else {"Date": None, "Creator": None}
     buffer = io.BytesIO()
-    with matplotlib.rc_context({"svg.hashsalt": "semanticfl_ref", "svg.fonttype": "none"}):
-        figure.savefig(
-            buffer,
-            format=kind,
-            dpi=150,
-            metadata={"Software": None} if kind == "png" else {"Date": None, "Creator": None},
-        )
+    settings = {"svg.hashsalt": "semanticfl_ref", "svg.fonttype": "none"}
+    with matplotlib.rc_context(settings), warnings.catch_warnings():
+        # A letter that the font lacks is drawn as a box.
+        warnings.filterwarnings("ignore", message="Glyph")
+        figure.savefig(buffer, format=kind, dpi=150, metadata=metadata)
     return buffer.getvalue()
+
+
+def inline_svg(svg: bytes) -> str:
+    """matplotlib's SVG as an element of a page, in the page's colours."""
+    text = svg.decode()
+    text = re.sub("|".join(UNWANTED), "", text[text.index("<svg") :], flags=re.DOTALL)
+    # A style can refer to the page's colours, an attribute cannot.
+    text = re.sub(r'fill="(#[0-9a-f]{6})"', r'style="fill: \1"', text)
+    return re.sub(
+        r"(?<=: )#[0-9a-f]{6}\b", lambda found: PAGE_COLOURS.get(found[0], found[0]), text
+    )

@@ -1,277 +1,252 @@
-"""The figures of a run, from its files alone: who holds what, what it reached and for whom, what
-its terms did, how far clients drifted, what was sent.
+"""The figures of recorded runs: who holds what, the accuracy reached and for whom, what the loss
+terms did, how far clients drifted, what was sent.
 
-Letters: M clients in all, C classes, R rounds.
+Letters: M clients in all, K clients of a round, C classes, R rounds, T loss terms.
 """
 
-from itertools import accumulate, cycle
-from statistics import fmean
+from collections.abc import Sequence
 
-from semanticfl_ref.run.summary import recorded_names
+import numpy as np
+
+from semanticfl_ref.run.summary import names_in
+from semanticfl_ref.tools.colours import method_colour
 from semanticfl_ref.tools.report.drawing import COLOURS, new_figure
+from semanticfl_ref.tools.report.runs import Run
 
-WIDTH, HEIGHT = (
-    5.0,
-    3.3,
-)  # inches: two side by side on a desktop, one on a phone with letters that can be read
-STACKED = (
-    100,
-    2 * len(COLOURS),
-)  # clients and classes that stacked bars can still show; a map of more
+WIDTH, HEIGHT = 5.0, 3.3  # inches: two side by side on a desktop, one on a phone, still readable
+MOST_CLIENTS, MOST_CLASSES = 100, 2 * len(COLOURS)  # that stacked bars can show; else a map
 NAMED = 24  # rows of a map, or bars, that carry their names
-GRADIENT = {
-    "gradient_share": ("share of the gradient", (0, 1)),
-    "gradient_norm": ("gradient's norm at the features", None),
-    "gradient_cosine": ("cosine to cross-entropy's gradient", (-1, 1)),
+STYLES = ("-", "--", ":", "-.")  # of several lines in one colour
+PERCENT = "{x:.0%}"
+SHARES = {"vmin": 0, "vmax": 1, "format": PERCENT}  # of a map
+SENT = "sent so far, MiB"
+TERM_FIGURES = {
+    "terms": "value, unweighted",
+    "gradient_share": "share of the gradient norm",
+    "gradient_norm": "gradient norm at the features",
+    "gradient_cosine": "cosine to cross-entropy's gradient",
 }
 
 
-def partition_figure(manifest: dict, class_names: list[str]):
-    """Who holds how many images of which class: stacked bars, or a map where there are too many
-    clients or classes for them.
-
-    Args:
-        manifest: a partition's, as in partition.json; corruptions and modalities stand under the
-            clients.
-        class_names: C names.
-    """
-    histograms = manifest["histograms"]
-    if len(histograms) > STACKED[0] or len(class_names) > STACKED[1]:
-        return _map(
-            list(zip(*histograms, strict=True)),
-            "client",
-            class_names,
-            "images of class",
-            norm="log",
-        )
-    figure, axes = _panel("client", "images")
-    # One outline a class, with gaps of no height between the clients: a shape for each bar would be
-    # a thousand of them.
-    edges = [client + side for client in range(len(histograms)) for side in (-0.42, 0.42)] + [
-        len(histograms) - 0.42
-    ]
-    floor = [0] * len(histograms)
-    for c, name in enumerate(class_names):
-        top = [below + row[c] for below, row in zip(floor, histograms, strict=True)]
-        heights, baseline = (
-            [value for height in side for value in (height, 0)] for side in (top, floor)
-        )
-        look = {
-            "color": COLOURS[c % len(COLOURS)],
-            "hatch": None if c < len(COLOURS) else "////",
-            "edgecolor": "white",
-            "linewidth": 0,
-        }
-        axes.stairs(heights, edges, baseline=baseline, fill=True, label=plain(name), **look)
-        floor = top
-    axes.set_xlim(-0.7, len(histograms) - 0.3)
-    if len(histograms) <= NAMED:
-        marks = [
-            [str(m)]
-            + [
-                manifest[key][m].replace(" ", "\n")
-                for key in ("corruptions", "modalities")
-                if manifest.get(key)
-            ]
-            for m in range(len(histograms))
-        ]
-        axes.set_xticks(
-            range(len(histograms)), ["\n".join(lines) for lines in marks], fontsize="small"
-        )
-    figure.legend(loc="outside right upper", fontsize="small", frameon=False, reverse=True)
-    return figure
-
-
-def run_figures(
-    rows: list[dict], partition: dict, class_names: list[str], confusion: list[list[int]] | None
-) -> dict:
-    """Name -> figure of everything that the rounds recorded.
-
-    Args:
-        rows: lines of metrics.jsonl, at least one.
-        partition: partition.json.
-        confusion: [C][C] counts, a true class a row, where the run is finished and has them.
-    """
-    rounds, last = [row["round"] for row in rows], rows[-1]
-    accuracies = {
-        key.split("_")[0]: (rounds, [row[key] for row in rows])
-        for key in ("test_accuracy", "validation_accuracy")
-        if last[key] is not None
-    }
-    band = ("worst to best client", [row["client_accuracy"] for row in rows])
+def run_figures(run: Run) -> dict:
+    """Name -> figure, of everything that the rounds of a run recorded."""
+    parts = [(part, run, part) for part in ("test", "validation")]
+    accuracies_RM = np.array([row["client_accuracy"] for row in run.rows])
     figures = {
-        "accuracy": _curves("round", "accuracy", accuracies, band=band, limits=(0, 1)),
-        "bytes": bytes_figure({"": rows}),
-        "partition": partition_figure(partition, class_names),
+        "accuracy": _accuracies("accuracy", parts, band=accuracies_RM),
+        "bytes": _accuracies("test accuracy", [(run.method, run, "test")], SENT),
+        "partition": partition_figure(run.partition, run.class_names),
+        "classes": _accuracy_map(run, "class", run.class_names),
+        "clients": _accuracy_map(run, "client", range(run.partition["clients"])),
+        "drift": _drift_figure(run),
+        "update_alignment": _alignment_figure(run),
     }
-    for name, key, names in (
-        ("classes", "class_accuracy", class_names),
-        (
-            "clients",
-            "client_accuracy",
-            [f"client {m}" for m in range(len(last["client_accuracy"]))],
-        ),
-    ):
-        if last.get(key):
-            extent = (0.5, len(rows) + 0.5, len(names) - 0.5, -0.5)  # rounds are counted from 1
-            figures[name] = _map(
-                list(zip(*(row[key] for row in rows), strict=True)),
-                "round",
-                names,
-                key.replace("_", " "),
-                vmin=0,
-                vmax=1,
-                extent=extent,
-            )
-    if confusion:
-        shares = [[count / max(1, sum(row)) for count in row] for row in confusion]
-        figures["confusion"] = _map(
-            shares, "predicted", class_names, "share of the true class", vmin=0, vmax=1
-        )
-    for key, (label, limits) in {"terms": ("value, unweighted", None), **GRADIENT}.items():
-        recorded = [row.get(key) or {} for row in rows]
-        if any(recorded):
-            known = recorded_names(recorded)
-            curves = {
-                term.replace("_", " "): (rounds, [values.get(term) for values in recorded])
-                if term in known
-                else None
-                for term in recorded_names([row["terms"] for row in rows])
-            }
-            figures[key] = _curves("round", label, curves, limits=limits, log=key == "terms")
-    if last.get("drift"):
-        known = [
-            [norm for norm in row["drift"]["update_norm"] if norm is not None] or [float("nan")]
-            for row in rows
-        ]
-        curves = {
-            "mean of the clients'": (rounds, list(map(fmean, known))),
-            "their average's": (rounds, [row["drift"]["mean_update_norm"] for row in rows]),
-        }
-        figures["drift"] = _curves(
-            "round", "norm of the update", curves, band=("least to most", known), limits=(0, None)
-        )
-        figures["update_alignment"] = _curves(
-            "round",
-            "update_alignment of the updates",
-            {"": (rounds, [row["drift"]["update_alignment"] for row in rows])},
-            limits=(0, 1),
-        )
+    for key, label in TERM_FIGURES.items():
+        if any(value is not None for row in run.rows for value in row[key].values()):
+            figures[key] = _terms_figure(run, key, label)
+    if "confusion" in run.summary:
+        figures["confusion"] = _confusion_map(run)
     return figures
 
 
-def accuracy_figure(runs: dict[str, list[dict]], key: str = "test_accuracy"):
-    """Several runs' curves in one picture. runs: name -> lines of metrics.jsonl."""
-    return _curves(
-        "round",
-        key.replace("_", " "),
-        {
-            name: ([row["round"] for row in rows], [row[key] for row in rows])
-            for name, rows in runs.items()
-        },
-        limits=(0, 1),
-    )
-
-
-def bytes_figure(runs: dict[str, list[dict]]):
-    """Accuracy over what was sent, both ways, until then: what a point of accuracy costs."""
-    sent = {
-        name: [
-            total / 2**20
-            for total in accumulate(row["bytes_down"] + row["bytes_up"] for row in rows)
-        ]
-        for name, rows in runs.items()
+def comparison_figures(runs: dict[str, Run]) -> dict:
+    """Name -> figure, of several runs by name; None without validation accuracies."""
+    test = [(name, run, "test") for name, run in runs.items()]
+    validation = [(name, run, "validation") for name, run in runs.items()]
+    return {
+        "test": _accuracies("test accuracy", test),
+        "bytes": _accuracies("test accuracy", test, SENT),
+        "validation": _accuracies("validation accuracy", validation),
     }
-    return _curves(
-        "sent so far, MiB",
-        "test accuracy",
-        {name: (sent[name], [row["test_accuracy"] for row in rows]) for name, rows in runs.items()},
-        limits=(0, 1),
-    )
+
+
+def partition_figure(manifest: dict, class_names: list[str]):
+    """How many images of which class each client holds: stacked bars, or a map if there are too
+    many clients or classes for them.
+
+    Args:
+        manifest: of a partition, as in partition.json; corruptions and modalities are written
+            below the clients.
+        class_names: C names.
+    """
+    counts_CM = np.array(manifest["histograms"]).T
+    classes, clients = counts_CM.shape
+    if clients > MOST_CLIENTS or classes > MOST_CLASSES:
+        axes = _panel("client", "class")
+        return _map(axes, counts_CM, "images", class_names, norm="log")
+    axes = _panel("client", "images")
+    # One outline per class, with gaps of height zero between the clients: with a shape per bar, a
+    # file would hold a thousand of them.
+    edges = [m + side for m in range(clients) for side in (-0.42, 0.42)]
+    for c, top_M in enumerate(counts_CM.cumsum(axis=0)):
+        axes.stairs(
+            _with_gaps(top_M),
+            edges,
+            baseline=_with_gaps(top_M - counts_CM[c]),
+            fill=True,
+            label=plain(class_names[c]),
+            hatch="////" if c >= len(COLOURS) else None,
+            edgecolor="white",
+        )
+    axes.set_xlim(-0.7, clients - 0.3)
+    if clients <= NAMED:
+        # Below a client's number stands what else differs between clients.
+        differing = filter(None, (manifest.get("corruptions"), manifest.get("modalities")))
+        columns = zip(range(clients), *differing, strict=True)
+        labels = ["\n".join(map(str, column)).replace(" ", "\n") for column in columns]
+        axes.set_xticks(range(clients), labels, fontsize="x-small")
+    axes.figure.legend(loc="outside right upper", fontsize="small", frameon=False, reverse=True)
+    return axes.figure
 
 
 def plain(name: str) -> str:
-    """A name that fits beside a picture, and that matplotlib takes for text rather than for a
-    formula.
-    """
-    return (name if len(name) <= 28 else f"{name[:27]}…").replace("$", r"\$")
+    """A name that fits beside a figure, and that matplotlib does not read as a formula."""
+    short = name if len(name) <= 28 else f"{name[:27]}…"
+    return short.replace("$", r"\$")
 
 
-def _curves(
-    across: str,
-    up: str,
-    curves: dict,
-    *,
-    band: tuple[str, list] | None = None,
-    limits=None,
-    log: bool = False,
-):
-    """Lines: name -> (places, values), or None for a name whose colour stays free. `band`: its
-    name, and of every round the values that it spans.
+def _accuracies(up: str, lines: list[tuple], across: str = "round", band=None):
+    """A figure of accuracies with the chance level, 1/C.
+
+    A line has the colour of its run's method; lines of one colour differ in style.
+
+    Args:
+        up: label of the accuracies.
+        lines: label, run, and part of the data set ("test" or "validation").
+        across: "round" or SENT.
+        band: [R, M], whose range is drawn.
     """
-    figure, axes = _panel(across, up)
-    if band:
-        axes.fill_between(
-            range(1, len(band[1]) + 1),
-            list(map(min, band[1])),
-            list(map(max, band[1])),
-            color=COLOURS[7],
-            alpha=0.25,
-            linewidth=0,
-            label=band[0],
-        )
-    styles = cycle((line, colour) for line in ("-", "--", ":") for colour in COLOURS)
-    for (name, curve), (line, colour) in zip(curves.items(), styles):
-        if curve is not None:
-            axes.plot(
-                *curve,
-                label=plain(name),
-                color=colour,
-                linestyle=line,
-                marker="o" if len(curve[0]) == 1 else None,
-            )
-    if limits:
-        axes.set_ylim(*limits)
-    if log and all(
-        value is not None and value > 0 for _, values in curves.values() for value in values
-    ):
+    axes, methods = _panel(across, up), []
+    for label, run, part in lines:
+        values = [row[f"{part}_accuracy"] for row in run.rows]
+        if values[-1] is None:
+            continue
+        style = STYLES[methods.count(run.method) % len(STYLES)]
+        methods.append(run.method)
+        x = run.sent if across == SENT else run.rounds
+        axes.plot(x, values, style, color=method_colour(run.method), label=plain(label))
+    if not methods:
+        return None
+    if band is not None:
+        _band(axes, "worst to best client", band)
+    _percent_axis(axes)
+    for classes in sorted({len(run.class_names) for _, run, _ in lines}):
+        label = f"chance level, 1/{classes}"
+        axes.axhline(1 / classes, color="black", linestyle=(0, (1, 2)), linewidth=1, label=label)
+    return _with_legend(axes)
+
+
+def _terms_figure(run: Run, key: str, label: str):
+    """A line per loss term; a term has one colour in all of these figures."""
+    axes = _panel("round", label)
+    for term in names_in(row["terms"] for row in run.rows):
+        values_R = np.array([row[key].get(term) for row in run.rows], dtype=float)
+        # A term that is not in this figure takes its colour without a label.
+        label = term.replace("_", " ") if np.isfinite(values_R).any() else None
+        axes.plot(run.rounds, values_R, label=label)
+    if key == "gradient_share":
+        _percent_axis(axes)
+    elif key == "gradient_cosine":
+        axes.set_ylim(-1, 1)
+    elif key == "terms" and axes.dataLim.ymin > 0:
         axes.set_yscale("log", subs=())
         axes.yaxis.get_major_locator().set_params(subs=(1, 2, 5))
         axes.yaxis.set_major_formatter("{x:g}")
-    names = [name for name in axes.get_legend_handles_labels()[1] if name]
-    if names:
-        columns = 3 if max(map(len, names)) <= 20 else 1
-        figure.set_figheight(HEIGHT + 0.2 * ((len(names) - 1) // columns))
-        figure.legend(
-            loc="outside upper left",
-            ncols=columns,
-            fontsize="small",
-            frameon=False,
-            columnspacing=1.2,
-        )
-    return figure
+    return _with_legend(axes)
 
 
-def _map(table, across: str, names: list[str], label: str, **options):
-    """A matrix as colours, its scale beside it; a confusion has its names below too."""
-    figure, axes = _panel(across, "")
+def _drift_figure(run: Run):
+    axes, drift = _panel("round", "norm of the update"), [row["drift"] for row in run.rows]
+    # A client that was dropped has no norm.
+    norms_RK = np.ma.masked_invalid(np.array([d["update_norm"] for d in drift], dtype=float))
+    axes.plot(run.rounds, norms_RK.mean(axis=1), label="mean over clients")
+    axes.plot(run.rounds, [d["mean_update_norm"] for d in drift], label="their average")
+    _band(axes, "smallest to largest", norms_RK)
+    axes.set_ylim(0, None)
+    return _with_legend(axes)
+
+
+def _alignment_figure(run: Run):
+    axes = _panel("round", "update alignment")
+    alignment = [row["drift"]["update_alignment"] for row in run.rows]
+    axes.plot(run.rounds, alignment, label="update alignment")
+    axes.set_ylim(0, 1)
+    return _with_legend(axes)
+
+
+def _accuracy_map(run: Run, what: str, names: Sequence):
+    """Accuracies of classes or clients, one per row, over the rounds."""
+    accuracies = np.array([row[f"{what}_accuracy"] for row in run.rows], dtype=float).T
+    extent = (0.5, len(run.rows) + 0.5, len(accuracies) - 0.5, -0.5)  # rounds count from 1
+    axes = _panel("round", what)
+    return _map(axes, accuracies, f"{what} accuracy", names, extent=extent, **SHARES)
+
+
+def _confusion_map(run: Run):
+    axes, counts_CC = _panel("predicted class", "true class"), np.array(run.summary["confusion"])
+    shares_CC = counts_CC / counts_CC.sum(axis=1, keepdims=True).clip(1)
+    _name(axes.set_xticks, run.class_names, rotation=90)
+    return _map(axes, shares_CC, "share of the true class", run.class_names, **SHARES)
+
+
+def _map(axes, values, label: str, names: Sequence, format: str | None = None, **options):
+    """The figure of a matrix as colours, with their scale and the names of its rows."""
+    image = axes.imshow(values, aspect="auto", cmap="cividis", **options)
+    axes.figure.colorbar(image, label=label, format=format)
     axes.grid(False)
-    table = [[float("nan") if value is None else value for value in row] for row in table]
-    figure.colorbar(
-        axes.imshow(table, aspect="auto", cmap="cividis", interpolation="nearest", **options),
-        ax=axes,
-        label=label,
-    )
-    if len(names) <= NAMED:
-        axes.set_yticks(range(len(names)), list(map(plain, names)))
-        if across == "predicted":
-            axes.set_xticks(range(len(names)), list(map(plain, names)), rotation=90)
-    return figure
+    _name(axes.set_yticks, names)
+    return axes.figure
 
 
 def _panel(across: str, up: str):
-    figure, ((axes,),) = new_figure(width=WIDTH, height=HEIGHT)
+    axes = new_figure(width=WIDTH, height=HEIGHT)[1].item()
     axes.set(xlabel=across, ylabel=up, axisbelow=True)
-    axes.xaxis.get_major_locator().set_params(integer=across in ("round", "client"))
+    axes.xaxis.get_major_locator().set_params(integer=across != SENT, min_n_ticks=1)
     axes.grid(axis="y", linewidth=0.5)
-    return figure, axes
+    return axes
+
+
+def _band(axes, label: str, values: np.ndarray) -> None:
+    """From the smallest to the largest value of every round; a row per round."""
+    axes.fill_between(
+        range(1, len(values) + 1),
+        values.min(axis=1),
+        values.max(axis=1),
+        color=COLOURS[7],
+        alpha=0.25,
+        linewidth=0,
+        label=label,
+    )
+
+
+def _percent_axis(axes) -> None:
+    axes.set_ylim(0, 1)
+    axes.yaxis.set_major_formatter(PERCENT)
+
+
+def _with_legend(axes):
+    """The figure with a legend above; further lines of the legend make it higher."""
+    lines, labels = axes.get_legend_handles_labels()
+    for line in axes.lines:
+        line.set_marker("o" if len(line.get_xdata()) == 1 else "")
+    columns = 3 if max(map(len, labels)) <= 20 else 1
+    axes.figure.set_figheight(HEIGHT + 0.2 * ((len(labels) - 1) // columns))
+    axes.figure.legend(
+        lines,
+        labels,
+        loc="outside upper left",
+        ncols=columns,
+        fontsize="small",
+        frameon=False,
+        columnspacing=1.2,
+    )
+    return axes.figure
+
+
+def _name(set_ticks, names: Sequence, **options) -> None:
+    if len(names) <= NAMED:
+        set_ticks(range(len(names)), [plain(str(name)) for name in names], **options)
+
+
+def _with_gaps(heights_M: np.ndarray) -> np.ndarray:
+    return np.insert(heights_M, range(1, len(heights_M)), 0)

@@ -1,34 +1,59 @@
-"""Which function computes which equation, and which test shows it: read from the docstrings in the
-sources. No torch in here.
+"""Which function computes which equation, and which test shows it: read from the docstrings.
 
 A docstring tags an equation so, over as many lines as it takes:
 
-    Equation (name) [where it is from]: the equation as plain text
+    Equation (tag) [source]: the equation as plain text
     Test: tests/file.py::test_function, tests/other.py::test_another
 
-Where it is from: for SemanticFL [A] the paper's abstract, [S] a second-hand summary of the paper,
-[N] the nearest published system (FedDifRC), [O] our own reading; for the other methods their
-publication."""
+For SemanticFL the source is [A] the paper's abstract, [S] a second-hand summary of the paper, [N]
+the nearest published system (FedDifRC), or [O] our own reading; for other methods their
+publication.
+"""
 
 import ast
+import inspect
 import re
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-PACKAGE = Path(__file__).resolve().parent.parent
-FOLDERS = ("diffusion", "federated", "kernels")  # in the order in which a run passes them
+PACKAGE = Path(__file__).resolve().parents[2]
+FOLDERS = ("diffusion", "federated", "kernels")  # in the order in which a run uses them
 TAG = re.compile(
-    r"^ *Equation \((?P<tag>[a-z0-9-]+)\) \[(?P<source>[^\]]+)\]:(?P<text>(?:(?!Equation \().)*?)^ *Test: (?P<tests>[^\n]+)",
-    re.M | re.S,
+    r"^ *Equation \((?P<tag>[a-z0-9-]+)\) \[(?P<source>[^\]]+)\]:"
+    r"(?P<text>(?:(?!Equation \().)*?)"
+    r"^ *Test:\s+(?P<tests>[^\s,]+(?:,\s*[^\s,]+)*)",
+    re.MULTILINE | re.DOTALL,
 )
+MARKDOWN_HEAD = """\
+# Equations
+
+Which function computes which equation, and which test shows it, read from the docstrings. Do not
+edit this page; make it again with
+
+    python -m semanticfl_ref trace --map --markdown > docs/equations.md
+
+In brackets: the source. [A] the paper's abstract, [S] a second-hand summary of the paper, [N] the
+nearest published system (FedDifRC), [O] our own reading; else the method's publication.
+
+| equation | | computed by | shown by |
+| --- | --- | --- | --- |
+"""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Equation:
-    """One tagged equation. file: relative to the package; line: of the function's `def`; tests:
-    `tests/file.py::function`.
+    """A tagged equation.
+
+    Attributes:
+        tag: its name.
+        source: where it is from.
+        text: the equation.
+        function: qualified name of the function that computes it.
+        file: of the function, relative to the package.
+        line: of the function's `def`.
+        tests: `tests/file.py::function`.
     """
 
     tag: str
@@ -40,38 +65,35 @@ class Equation:
     tests: tuple[str, ...]
 
 
-def sources() -> dict[str, Path]:
-    """Path relative to the package -> path, of every file that may hold an equation."""
-    return {
-        f"{folder}/{path.relative_to(PACKAGE / folder)}": path
+def sources() -> list[str]:
+    """The files that may hold an equation, relative to the package."""
+    return [
+        path.relative_to(PACKAGE).as_posix()
         for folder in FOLDERS
         for path in sorted((PACKAGE / folder).rglob("*.py"))
-    }
+    ]
 
 
 def equations() -> list[Equation]:
     """Every tagged equation, in the order of files and lines."""
-    found = []
-    for file, path in sources().items():
-        for name, node in functions(ast.parse(path.read_text(encoding="utf-8"))):
-            for match in TAG.finditer(ast.get_docstring(node) or ""):
-                text = textwrap.dedent(match["text"].strip(" ").strip("\n")).strip()
-                found.append(
-                    Equation(
-                        match["tag"],
-                        match["source"],
-                        text,
-                        name,
-                        file,
-                        node.lineno,
-                        tuple(re.split(r",\s*", match["tests"].strip())),
-                    )
-                )
-    return found
+    return [
+        Equation(
+            tag=match["tag"],
+            source=match["source"],
+            text=inspect.cleandoc(match["text"]),
+            function=name,
+            file=file,
+            line=node.lineno,
+            tests=tuple(re.split(r",\s*", match["tests"])),
+        )
+        for file in sources()
+        for name, node in functions(ast.parse((PACKAGE / file).read_text(encoding="utf-8")))
+        for match in TAG.finditer(ast.get_docstring(node) or "")
+    ]
 
 
-def functions(tree: ast.AST, inside: str = "") -> Iterator[tuple[str, ast.AST]]:
-    """(qualified name, node) of a module's functions and of its classes' methods."""
+def functions(tree: ast.AST, inside: str = "") -> Iterator[tuple[str, ast.FunctionDef]]:
+    """Qualified name and node of a module's functions and of its classes' methods."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.ClassDef):
             yield from functions(node, f"{inside}{node.name}.")
@@ -81,24 +103,32 @@ def functions(tree: ast.AST, inside: str = "") -> Iterator[tuple[str, ast.AST]]:
 
 def as_text(found: list[Equation]) -> str:
     """The map for a terminal."""
-    blocks = (
-        f"{e.tag}  [{e.source}]\n{textwrap.indent(e.text, '    ')}\n  {e.function}  {e.file}:{e.line}\n"
-        + "\n".join(f"  {test}" for test in e.tests)
-        for e in found
-    )
+    blocks = []
+    for equation in found:
+        lines = [
+            f"{equation.tag}  [{equation.source}]",
+            textwrap.indent(equation.text, "    "),
+            f"  {equation.function}  {equation.file}:{equation.line}",
+            *(f"  {test}" for test in equation.tests),
+        ]
+        blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
 
 
 def as_markdown(found: list[Equation]) -> str:
-    """The map as the README's table; without line numbers, which every edit would move."""
-    rows = ["| equation | | computed by | shown by |", "| --- | --- | --- | --- |"]
-    for e in found:
-        text = "<br>".join(
-            "`` {} ``".format(re.sub(r"\s{2,}", "  ", line.strip()).replace("|", "\\|"))
-            for line in e.text.splitlines()
-            if line.strip()
-        )
-        tests = "<br>".join(f"[`{test.split('::')[1]}`]({test.split('::')[0]})" for test in e.tests)
-        path = e.file if e.file.startswith("kernels/") else f"semanticfl_ref/{e.file}"
-        rows.append(f"| {e.tag} [{e.source}] | {text} | [`{e.function}`]({path}) | {tests} |")
-    return "\n".join(rows)
+    """The map as docs/equations.md; without line numbers, which every edit would move."""
+    return MARKDOWN_HEAD + "\n".join(_row(equation) for equation in found)
+
+
+def _row(equation: Equation) -> str:
+    folder = "" if equation.file.startswith("kernels/") else "semanticfl_ref/"
+    lines = [re.sub(r"\s{2,}", "  ", line.strip()) for line in equation.text.splitlines()]
+    text = "<br>".join(f"`` {line} ``" for line in lines if line).replace("|", "\\|")
+    tests = [test.split("::") for test in equation.tests]
+    cells = (
+        f"{equation.tag} [{equation.source}]",
+        text,
+        f"[`{equation.function}`](../{folder}{equation.file})",
+        "<br>".join(f"[`{name}`](../{file})" for file, name in tests),
+    )
+    return f"| {' | '.join(cells)} |"

@@ -1,144 +1,75 @@
-"""What a watched round looked at, as PNGs: images, their noised latents, the selected levels' maps,
-the anchors.
+"""What a watched round looked at, as pictures: stages of the diffusion pass, anchors by class.
 
-Letters: B images, C channels, D width of an anchor.
+Letters: C channels, D width of an anchor.
 """
 
 import base64
 import io
-from itertools import accumulate
+from math import isqrt
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from semanticfl_ref.diffusion.backbone import Backbone, settled_precision
-from semanticfl_ref.diffusion.modules import unet_layers
 from semanticfl_ref.federated.context import RunContext
 
-COLD, ZERO, WARM = (
-    (0, 114, 178),
-    (240, 240, 236),
-    (213, 94, 0),
-)  # Okabe and Ito's blue and vermilion: told apart by the colour-blind
-TILES, ROWS, MOST_IMAGES = 8, 24, 512
+# Okabe and Ito's blue and vermilion, which colour-blind readers can tell apart.
+COLD, ZERO, WARM = (0, 114, 178), (240, 240, 236), (213, 94, 0)
+CLASSES, PER_CLASS = 20, 6  # classes that are shown, and images of each
 
 
-def image(pixels_HW3: torch.Tensor) -> str:
-    """An image uint8 [H, W, 3] as a data URI."""
-    buffer = io.BytesIO()
-    Image.fromarray(pixels_HW3.cpu().contiguous().numpy()).save(buffer, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def heat(values: torch.Tensor) -> str:
-    """A matrix as colours: blue below zero, red above, full where the magnitude reaches its 99th
-    percentile.
+def stage_picture(values: torch.Tensor) -> str:
+    """One image at one stage: an image uint8 [H, W, 3], maps [C, h, w] of which up to nine channels
+    are shown as tiles, or a vector, as stripes.
     """
-    values = values.detach().float().cpu()
-    strength = (values / values.abs().quantile(0.99).clamp(min=1e-12)).clamp(-1, 1)[:, :, None]
-    cold, zero, warm = (torch.tensor(colour, dtype=torch.float32) for colour in (COLD, ZERO, WARM))
-    return image(
-        (zero + strength.clamp(min=0) * (warm - zero) - strength.clamp(max=0) * (cold - zero))
-        .round()
-        .to(torch.uint8)
-    )
+    if values.dtype == torch.uint8:
+        return png(values)
+    if values.ndim == 1:
+        return png(heat(values[None]))
+    side = min(3, isqrt(len(values)))
+    rows = F.pad(values[: side**2], (0, 1, 0, 1)).split(side)
+    return png(heat(torch.cat([torch.cat(list(row), dim=1) for row in rows])[:-1, :-1]))
 
 
-def side_by_side(maps_CHW: torch.Tensor) -> str:
-    """The first channels of a map, next to each other with a gap; enlarged, so that the gap is
-    narrow.
+def anchor_pictures(context: RunContext) -> list[tuple[str, str, str]]:
+    """Name, visual anchors and text anchor of the first classes that have visual anchors.
+
+    Visual anchors are one row per image, at most PER_CLASS; components are in units of their
+    standard deviation.
     """
-    tiles = F.interpolate(
-        maps_CHW[None, :TILES].float(), scale_factor=max(1, 32 // maps_CHW.shape[1]), mode="nearest"
-    )[0]
-    return heat(torch.cat(list(F.pad(tiles, (0, 2))), dim=1)[:, :-2])
-
-
-def of_images(context: RunContext, which_B: torch.Tensor, offline: bool) -> list[dict[str, str]]:
-    """Each image's pictures, by caption: itself, and for a method with anchors its noised latent
-    and every selected level's first channels.
-    """
-    data, maps = (
-        context.dataset,
-        {}
-        if context.anchors is None
-        else passed(context, context.dataset.train_images[which_B], offline),
-    )
-    captions = {
-        name: f"{name}, {min(TILES, values.shape[1])} of {values.shape[1]} channels, {values.shape[2]} x {values.shape[3]}"
-        for name, values in maps.items()
-    }
-    images = [
-        {f"image: {data.class_names[int(data.train_labels[n])]}": image(data.train_images[n])}
-        for n in which_B
-    ]
+    anchors, dataset = context.anchors, context.dataset
+    if anchors is None:
+        return []
+    visual, labels = anchors.visual, dataset.train_labels
+    if anchors.per == "class":
+        labels = torch.arange(len(visual), device=visual.device)
+    is_made = visual.isfinite().all(1)  # not of images that no client trains on
+    visual, labels = visual[is_made], labels[is_made]
+    visual = visual / visual.std(0).clamp(min=1e-12)
     return [
-        one | {captions[name]: side_by_side(values[b]) for name, values in maps.items()}
-        for b, one in enumerate(images)
-    ]
-
-
-def passed(context: RunContext, images: torch.Tensor, offline: bool) -> dict[str, torch.Tensor]:
-    """What a pass of the frozen model makes of images uint8 [B, H, W, 3], under the empty caption:
-    name -> [B, C, height, width].
-    """
-    d, seen = context.config.diffusion, {}
-    layers = tuple(layer.strip() for layer in d.layers.split(","))
-    backbone = Backbone.load(
-        d.source,
-        layers=layers,
-        device=context.device,
-        precision=settled_precision(d.precision, context.device),
-        offline=offline,
-    )
-
-    def keep(name: str, value) -> None:
-        seen[name] = (value[0] if isinstance(value, tuple) else value)[: len(images)]
-
-    backbone.unet.register_forward_pre_hook(lambda _module, inputs: keep("noised latent", inputs))
-    for layer in set(backbone.layers) - {"vae"}:
-        unet_layers(backbone.unet)[layer].register_forward_hook(
-            lambda _module, _inputs, output, layer=layer: keep(f"level {layer}", output)
+        (
+            dataset.class_names[c],
+            png(heat(visual[labels == c][:PER_CLASS])),
+            png(heat(anchors.text[c][None])),
         )
-    backbone.features(
-        images,
-        timestep=d.timestep,
-        seed=context.config.run.seed,
-        pool=d.pool,
-        input_size=d.input_size or None,
-        latent=d.latent,
-    )
-    return seen
-
-
-def of_anchors(context: RunContext) -> dict[str, str]:
-    """The anchors as heat maps, by caption; none for a method without."""
-    if context.anchors is None:
-        return {}
-    visual, text, labels, widths = (
-        context.anchors.visual,
-        context.anchors.text,
-        context.dataset.train_labels,
-        context.anchors.provenance["widths"],
-    )
-    places = [
-        start + n
-        for start, width in zip(accumulate(widths, initial=0), widths)
-        for n in range(min(width, ROWS // len(widths)))
+        for c in labels.unique()[:CLASSES].tolist()
     ]
-    order = (
-        labels.argsort(stable=True) if context.anchors.per == "image" else torch.arange(len(visual))
-    )
-    order = order[:: -(-len(order) // MOST_IMAGES)]
-    what = (
-        f"{len(order)} images, sorted by class" if context.anchors.per == "image" else "the classes"
-    )
-    return {
-        f"Visual anchors. Columns: {what}. Rows: {len(places)} of {visual.shape[1]} components, the largest of each level, each by its own standard deviation.": heat(
-            (visual / visual.std(0))[order][:, places].T
-        ),
-        f"Text anchors. Rows: the {len(text)} classes. Columns: {text.shape[1]} entries.": heat(
-            text
-        ),
-    }
+
+
+def png(pixels: torch.Tensor) -> str:
+    """A picture uint8 [height, width, 3] as a data URI."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.cpu().contiguous().numpy()).save(buffer, "PNG", optimize=True)
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def heat(values: torch.Tensor) -> torch.Tensor:
+    """A matrix as colours, uint8 [height, width, 3]: blue below zero, red above, full from the 99th
+    percentile of the magnitudes on.
+    """
+    values = values.detach().float().cpu().nan_to_num()
+    strength = values / values.abs().quantile(0.99).clamp(min=1e-12)
+    strength = strength.clamp(-1, 1)[:, :, None]
+    cold, zero, warm = (torch.tensor(colour).float() for colour in (COLD, ZERO, WARM))
+    towards = torch.where(strength > 0, warm, cold)
+    return torch.lerp(zero, towards, strength.abs()).round().to(torch.uint8)

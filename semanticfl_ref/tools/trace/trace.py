@@ -1,175 +1,191 @@
-"""One real round, on a few images of each client, watched while it is played: the document that the
-terminal, JSON and the page show.
+"""A real round on a few images of each client, watched while it runs.
+
+What it came to is reported by the round's own observer; the statements come from the tracer.
 """
 
 import re
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 
 import torch
 
 from semanticfl_ref.config.settings import Config, to_flat
 from semanticfl_ref.data.partition import Partition
-from semanticfl_ref.federated.context import RunContext, make_context, new_state
-from semanticfl_ref.federated.flat import flatten_params
+from semanticfl_ref.federated.client import ClientReport, FirstBatch
+from semanticfl_ref.federated.context import RunContext, make_context
+from semanticfl_ref.federated.methods.method import LocalUpdate
 from semanticfl_ref.federated.round import run_round
+from semanticfl_ref.federated.server_optimizer import server_step
+from semanticfl_ref.federated.state import initial_state
 from semanticfl_ref.randomness import generator
 from semanticfl_ref.run.setup import build_anchors, load_data
+from semanticfl_ref.run.train import set_threads
+from semanticfl_ref.tools.trace.diffusion_pass import diffusion_pass
 from semanticfl_ref.tools.trace.equations import equations, sources
-from semanticfl_ref.tools.trace.tracer import Source, Tracer
-from semanticfl_ref.tools.trace.values import describe
+from semanticfl_ref.tools.trace.tracer import Source, Step, Tracer
+from semanticfl_ref.tools.trace.values import plain, tensor_summary, term_summary
 
 STORY = "federated/round.py"
 FILES = (
     STORY,
     "federated/client.py",
     "federated/losses.py",
-    "federated/aggregation.py",
+    "federated/aggregate.py",
+    "federated/server_optimizer.py",
     "diffusion/anchors.py",
+    "run/setup.py",
 )
+IMAGES = 4  # images of the first batch that the diffusion model is watched on
 
 
-def observe(
+@dataclass(frozen=True, kw_only=True)
+class TracedRound:
+    """A watched round.
+
+    Attributes:
+        document: for JSON; `trace_round` lists its keys.
+        context: of the run.
+        shown_B: int64 [B], the training images that are shown.
+        stages: of the diffusion model's pass over them; empty for a method without anchors.
+    """
+
+    document: dict
+    context: RunContext
+    shown_B: torch.Tensor
+    stages: dict[str, torch.Tensor]
+
+
+def trace_round(
     config: Config, *, images: int, round: int, offline: bool, say: Callable[[str], None]
-) -> tuple[dict, RunContext]:
-    """Make the anchors, play the rounds before `round` unwatched, and watch that one.
+) -> TracedRound:
+    """Make the anchors, run the rounds before `round` unwatched, and watch that one.
 
     Args:
-        images: at most so many of each client; the anchors are made of the whole data set, as in a
-            run.
+        config: the configuration.
+        images: at most so many of each client; anchors are made from all images, as in a run.
+        round: the round to watch.
+        offline: no network access.
+        say: takes one line of progress.
 
     Returns:
-        A document for JSON: settings, letters, before (the anchors' steps), turns (four, each with
-        number, title and steps), terms and loss of the first client's first batch, clients, rows
-        (before, average, after), bytes, metrics (the round's line), equations (those beside a step,
-        by tag).
+        Its document has settings, letters, diffusion_pass (its stages), before (the statements that
+        make anchors), turns (four, each with number, title and steps), terms and loss of the first
+        client's first batch, clients, parameters (before, average, after), communication, metrics
+        (the round's line), equations (those beside a step, by tag).
 
     Raises:
-        UserError: and its kinds, as `train` does.
+        UserError: and its kinds, as in `train`.
     """
-    if config.run.threads:
-        torch.set_num_threads(config.run.threads)
-    files, found, clients = (
-        [file for file in sources() if file in FILES or file.startswith("federated/methods/")],
-        equations(),
-        [],
-    )
-    dataset, partition, held = load_data(config, offline)
-    with Tracer(files, found) as before:
-        anchors = build_anchors(config, dataset, partition, held, offline, say)
-    context = make_context(
-        config, dataset, few(partition, dataset.train_labels, images, config.run.seed), anchors
-    )
-    state = new_state(context)
+    set_threads(config)
+    files = [*FILES, *(file for file in sources() if file.startswith("federated/methods/"))]
+    data = load_data(config, offline=offline)
+    with Tracer(files) as anchor_tracer:
+        anchors = build_anchors(config, data, offline=offline, say=say)
+    partition = few_images(data.partition, data.dataset.train_labels, images, config.run.seed)
+    context = make_context(config, data.dataset, partition, anchors)
+    state = initial_state(context)
     while state.round < round - 1:
         state, _ = run_round(state, context)
-    with Tracer(
-        files,
-        found,
-        lambda name, value, known: (
-            clients.append(client(value, known["update"])) if name == "train_client" else None
-        ),
-    ) as during:
-        after, metrics = run_round(state, context)
-    made = [
-        value | {"function": step["function"]} for step in during.steps for value in step["values"]
-    ]
-    trained = [value for value in made if value["function"] == "train_client"]
-    average = next(
-        value
-        for value in made
-        if (value["function"], value["name"]) == ("Aggregator.finish", "return")
-    )
+
+    updates: list[tuple[LocalUpdate, torch.Tensor, ClientReport]] = []
+    with Tracer(files) as tracer:
+        after, metrics = run_round(state, context, lambda *update: updates.append(update))
+
+    first = updates[0][2].first
+    shown_B, stages, before = first.indices[:IMAGES], {}, []
+    if context.anchors is not None:
+        stages, before = diffusion_pass(context, shown_B, offline)
+        before += anchor_tracer.steps
+    tags = {tag for step in before + tracer.steps for tag in step.equations}
+    parameters = {
+        "before": state.params,
+        "average": tracer.arguments[server_step.__name__][-1],
+        "after": after.params,
+    }
     document = {
-        "settings": to_flat(config) | {"images": images, "round": round},
-        "letters": letters(during.sources),
-        "before": before.steps,
-        "turns": turns(during.steps, during.sources[STORY]),
-        "terms": [
-            value | {"name": value["name"].split("'")[1]} for value in trained if "weight" in value
-        ],
-        "loss": next(value["first"][0] for value in trained if value["name"] == "loss"),
-        "clients": clients,
-        "rows": [
-            *describe("before", state.params),
-            average | {"name": "average"},
-            *describe("after", after.row),
-        ],
-        "bytes": {
+        "settings": {**to_flat(config), "images": images, "round": round},
+        "letters": letters(tracer.sources),
+        "diffusion_pass": described(stages),
+        "before": [asdict(step) for step in before],
+        "turns": turns(tracer.steps, tracer.sources[STORY]),
+        "terms": term_summaries(first),
+        "loss": plain(first.loss),
+        "clients": [client_summary(*update) for update in updates],
+        "parameters": described(parameters),
+        "communication": {
             "down": metrics["bytes_down"],
             "up": metrics["bytes_up"],
             "anchors": metrics["bytes"]["down"]["anchors"],
         },
         "metrics": metrics,
-        "equations": {
-            e.tag: asdict(e)
-            for e in found
-            if any(e.tag in step["equations"] for step in before.steps + during.steps)
-        },
+        "equations": {e.tag: asdict(e) for e in equations() if e.tag in tags},
     }
-    return document, context
+    return TracedRound(document=document, context=context, shown_B=shown_B, stages=stages)
 
 
-def few(partition: Partition, labels: torch.Tensor, images: int, seed: int) -> Partition:
-    """The partition with at most so many images of each client, drawn by the seed."""
-    drawn = [
-        own[torch.randperm(len(own), generator=generator(seed, "trace", client=k))[:images]]
-        .sort()
-        .values
-        for k, own in enumerate(partition.indices)
-    ]
-    histograms = tuple(
-        tuple(torch.bincount(labels[own], minlength=len(partition.histograms[0])).tolist())
-        for own in drawn
-    )
+def described(values: dict[str, torch.Tensor]) -> list[dict]:
+    """Tensors in a few numbers."""
+    return [{"name": name, **tensor_summary(tensor)} for name, tensor in values.items()]
+
+
+def few_images(partition: Partition, labels: torch.Tensor, count: int, seed: int) -> Partition:
+    """The partition with at most `count` images of each client, sampled by the seed."""
+    indices = []
+    for client, own in enumerate(partition.indices):
+        source = generator(seed, "trace", client=client)
+        indices.append(own[torch.randperm(len(own), generator=source)[:count]].sort().values)
+    classes = len(partition.histograms[0])
+    counts = [torch.bincount(labels[own], minlength=classes).tolist() for own in indices]
     return replace(
-        partition, indices=tuple(drawn), sizes=tuple(map(len, drawn)), histograms=histograms
+        partition,
+        indices=tuple(indices),
+        sizes=tuple(map(len, indices)),
+        histograms=tuple(map(tuple, counts)),
     )
 
 
-def letters(sources: dict[str, Source]) -> dict[str, str]:
-    """Letter -> meaning, from the line `Letters:` that heads a file; the first of FILES that
-    explains one wins.
-    """
-    found: dict[str, str] = {}
-    for text in (
-        re.search(r"^Letters: (.*?)\.$", sources[file].docstring, re.M | re.S) for file in FILES
-    ):
-        for pair in text[1].split(",") if text else ():
-            found.setdefault(*pair.split(maxsplit=1))
-    return found
-
-
-def turns(steps: list[dict], story: Source) -> list[dict]:
-    """The steps by whose turn it is, as the numbered comments in the round's source say."""
-    heads = [
-        (line, match)
-        for line, text in enumerate(story.lines, 1)
-        if (match := re.match(r"\s*# (\d)\. (.*)", text))
-    ]
-    found, now = (
-        [{"number": int(match[1]), "title": match[2], "steps": []} for _, match in heads],
-        0,
-    )
-    for step in steps:
-        if step["function"] == "run_round":
-            now = max(sum(line <= step["line"] for line, _ in heads) - 1, 0)
-        found[now]["steps"].append(step)
-    return found
-
-
-def client(report, update) -> dict:
-    """What a client's update came to, at its end; losses are means over its steps. moved: how far
-    its parameters went, as a norm.
-    """
-    moved_P = flatten_params(update.context.model) - update.start_P
-    moved_P[update.context.layout.buffers] = 0
-    terms = {name: float(total) / report.steps for name, total in report.terms.items()}
+def client_summary(update: LocalUpdate, params_P: torch.Tensor, report: ClientReport) -> dict:
+    """What a local update came to: means over its steps, and how far its parameters moved."""
+    moved_P = (params_P - update.start_P)[update.context.layout.optimised]
     return {
         "client": update.client,
         "images": update.context.partition.sizes[update.client],
         "steps": report.steps,
-        "loss": float(report.loss) / report.steps,
-        "moved": moved_P.norm().item(),
-        "terms": terms,
+        "loss": plain(report.loss / report.steps),
+        "moved": plain(moved_P.norm()),
+        "terms": {name: plain(total / report.steps) for name, total in report.terms.items()},
     }
+
+
+def term_summaries(first: FirstBatch) -> list[dict]:
+    """The terms of a first batch, each with its gradient at the features if it depends on them."""
+    summaries = []
+    for name, (weight, value) in first.terms.items():
+        gradient = first.gradients[name]._asdict() if name in first.gradients else {}
+        at_features = {f"gradient_{key}": plain(number) for key, number in gradient.items()}
+        summaries.append({"name": name, **term_summary(weight, value), **at_features})
+    return summaries
+
+
+def letters(sources: dict[str, Source]) -> dict[str, str]:
+    """Letter -> meaning, from the line `Letters:` that heads a file; the first file wins."""
+    found: dict[str, str] = {}
+    for source in sources.values():
+        paragraph = source.docstring.partition("Letters: ")[2].partition("\n\n")[0]
+        for letter, meaning in re.findall(r"(\w)\s([^,.]+)", paragraph):
+            found.setdefault(letter, " ".join(meaning.split()))
+    return found
+
+
+def turns(steps: list[Step], story: Source) -> list[dict]:
+    """The steps by whose turn it is, as the numbered comments in the round's source say."""
+    heads, found, turn = [], [], 0
+    for line, text in enumerate(story.lines, 1):
+        if match := re.match(r"\s*# (\d)\. (.*)", text):
+            heads.append(line)
+            found.append({"number": int(match[1]), "title": match[2], "steps": []})
+    for step in steps:
+        if step.function == run_round.__name__:
+            turn = max(sum(line <= step.line for line in heads) - 1, 0)
+        found[turn]["steps"].append(asdict(step))
+    return found

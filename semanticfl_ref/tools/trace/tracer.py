@@ -1,194 +1,192 @@
-"""Watches functions run and notes each statement the first time: where it stands, its text, what it
-made, and the equations behind the functions that it calls.
+"""Watches functions while they run, and notes every statement the first time: where it stands, what
+it made, the equations behind the functions that it calls.
 
-Everything is read from the files that are running; nothing of the algorithm is written down here.
+Everything is read from the source files and from the values that the statements hold. Nothing here
+knows a variable's name: a model, for example, is recognised by its type.
 """
 
 import ast
+import re
 import sys
 import textwrap
-from collections import Counter
-from collections.abc import Callable
-from functools import cache
-from pathlib import Path
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 
 from torch import nn
 
-from semanticfl_ref.tools.trace.equations import Equation, functions, sources
+from semanticfl_ref.tools.trace.equations import PACKAGE, TAG, equations, functions
 from semanticfl_ref.tools.trace.values import describe
 
 
-class Source:
-    """A file's statements by the lines on which they stand; of a compound statement its head.
-    `shown` are the public functions that have a docstring.
+@dataclass(kw_only=True)
+class Step:
+    """A statement, the first time that it ran.
+
+    Attributes:
+        file, line, function: where it stands; the file relative to the package.
+        source: its text; of a compound statement its head.
+        equations: tags of the equations of functions that it called.
+        values: what it made, see `values.describe`.
+        iterations: of a loop, in the call that is shown; None for other statements.
     """
 
-    def __init__(self, path: Path):
-        self.lines = path.read_text(encoding="utf-8").splitlines()
-        tree = ast.parse("\n".join(self.lines))
-        self.docstring = ast.get_docstring(tree) or ""
-        self.shown = {
-            name: node
-            for name, node in functions(tree)
-            if ast.get_docstring(node) and not node.name.startswith("_")
-        }
-        inside = [
-            node
-            for function in self.shown.values()
-            for part in function.body[1:]
-            for node in ast.walk(part)
-            if isinstance(node, ast.stmt)
-        ]
-        self.statements = {
-            line: node for node in inside for line in range(node.lineno, _last_line(node) + 1)
-        }
+    file: str
+    line: int
+    function: str
+    source: str
+    equations: list[str] = field(default_factory=list)
+    values: list[dict] = field(default_factory=list)
+    iterations: int | None = None
 
-    def text(self, statement: ast.stmt) -> str:
-        """As it is written, without its indentation."""
-        return textwrap.dedent("\n".join(self.lines[statement.lineno - 1 : _last_line(statement)]))
+
+class Source:
+    """A source file: its text, and the statements of its functions that are shown.
+
+    Shown are functions with a docstring that are public or compute an equation.
+
+    Attributes:
+        lines: of the text.
+        docstring: of the module.
+        shown: qualified names of these functions.
+        statements: line number -> statement, for every line of a statement or of its head.
+        steps: statement -> its step, until it is taken from here.
+    """
+
+    def __init__(self, file: str):
+        text = (PACKAGE / file).read_text(encoding="utf-8")
+        tree = ast.parse(text)
+        self.lines, self.docstring = text.splitlines(), ast.get_docstring(tree) or ""
+        self.shown: set[str] = set()
+        self.statements: dict[int, ast.stmt] = {}
+        self.steps: dict[ast.stmt, Step] = {}
+        for name, function in functions(tree):
+            docstring = ast.get_docstring(function) or ""
+            if not docstring or (function.name.startswith("_") and not TAG.search(docstring)):
+                continue
+            self.shown.add(name)
+            for node in (node for part in function.body[1:] for node in ast.walk(part)):
+                if isinstance(node, ast.stmt):
+                    last = self._last_line(node)
+                    source = textwrap.dedent("\n".join(self.lines[node.lineno - 1 : last]))
+                    step = Step(file=file, line=node.lineno, function=name, source=source)
+                    self.steps[node] = step
+                    self.statements |= dict.fromkeys(range(node.lineno, last + 1), node)
+
+    def _last_line(self, statement: ast.stmt) -> int:
+        """Of the statement; of its head if it is a compound statement."""
+        if not hasattr(statement, "body"):
+            return statement.end_lineno
+        last = statement.lineno
+        while not self.lines[last - 1].partition("  #")[0].endswith(":"):
+            last += 1
+        return last
 
 
 class Tracer:
-    """While it is open as a context, notes the statements of the given files in the order in which
-    they begin.
+    """A context manager that notes the statements of some files in the order in which they begin.
 
     Args:
-        files: paths as `equations.sources` has them.
-        equations: what is shown beside a statement that calls their functions.
-        on_return: called with a watched function's qualified name, what it returns and its local
-            variables, whenever one ends.
+        files: paths relative to the package. Their equations and those of the kernels are shown
+            beside the first statement that calls the function.
 
     Attributes:
-        steps: one dict a statement: file, line, function, calls (of the function, in all), source,
-            values, equations (tags), and of a loop its iterations in the call that is shown.
+        sources: file -> its source.
+        steps: the statements that ran.
+        arguments: function with an equation -> the arguments of its first call.
     """
 
-    def __init__(
-        self,
-        files: list[str],
-        equations: list[Equation],
-        on_return: Callable[[str, object, dict], None] = lambda name, value, known: None,
-    ):
-        names = {path.resolve(): file for file, path in sources().items()}
-        self.sources = {file: Source(path) for path, file in names.items() if file in files}
-        self.steps: list[dict] = []
-        self.on_return, self.calls, self.noted = on_return, [], set()
-        self._equations, self._count = equations, Counter()
-        self._file = cache(lambda name: names.get(Path(name).resolve()))
+    def __init__(self, files: Iterable[str]):
+        self.sources = {file: Source(file) for file in files}
+        self.steps: list[Step] = []
+        self.arguments: dict[str, tuple] = {}
+        self.calls: list[_Call] = []
+        self._tags: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
+        for equation in equations():
+            if equation.file in self.sources or equation.file.startswith("kernels/"):
+                self._tags[equation.file, equation.function].append(equation.tag)
 
     def __enter__(self) -> "Tracer":
         self._before = sys.gettrace()
         sys.settrace(self._enter)
         return self
 
-    def __exit__(self, *_error) -> None:
+    def __exit__(self, *error) -> None:
         sys.settrace(self._before)
-        for step in self.steps:
-            step["calls"] = self._count[step["file"], step["function"]]
 
-    def _enter(self, frame, _event, _argument):
-        file, name = self._file(frame.f_code.co_filename), frame.f_code.co_qualname
-        tags = (
-            [e.tag for e in self._equations if (e.file, e.function) == (file, name)] if file else []
-        )
-        if self.calls and self.calls[-1].step:
-            noted = self.calls[-1].step["equations"]
-            noted += [tag for tag in tags if tag not in noted]
-            tags = []
+    def _enter(self, frame, event, argument):
+        """Python calls this at the start of every function."""
+        module, name = frame.f_globals.get("__name__", ""), frame.f_code.co_qualname
+        file = module.removeprefix(f"{PACKAGE.name}.").replace(".", "/") + ".py"
+        if (file, name) in self._tags:
+            self.arguments.setdefault(name, tuple(frame.f_locals.values()))
+            if self.calls and self.calls[-1].step:
+                self.calls[-1].step.equations += self._tags.pop((file, name))
         if file not in self.sources or name not in self.sources[file].shown:
             return None
-        self._count[file, name] += 1
-        self.calls.append(_Call(self, file, name, tags))
+        self.calls.append(_Call(self, self.sources[file]))
         return self.calls[-1].follow
 
 
 class _Call:
-    """One call of a watched function."""
+    """A call of a watched function."""
 
-    def __init__(self, tracer: Tracer, file: str, name: str, tags: list[str]):
-        self.tracer, self.file, self.name, self.tags = tracer, file, name, tags
-        self.statement = self.step = None
-        self.runs: Counter = Counter()
-        self.loops: list[tuple[dict, ast.stmt]] = []
+    def __init__(self, tracer: Tracer, source: Source):
+        self.tracer, self.source = tracer, source
+        self.statement: ast.stmt | None = None
+        self.step: Step | None = None  # of the statement that runs, if it runs for the first time
+        self.loops: dict[ast.stmt, Step] = {}  # first statement inside -> the loop's step
 
     def follow(self, frame, event, argument):
-        """Python calls this before each line and when the function returns: what the line before
-        made is there by then.
-        """
-        source = self.tracer.sources[self.file]
-        statement = source.statements.get(frame.f_lineno) if event == "line" else None
-        if event == "return" or statement not in (
-            None,
-            self.statement,
-        ):  # a statement over several lines comes once for each
-            if self.step is not None:
-                self.step["values"] = list(self._made(frame, argument))
-            self.statement, self.step = statement, None
-            self.runs[statement] += 1
+        """Python calls this before every line and at the end: the statement before has run."""
+        statement = self.source.statements.get(frame.f_lineno) if event == "line" else None
+        # A statement of several lines comes once for each of them.
+        if event != "return" and statement in (None, self.statement):
+            return self.follow
+        if self.step:
+            self.step.values = list(_made(self.statement, frame, argument))
+        self.statement, self.step = statement, self.source.steps.pop(statement, None)
         if event == "return":
             self.tracer.calls.remove(self)
-            self.tracer.on_return(self.name, argument, frame.f_locals)
-            for step, first in self.loops:
-                step["iterations"] = self.runs[first]
-        elif statement and (self.file, statement.lineno) not in self.tracer.noted:
-            self.tracer.noted.add((self.file, statement.lineno))
-            self.step = {
-                "file": self.file,
-                "line": statement.lineno,
-                "function": self.name,
-                "source": source.text(statement),
-                "values": [],
-                "equations": self.tags,
-            }
-            self.tags = []
+        if statement in self.loops:
+            self.loops[statement].iterations += 1
+        if self.step:
             self.tracer.steps.append(self.step)
             if isinstance(statement, ast.For):
-                self.loops.append((self.step, statement.body[0]))
+                self.step.iterations = 0
+                self.loops[statement.body[0]] = self.step
         return self.follow
 
-    def _made(self, frame, returned):
-        known = frame.f_locals
-        model = known.get("model") if isinstance(known.get("model"), nn.Module) else None
-        if isinstance(self.statement, ast.Return):
-            yield from describe("return", returned, model)
-            return
-        for node in _written(self.statement):
-            if next(n.id for n in ast.walk(node) if isinstance(n, ast.Name)) in known:
-                value = eval(ast.unparse(node), frame.f_globals, known)
-                yield from describe(ast.unparse(node), value, model)
-                if (
-                    isinstance(self.statement, ast.Expr)
-                    and getattr(value, "grad_fn", None) is not None
-                    and model is not None
-                ):  # backward: the model has gradients now
-                    yield from describe("model", model)
+
+def _made(statement: ast.stmt, frame, returned) -> Iterator[dict]:
+    """What a statement that has just run assigned, changed or returned."""
+    if isinstance(statement, ast.Return):
+        yield from describe("return", returned)
+        return
+    known = frame.f_locals
+    for expression in _targets(statement):
+        text = ast.unparse(expression)
+        variable = re.match(r"\w+", text)[0]
+        if variable not in known or variable == "_" or "(" in text:  # nothing is called again
+            continue
+        value = eval(text, frame.f_globals, known)
+        yield from describe(text, value)
+        if isinstance(statement, ast.Expr) and getattr(value, "grad_fn", None):
+            # A backward pass: models have gradients now.
+            for name, model in known.items():
+                if isinstance(model, nn.Module):
+                    yield from describe(name, model)
 
 
-def _last_line(node: ast.stmt) -> int:
-    if isinstance(node, ast.With):
-        return node.items[-1].context_expr.end_lineno
-    head = getattr(node, "iter", getattr(node, "test", None)) if hasattr(node, "body") else node
-    return head.end_lineno if head else node.lineno
-
-
-def _written(node: ast.stmt) -> list[ast.expr]:
-    """What a statement assigns; of a bare call what it was called on and with, which it may have
-    changed. Names, attributes and items only.
+def _targets(statement: ast.stmt) -> list[ast.expr]:
+    """Names, attributes and items that a statement assigns; of a bare call those that it was called
+    on and with, since it may have changed them.
     """
-    found = getattr(node, "targets", [getattr(node, "target", None)])
-    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
-        found = [getattr(node.value.func, "value", None), *node.value.args]
-    return [
-        part
-        for part in _flat(found)
-        if isinstance(part, (ast.Name, ast.Attribute, ast.Subscript))
-        and not any(isinstance(n, ast.Call) or getattr(n, "id", "") == "_" for n in ast.walk(part))
-    ]
-
-
-def _flat(nodes: list) -> list:
-    return [
-        part
-        for node in nodes
-        for part in (_flat(node.elts) if isinstance(node, ast.Tuple) else [node])
-    ]
+    call = getattr(statement, "value", None)
+    if isinstance(statement, ast.Expr) and isinstance(call, ast.Call):
+        found = [getattr(call.func, "value", None), *call.args]
+    else:
+        targets = getattr(statement, "targets", [getattr(statement, "target", ast.Pass())])
+        nodes = [node for target in targets for node in ast.walk(target)]
+        found = [node for node in nodes if isinstance(getattr(node, "ctx", None), ast.Store)]
+    return [node for node in found if isinstance(node, (ast.Name, ast.Attribute, ast.Subscript))]

@@ -1,130 +1,109 @@
-"""What a variable holds, in a few numbers that JSON can carry."""
+"""What a variable holds: numbers that JSON can carry, and a text for readers."""
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import nn
 
-LONGEST = 8  # numbers that are written out; entries of a dict or a tuple that are described
+LONGEST = 8  # numbers that are written out, and items of a collection that are described
 
 
-def describe(name: str, value, model: nn.Module | None = None) -> list[dict]:
-    """A value under its name; several entries for a dict or a tuple of tensors, of a list its
-    length and the first.
+def describe(name: str, value: object) -> list[dict]:
+    """A value under its name: one entry, or one for each of the first items of a collection.
 
-    A tensor has shape, dtype, mean, standard deviation, extremes, norm, first entries; a term of an
-    objective, (weight, scalar), has both and their product, and the norm of its gradient at the
-    weights of `model`, where one is given; a model or an optimizer its entries and the norms of
-    weights and gradients; any other object those of its attributes that are numbers or names."""
-    if isinstance(value, torch.Tensor):
-        return [_tensor(name, value.detach())]
-    if _plain(value) is not None or value is None:
-        return [{"name": name, "value": _plain(value)}]
-    if (
-        isinstance(value, tuple)
-        and [type(v) for v in value] == [float, torch.Tensor]
-        and value[1].ndim == 0
-    ):
-        return [_term(name, *value, model)]
-    if isinstance(value, dict) and value:
-        return [
-            entry
-            for key in list(value)[:LONGEST]
-            for entry in describe(f"{name}[{key!r}]", value[key], model)
-        ]
-    if isinstance(value, (dict, list, tuple)) and all(_plain(v) is not None for v in value):
-        return [
-            {
-                "name": name,
-                "value": [_plain(v) for v in list(value)[:LONGEST]],
-                "length": len(value),
-            }
-        ]
-    if isinstance(value, list):
-        return [
-            {"name": name, "is": "list", "fields": {"length": len(value)}},
-            *describe(f"{name}[0]", value[0], model),
-        ]
-    if isinstance(value, tuple):
-        return [
-            entry
-            for place, v in enumerate(value[:LONGEST])
-            for entry in describe(f"{name}[{place}]", v, model)
-        ]
-    if isinstance(value, (nn.Module, torch.optim.Optimizer)):
-        owned = (
-            list(value.parameters())
-            if isinstance(value, nn.Module)
-            else [p for group in value.param_groups for p in group["params"]]
-        )
-        gradients = [p.grad for p in owned if p.grad is not None]
-        return [
-            {
-                "name": name,
-                "is": type(value).__name__,
-                "entries": sum(p.numel() for p in owned),
-                "norm": _norm(owned),
-                "gradient_norm": _norm(gradients) if gradients else None,
-            }
-        ]
-    fields = {
-        key: _plain(v)
-        for key, v in getattr(value, "__dict__", {}).items()
-        if not key.startswith("_") and _plain(v) is not None
-    }
-    return [{"name": name, "is": type(value).__name__, "fields": fields}]
+    Every entry has a text. A tensor has numbers too: shape, dtype, first entries, extremes, mean,
+    standard deviation and norm; a term of an objective, (weight, scalar), has weight, value and
+    their product. The text of a model has the norms of its parameters and gradients, that of any
+    other object those of its attributes that are numbers or texts.
+    """
+    match value:
+        case torch.Tensor():
+            about = tensor_summary(value.detach())
+        case None | bool() | int() | float() | str():
+            about = {"value": plain(value), "text": number(plain(value))}
+        case nn.Module():
+            about = {"text": _model(value)}
+        case (float() as weight, torch.Tensor(ndim=0) as term):
+            about = term_summary(weight, term)
+        case dict() | list() | tuple():
+            return _collection(name, value)
+        case _:
+            about = {"text": _object(value)}
+    return [{"name": name, **about}]
 
 
-def _tensor(name: str, value: torch.Tensor) -> dict:
-    about, flat = (
-        {
-            "name": name,
-            "shape": list(value.shape),
-            "dtype": str(value.dtype)[6:],
-            "first": [_plain(v) for v in value.flatten()[:LONGEST].tolist()],
-        },
-        value.double().flatten(),
-    )
-    if len(flat) and value.is_floating_point():
-        about |= {
-            "mean": _plain(flat.mean()),
-            "std": _plain(flat.std(correction=0)),
-            "norm": _norm([flat]),
-        }
-    return about | ({"min": _plain(flat.min()), "max": _plain(flat.max())} if len(flat) else {})
+def tensor_summary(tensor: torch.Tensor) -> dict:
+    """A tensor in numbers and as a text."""
+    first = [plain(entry) for entry in tensor.flatten()[:LONGEST].tolist()]
+    dtype, text = str(tensor.dtype).removeprefix("torch."), ", ".join(map(number, first))
+    about = {"shape": list(tensor.shape), "dtype": dtype, "first": first}
+    if tensor.numel():
+        v = tensor.double()
+        about |= {"mean": plain(v.mean()), "std": plain(v.std(correction=0))}
+        about |= {"norm": plain(v.norm()), "min": plain(v.min()), "max": plain(v.max())}
+    if tensor.numel() > LONGEST:
+        numbers = {key: number(value) for key, value in about.items()}
+        text = "mean {mean} ± {std}, norm {norm}, {min} to {max}".format_map(numbers)
+    shape = f" {about['shape']}" if about["shape"] else ""
+    return {**about, "text": f"{dtype}{shape}  {text}"}
 
 
-def _term(name: str, weight: float, value: torch.Tensor, model: nn.Module | None) -> dict:
-    gradient = None
-    if model is not None and value.requires_grad:
-        found = torch.autograd.grad(
-            weight * value,
-            [p for p in model.parameters() if p.requires_grad],
-            retain_graph=True,
-            allow_unused=True,
-        )
-        gradient = _norm([g for g in found if g is not None])
-    return {
-        "name": name,
-        "weight": weight,
-        "value": _plain(value),
-        "weighted": _plain(weight * value),
-        "gradient_norm": gradient,
-    }
+def term_summary(weight: float, value: torch.Tensor) -> dict:
+    """A term of an objective in numbers and as a text."""
+    about = {"weight": weight, "value": plain(value), "weighted": plain(weight * value)}
+    return {**about, "text": "{} x {} = {}".format(*map(number, about.values()))}
 
 
-def _norm(tensors: list[torch.Tensor]) -> float:
-    return _plain(math.sqrt(sum(t.detach().double().square().sum().item() for t in tensors)))
-
-
-def _plain(value):
-    """A number or a text as JSON has it, which knows no NaN; None for anything else."""
+def plain(value: object) -> bool | int | float | str | None:
+    """A number or a text as JSON has it, which has no NaN; None for anything else."""
     if isinstance(value, torch.Tensor) and value.numel() == 1:
         value = value.item()
-    return (
-        str(value)
-        if isinstance(value, float) and not math.isfinite(value)
-        else value
-        if isinstance(value, (bool, int, float, str))
-        else None
-    )
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value if isinstance(value, (bool, int, float, str)) else None
+
+
+def number(value: object) -> str:
+    """Four digits of a float; a long text is shortened; nothing for None."""
+    if value is None:
+        return ""
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= 32 else f"{text[:29]}..."
+
+
+def _model(model: nn.Module) -> str:
+    parameters = list(model.parameters())
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    gradient = f"gradient norm {number(_norm(gradients))}" if gradients else "no gradient"
+    count = sum(p.numel() for p in parameters)
+    name = type(model).__name__
+    return f"{name}, {count:,} parameters of norm {number(_norm(parameters))}, {gradient}"
+
+
+def _norm(tensors: Iterable[torch.Tensor]) -> float:
+    return math.hypot(*(tensor.detach().double().norm() for tensor in tensors))
+
+
+def _collection(name: str, value: dict | list | tuple) -> list[dict]:
+    if isinstance(value, dict) and value:
+        items = {f"{name}[{key!r}]": item for key, item in value.items()}
+    elif hasattr(value, "_asdict"):
+        items = {f"{name}.{key}": item for key, item in value._asdict().items()}
+    elif all(plain(item) is not None for item in value):
+        first = [plain(item) for item in list(value)[:LONGEST]]
+        text = ", ".join(map(number, first)) or "empty"
+        return [{"name": name, "value": first, "length": len(value), "text": text}]
+    else:
+        items = {f"{name}[{place}]": item for place, item in enumerate(value)}
+    return [entry for key in list(items)[:LONGEST] for entry in describe(key, items[key])]
+
+
+def _object(value: object) -> str:
+    attributes = getattr(value, "__dict__", {})
+    fields = [
+        f"{key}={number(plain(item))}"
+        for key, item in attributes.items()
+        if not key.startswith("_") and plain(item) is not None
+    ]
+    return type(value).__name__ + (f"({', '.join(fields[:6])})" if fields else "")

@@ -1,43 +1,60 @@
-"""Published cells: their presets are whole, and what cannot be had is named."""
+"""Published results: their configurations are whole, and what is not available is named."""
 
 import json
-import tomllib
+from dataclasses import asdict
 
 import pytest
 
 from semanticfl_ref import cli
-from semanticfl_ref.commands import reproduce
-from semanticfl_ref.config.settings import settings as config
-from semanticfl_ref.tools.compare import grid
+from semanticfl_ref.config.resolve import read_toml
+from semanticfl_ref.config.settings import STABLE_DIFFUSION
+from semanticfl_ref.tools import reproduce
+from semanticfl_ref.tools.compare import experiment
+from semanticfl_ref.tools.compare.grid import Grid, plan
+from semanticfl_ref.tools.compare.statistics import compare
 
-CELLS = tomllib.loads((reproduce.PRESETS / "published.toml").read_text())
+RESULTS = reproduce.published()
 
 
-@pytest.mark.parametrize("name", CELLS)
-def test_every_cell_makes_its_configurations(name, tmp_path):
-    cell = CELLS[name]
-    jobs = grid.plan(
-        list(cell["accuracy"]),
-        cell["scenarios"],
-        1,
-        lambda settings: config.build(settings, reproduce.PRESETS / cell["config"]),
-        tmp_path,
-    )
-    for job in jobs:
-        assert (
-            job.config.federation.batch_size,
-            job.config.semantic.tau,
-            job.config.diffusion.timestep,
-            job.config.diffusion.source,
-        ) == (64, 0.05, 150, config.STABLE_DIFFUSION)
-        assert (
-            job.config.data.name in cell["config"] and job.config.federation.clients_per_round == 5
+@pytest.mark.parametrize("name", RESULTS)
+def test_every_published_result_makes_its_configurations(name, tmp_path):
+    result = RESULTS[name]
+    methods = list(result.accuracy)
+    runs = plan(
+        Grid(
+            methods=methods,
+            scenarios=result.scenarios,
+            seeds=1,
+            settings=read_toml(result.file),
+            out=tmp_path,
+            baseline=methods[0],
         )
+    )
+    assert len(runs) == len(methods) * len(result.scenarios)
+    for run in runs:
+        config = run.config
+        assert config.federation.batch_size == 64
+        assert config.methods["semanticfl"].tau == 0.05
+        assert config.diffusion.timestep == 150
+        assert config.diffusion.source == STABLE_DIFFUSION
+        assert config.data.name in result.config
+        assert config.federation.clients_per_round == 5
 
 
 def test_the_list(capsys):
     assert cli.main(["reproduce"]) == 0
     assert "cifar10-nid1" in capsys.readouterr().out
+    assert cli.main(["reproduce", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["cifar100-nid2"]["accuracy"] == {"feddifrc": 53.87, "semanticfl": 54.58}
+
+
+def test_help_shows_the_configuration_of_the_published_result(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["reproduce", "cifar100-nid2", "--help"])
+    words = " ".join(capsys.readouterr().out.split())
+    assert "(data.name; default: cifar100)" in words
+    assert "(partition.clients; default: 6)" in words
 
 
 def test_without_data_and_weights_both_are_named(capsys, tmp_path, monkeypatch):
@@ -45,11 +62,9 @@ def test_without_data_and_weights_both_are_named(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     assert cli.main(["reproduce", "cifar10-nid1", "--offline", "--out", str(tmp_path / "out")]) == 5
     words = capsys.readouterr().err.splitlines()[-1]
-    assert (
-        "cifar10 cannot be had" in words
-        and f"{config.STABLE_DIFFUSION} cannot be had" in words
-        and not (tmp_path / "out").exists()
-    )
+    assert "cifar10 is not available" in words
+    assert f"{STABLE_DIFFUSION} is not available" in words
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -57,39 +72,42 @@ def test_without_data_and_weights_both_are_named(capsys, tmp_path, monkeypatch):
     [
         (["--method", "moon"], "federation.method"),
         (["--set", "partition.alpha=1"], "partition.alpha"),
+        (["--set", "run.seed=1"], "run.seed"),
+        (["--scenario", "iid"], "partition.scenario"),
         (["--seeds", "0"], "--seeds 0"),
+        (["--config", "own.toml"], "--config"),
     ],
 )
-def test_what_the_cell_is_of_cannot_be_changed(flags, words, capsys, monkeypatch):
-    monkeypatch.setattr(
-        reproduce, "need_all", lambda *_: pytest.fail("something was fetched first")
-    )
+def test_what_the_result_is_of_cannot_be_changed(flags, words, capsys, monkeypatch):
+    monkeypatch.setattr(reproduce, "fetch", lambda *_: pytest.fail("something was fetched first"))
     assert cli.main(["reproduce", "cifar10-nid1", *flags]) == 2
     assert words in capsys.readouterr().err
 
 
-def test_an_unknown_cell(capsys):
+def test_an_unknown_result(capsys):
     assert cli.main(["reproduce", "cifar10-nid3"]) == 2
-    assert "cifar10-nid1" in capsys.readouterr().err
+    assert "did you mean 'cifar10-nid1'" in capsys.readouterr().err
 
 
-def test_published_beside_ours(finished_grid):
-    from semanticfl_ref.tools.compare.statistics import compare
-
-    result = compare(finished_grid({"fedavg": {"iid": [[0.8] * 5, [0.9] * 5]}}), "fedavg", "test")
-    cell = {"title": "T", "accuracy": {"fedavg": 84.65}, "unknown": ["rounds"]}
-    words = reproduce.beside(
-        {
-            **cell,
-            "ours": reproduce.ours(result),
-            "seeds": 2,
-            "rounds": 5,
-            "changed": ["federation.rounds"],
-        }
+def test_published_beside_ours(finished_grid, monkeypatch):
+    """Over all scenarios, and with the settings that were changed."""
+    accuracies = {"fedavg": {"iid": [[0.8] * 5, [0.9] * 5], "nid2": [[0.6] * 5, [0.7] * 5]}}
+    runs, grid = finished_grid(accuracies)
+    monkeypatch.setattr(reproduce, "fetch", lambda *_: None)
+    monkeypatch.setattr(experiment, "run_grid", lambda grid, _: compare(runs, grid))
+    published = reproduce.Published(
+        title="T",
+        config="cifar10-nid1.toml",
+        scenarios=["iid", "nid2"],
+        accuracy={"fedavg": 74.65},
+        unknown=["seeds", "rounds"],
     )
-    assert (
-        "| fedavg | 84.65 | 85.0 ± 7.1 | 85.0 ± 7.1 | +0.35 |" in words
-        and "federation.rounds" in words
-        and "rounds." in words
-    )
-    json.dumps(reproduce.ours(result))
+    document = reproduce.reproduce(published, grid, print)
+    assert document["ours"]["fedavg"]["last"] == pytest.approx([80, 90, 60, 70])
+    text = reproduce.side_by_side({**document, "seeds": 2, "changed": ["federation.rounds"]})
+    assert "| fedavg | 74.65 | 75.0 ± 12.9 | 75.0 ± 12.9 | +0.35 |" in text
+    assert "ours, mean of the last 5 |" in text
+    assert "seeds 2, rounds 5," in text
+    assert "Changed settings: federation.rounds." in text
+    assert "seeds; rounds." in text
+    json.dumps({**document, **asdict(published)})

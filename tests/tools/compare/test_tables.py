@@ -1,12 +1,15 @@
-"""What a comparison shows: the Markdown's numbers, a line of CSV a run, figures of equal bytes."""
+"""What a comparison shows: the Markdown's numbers, a line of CSV per run, equal figures."""
 
 import csv
 import io
 
 import pytest
 
-from semanticfl_ref.tools.compare import tables
+from semanticfl_ref.tools.colours import method_colour
+from semanticfl_ref.tools.compare import figures
+from semanticfl_ref.tools.compare.figures import draw_curves, draw_gains
 from semanticfl_ref.tools.compare.statistics import compare
+from semanticfl_ref.tools.compare.tables import csv_text, markdown
 
 TWO = {
     "fedavg": {"iid": [[0.5] * 5, [0.6] * 5], "nid2": [[0.2] * 5, [0.3] * 5]},
@@ -15,69 +18,87 @@ TWO = {
 
 
 def test_markdown_by_hand(finished_grid):
-    text = tables.markdown(
-        compare(finished_grid(TWO), "fedavg", "test"), "python -m semanticfl_ref compare"
-    )
+    text = markdown(compare(*finished_grid(TWO)), "python -m semanticfl_ref compare")
     assert "| fedavg | 55.0 ± 7.1 | 55.0 ± 7.1 | 13.8 ± 1.8 | 80 B |  |  |" in text, "iid"
-    assert (
-        "| +15.0 [+10.0, +20.0] | 2 of 2 |" in text
-        and "**all scenarios**" in text
-        and "over 2 seeds, 5 rounds" in text
-    )
-    assert "2.13.0" in text and text.endswith("    python -m semanticfl_ref compare")
+    assert "| +15.0 [+10.0, +20.0] | 2 of 2 |" in text
+    assert "| mean of the last 5 |" in text
+    assert "**all scenarios**" in text
+    assert "in %; seeds: 2, rounds: 5." in text
+    assert "2.13.0" in text
+    assert text.endswith("    python -m semanticfl_ref compare")
 
 
-def test_one_seed_has_no_spread(finished_grid):
-    text = tables.markdown(
-        compare(
-            finished_grid({"fedavg": {"iid": [[0.5]]}, "moon": {"iid": [[0.6]]}}), "fedavg", "test"
-        )
-    )
-    assert (
-        "| moon | 60.0 | 60.0 | 15.0 | 16 B | +10.0 | 1 of 1 |" in text
-        and "%, one seed, 1 rounds" in text
-    )
+def test_one_seed_has_no_deviation(finished_grid):
+    text = markdown(compare(*finished_grid({"fedavg": {"iid": [[0.5]]}, "moon": {"iid": [[0.6]]}})))
+    assert "| moon | 60.0 | 60.0 | 15.0 | 16 B | +10.0 | 1 of 1 |" in text
+    assert "in %; seeds: 1, rounds: 1." in text
 
 
-def test_csv_has_a_line_a_run(finished_grid):
-    lines = list(
-        csv.DictReader(io.StringIO(tables.csv_text(compare(finished_grid(TWO), "fedavg", "test"))))
-    )
-    assert len(lines) == 8 and {line["scenario"] for line in lines} == {"iid", "nid2"}
-    (one,) = [
-        line
-        for line in lines
-        if (line["scenario"], line["method"], line["seed"]) == ("nid2", "semanticfl", "1")
+@pytest.mark.parametrize("rounds, averaged", [(1, 1), (3, 3), (5, 5), (7, 5)])
+def test_the_mean_is_named_by_the_rounds_really_averaged(finished_grid, rounds, averaged):
+    text = markdown(compare(*finished_grid({"fedavg": {"iid": [[0.5] * rounds]}})))
+    assert f"| mean of the last {averaged} |" in text
+
+
+def test_each_number_of_rounds_has_its_table(finished_grid):
+    text = markdown(compare(*finished_grid(TWO, at=[3, 5])))
+    headings = [line for line in text.splitlines() if line.startswith("**")]
+    assert headings == [
+        f"**{scenario}, after round {rounds}**"
+        for rounds in (3, 5)
+        for scenario in ("iid", "nid2", "all scenarios")
     ]
-    assert (
-        float(one["last_round"]),
-        float(one["last_five"]),
-        float(one["worst_client"]),
-        float(one["minus_baseline"]),
-    ) == pytest.approx((50, 50, 12.5, 20))
+    assert "| mean of the last 3 |" in text
+    assert "seeds: 2, rounds: 5." in text
+
+
+def test_csv_has_a_line_per_run(finished_grid):
+    text = csv_text(compare(*finished_grid(TWO)))
+    lines = list(csv.DictReader(io.StringIO(text)))
+    assert len(lines) == 8
+    assert {line["scenario"] for line in lines} == {"iid", "nid2"}
+    key = ("scenario", "method", "seed", "rounds", "averaged")
+    (one,) = [line for line in lines if [line[k] for k in key[:3]] == ["nid2", "semanticfl", "1"]]
+    assert [one[k] for k in key[3:]] == ["5", "5"]
+    numbers = [float(value) for name, value in one.items() if name not in key]
+    assert numbers == pytest.approx([50, 50, 12.5, 20])
 
 
 def test_figures(finished_grid, tmp_path):
     pytest.importorskip("matplotlib")
-    result = compare(finished_grid(TWO), "fedavg", "test")
-    for draw in (tables.draw_curves, tables.draw_gains):
+    comparison = compare(*finished_grid(TWO))
+    for draw in (draw_curves, draw_gains):
         files = [tmp_path / name for name in ("a.png", "b.png", "a.svg", "b.svg")]
-        draw(result, *files[::2])
-        draw(result, *files[1::2])
+        draw(comparison, *files[::2])
+        draw(comparison, *files[1::2])
         contents = [file.read_bytes() for file in files]
-        assert contents[0] == contents[1] and contents[2] == contents[3], (
-            "the same numbers are the same bytes"
-        )
-        assert contents[0].startswith(b"\x89PNG") and all(
-            name in contents[2] for name in (b"semanticfl", b"iid", b"nid2")
-        )
+        assert contents[0] == contents[1], "the same numbers are the same bytes"
+        assert contents[2] == contents[3], "the same numbers are the same bytes"
+        assert contents[0].startswith(b"\x89PNG")
+        assert all(name in contents[2] for name in (b"semanticfl", b"iid", b"nid2"))
     assert b"all scenarios" in contents[2], "the gains have a panel over all"
 
 
-def test_a_single_arm_has_no_gains(finished_grid, tmp_path):
+def test_settings_change_the_line_but_not_the_colour(finished_grid, tmp_path, monkeypatch):
+    """Of a method in curves and in gains, whatever it is compared with."""
+    to_hex = pytest.importorskip("matplotlib.colors").to_hex
+    entries = ["moon", "semanticfl", "moon[moon.mu=5]", "moon[moon.mu=1;moon.tau=1]"]
+    drawn = []
+    monkeypatch.setattr(figures, "save_figure", lambda figure: drawn.append(figure.axes[0]))
+    comparison = compare(*finished_grid({entry: {"iid": [[0.5]]} for entry in entries}))
+    draw_curves(comparison)
+    draw_gains(comparison)
+    moon, semanticfl = method_colour("moon"), method_colour("semanticfl")
+    lines = [(line.get_color(), line.get_linestyle()) for line in drawn[0].get_lines()]
+    assert lines == [(moon, "-"), (semanticfl, "-"), (moon, "--"), (moon, ":")]
+    bars = [to_hex(bar.get_facecolor()).upper() for bar in drawn[1].patches]
+    assert bars == [semanticfl, moon, moon]
+
+
+def test_a_single_method_has_no_gains(finished_grid, tmp_path):
     pytest.importorskip("matplotlib")
-    tables.draw_gains(
-        compare(finished_grid({"fedavg": {"iid": [[0.5]]}}), "fedavg", "test"),
-        tmp_path / "gains.png",
-    )
+    comparison = compare(*finished_grid({"fedavg": {"iid": [[0.5]]}}))
+    draw_gains(comparison, tmp_path / "gains.png")
     assert not (tmp_path / "gains.png").exists()
+    draw_curves(comparison, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").exists(), "one seed: a line without a band"

@@ -1,9 +1,8 @@
-"""A round watched on the embedded default: it is the real one, told in order, and it follows the
-code.
-"""
+"""A round watched on the embedded default: it is the real one, in order, and follows the code."""
 
 import base64
 import contextlib
+import html
 import io
 import json
 import os
@@ -18,25 +17,33 @@ from types import SimpleNamespace
 import pytest
 import torch
 from PIL import Image
+from renaming import PREFIX, with_renamed_locals
 
 from semanticfl_ref import cli
-from semanticfl_ref.commands.trace import SMALL
-from semanticfl_ref.config.settings import settings as config
-from semanticfl_ref.federated.context import make_context, new_state
+from semanticfl_ref.commands.trace import PROMPT, SMALL
+from semanticfl_ref.config.resolve import resolve
+from semanticfl_ref.diffusion.feature_cache import open_cache
+from semanticfl_ref.federated.context import make_context
 from semanticfl_ref.federated.round import run_round
-from semanticfl_ref.run.setup import build_anchors, load_data
-from semanticfl_ref.tools.trace import trace, words
+from semanticfl_ref.federated.state import initial_state
+from semanticfl_ref.run.setup import anchor_images, build_anchors, cache_plans, load_data
+from semanticfl_ref.tools.trace import trace
+from semanticfl_ref.tools.trace.syntax import pieces
+from semanticfl_ref.tools.trace.text import Terminal, has_colours, iterations
 from semanticfl_ref.tools.trace.values import describe
 
-ROOT = Path(__file__).parent.parent.parent
-STORY = (ROOT / "semanticfl_ref" / "federated" / "round.py").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[3]
+PACKAGE = ROOT / "semanticfl_ref"
+STORY = (PACKAGE / "federated" / "round.py").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def cache(tmp_path_factory):
-    """Feature caches of this file's own."""
+    """Feature caches of this file's own, with the features that most tests need."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SEMANTICFL_CACHE", str(tmp_path_factory.mktemp("cache")))
+        config = resolve(SMALL)
+        build_anchors(config, load_data(config, offline=True), offline=True)
         yield
 
 
@@ -46,18 +53,20 @@ def default(cache, tmp_path_factory):
     out, page = io.StringIO(), tmp_path_factory.mktemp("page") / "round.html"
     with contextlib.redirect_stdout(out):
         assert cli.main(["trace", "--json", "--html", str(page), "--offline"]) == 0
-    return SimpleNamespace(
-        document=json.loads(
-            out.getvalue(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON")
-        ),
-        page=page,
-    )
+    return SimpleNamespace(document=parsed(out.getvalue()), page=page)
+
+
+def parsed(text: str) -> dict:
+    return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
 
 
 def watched(method: str, round: int = 1, **settings):
-    """A narrow model's round of a method: the configuration, document and context."""
-    settled = config.build({**SMALL, "model.width": 4, "federation.method": method, **settings})
-    return settled, *trace.observe(settled, images=6, round=round, offline=True, say=lambda _: None)
+    """A narrow model's round of a method: the configuration, and what was seen."""
+    settings = {**SMALL, "model.width": 4, "federation.method": method, **settings}
+    config = resolve(settings)
+    return config, trace.trace_round(
+        config, images=6, round=round, offline=True, say=lambda text: None
+    )
 
 
 def steps_of(document):
@@ -74,213 +83,276 @@ def made(document, function, name):
     )
 
 
+@pytest.fixture
+def copy(tmp_path):
+    """A copy of the package."""
+    for folder in ("semanticfl_ref", "kernels"):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / folder, tmp_path / folder, symlinks=True, ignore=ignored)
+    return tmp_path
+
+
+def traced_in(copy: Path) -> dict:
+    """The document of `trace` in a copy of the package."""
+    done = subprocess.run(
+        [sys.executable, "-m", "semanticfl_ref", "trace", "--json", "--offline"],
+        cwd=copy,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return parsed(done.stdout)
+
+
 def test_all_four_turns_in_order_as_the_source_numbers_them(default):
     turns = default.document["turns"]
-    assert [(turn["number"], turn["title"]) for turn in turns] == [
-        (int(n), title) for n, title in re.findall(r"^ +# (\d)\. (.*)$", STORY, re.M)
-    ]
+    titles = [(int(n), title) for n, title in re.findall(r"^ +# (\d)\. (.*)$", STORY, re.MULTILINE)]
+    assert [(turn["number"], turn["title"]) for turn in turns] == titles
     assert [turn["number"] for turn in turns] == [1, 2, 3, 4]
     own = [
         [step["line"] for step in turn["steps"] if step["function"] == "run_round"]
         for turn in turns
     ]
-    assert all(own) and sum(own, []) == sorted(sum(own, [])), (
-        "the round's own statements, from its first line to its last"
-    )
+    lines = [line for part in own for line in part]
+    assert all(own)
+    assert lines == sorted(lines), "the round's own statements, from its first line to its last"
     inside = [{step["function"] for step in turn["steps"]} for turn in turns]
-    assert (
-        "by_sample_count" in inside[0]
-        and {"train_client", "objective", "semantic_terms", "contrast"} <= inside[1]
-        and {"Aggregator.add", "Aggregator.finish"} <= inside[2]
-    )
-    assert {"make_anchors", "pca"} <= {step["function"] for step in default.document["before"]}
+    assert "by_sample_count" in inside[0]
+    assert {"train_client", "objective", "semantic_terms", "contrast"} <= inside[1]
+    assert {"Drift.add", "server_step"} <= inside[2]
+    assert "Drift.summary" in inside[3]
+    before = {step["function"] for step in default.document["before"]}
+    assert {"Backbone.features", "build_anchors", "make_anchors", "pca"} <= before
 
 
 def test_every_statement_stands_where_it_says(default):
     for step in default.document["before"] + steps_of(default.document):
-        lines = (
-            (
-                ROOT
-                / ("semanticfl_ref" if not step["file"].startswith("kernels") else ".")
-                / step["file"]
-            )
-            .read_text(encoding="utf-8")
-            .splitlines()
-        )
-        assert lines[step["line"] - 1].strip() == step["source"].splitlines()[0].strip()
+        lines = (PACKAGE / step["file"]).read_text(encoding="utf-8").splitlines()
+        source = step["source"].splitlines()
+        found = lines[step["line"] - 1 : step["line"] - 1 + len(source)]
+        assert [line.strip() for line in found] == [line.strip() for line in source]
 
 
-def test_a_loop_shows_its_first_pass_and_counts_the_rest(default):
-    loop = next(
-        step
-        for step in steps_of(default.document)
-        if step["source"].startswith("for client, weight in")
-    )
-    assert (
-        loop["iterations"] == 2
-        and [value["value"] for value in loop["values"]] == [0, 8.0]
-        and words.more(loop) == "... and 1 more in this call"
-    )
-    assert [step["source"] for step in steps_of(default.document)].count("optimizer.step()") == 1
+def test_a_loop_shows_its_first_iteration_and_counts_the_rest(default):
+    loops = {step["source"]: step for step in steps_of(default.document)}
+    loop = loops["for update in updates:"]
+    assert loop["iterations"] == 2
+    assert [value["text"] for value in loop["values"]] == ["LocalUpdate(client=0, round=1)"]
+    assert iterations(loop) == ["... and 1 more in this call"]
+    loop = loops["for epoch in range(settings.local_epochs):"]
+    assert loop["iterations"] == 1 and loop["values"][0]["value"] == 0 and iterations(loop) == []
+    loop = loops["for parameter, correction in corrections:"]
+    assert (loop["iterations"], loop["values"], iterations(loop)) == (0, [], ["not entered"])
+    sources = [step["source"] for step in steps_of(default.document)]
+    assert sources.count("optimizer.step()") == 1
 
 
 def test_equations_stand_beside_the_statements_that_call_for_them(default):
-    beside = {
-        tag: step["source"] for step in steps_of(default.document) for tag in step["equations"]
-    }
-    assert (
-        beside["local-step"] == "report = train_client(update)"
-        and "objective(" in beside["objective"]
-        and "consistency(" in beside["consistency"]
-    )
-    assert (
-        beside["info-nce"] == "return info_nce(features_BD, text_CD, labels_B, tau)"
-        and "average.finish()" in beside["average"]
-    )
-    assert set(beside) <= set(default.document["equations"])
+    steps = default.document["before"] + steps_of(default.document)
+    tags = [tag for step in steps for tag in step["equations"]]
+    assert len(set(tags)) == len(tags), "once each"
+    beside = {tag: step["source"] for step in steps for tag in step["equations"]}
+    assert beside["local-step"] == "reports.append(train_client(update))"
+    assert "objective(" in beside["objective"] and "consistency(" in beside["consistency"]
+    assert beside["info-nce"] == "return info_nce(features_BD, text_CD, labels_B, tau)"
+    assert "weighted_average(params_SP" in beside["weighted-average"]
+    assert "server_step(" in beside["server-step"]
+    assert "self.pass_once(" in beside["noised-latent"]
+    assert beside["visual-anchor"].startswith("anchors = make_anchors(")
+    assert set(beside) == set(default.document["equations"])
 
 
 @pytest.mark.parametrize(
     "method", ["semanticfl", "feddifrc", "fedprox", "moon", "fedrcl", "fedavg"]
 )
 def test_the_weighted_terms_sum_to_the_loss(method):
-    """And the weights are the settings'; in the first round MOON's contrast of equal models is log
-    2 and FedProx' distance zero.
+    """And the weights are the settings'; in the first round MOON's contrast of equal models is
+    log 2 and FedProx' distance zero.
     """
-    settled, document, _ = watched(method)
-    terms = {term["name"]: term for term in document["terms"]}
-    o = settled
+    config, seen = watched(method)
+    terms, own = {term["name"]: term for term in seen.document["terms"]}, config.method
     weights = {
-        "semanticfl": {"consistency": o.semantic.lambda_kd, "contrast": o.semantic.lambda_con},
-        "feddifrc": {
-            "noise_consistency": o.feddifrc.lambda_noise,
-            "text_contrast": o.feddifrc.lambda_text,
+        "semanticfl": lambda: {"consistency": own.lambda_kd, "contrast": own.lambda_con},
+        "feddifrc": lambda: {
+            "noise_consistency": own.lambda_noise,
+            "text_contrast": own.lambda_text,
         },
-        "fedprox": {"proximal": o.fedprox.mu},
-        "moon": {"model_contrast": o.moon.mu},
-        "fedrcl": {"supervised_contrast": o.fedrcl.contrast, "divergence_penalty": o.fedrcl.beta},
-        "fedavg": {},
-    }[method]
-    assert {name: term["weight"] for name, term in terms.items()} == {
-        "cross_entropy": 1.0,
-        **weights,
-    }
-    assert document["loss"] == pytest.approx(
-        sum(term["weight"] * term["value"] for term in terms.values()), rel=1e-6
-    )
+        "fedprox": lambda: {"proximal": own.mu},
+        "moon": lambda: {"model_contrast": own.mu},
+        "fedrcl": lambda: {
+            "supervised_contrast": own.contrast,
+            "divergence_penalty": own.beta,
+        },
+        "fedavg": lambda: {},
+    }[method]()
+    found = {name: term["weight"] for name, term in terms.items()}
+    assert found == {"cross_entropy": 1.0, **weights}
+    total = sum(term["weight"] * term["value"] for term in terms.values())
+    assert seen.document["loss"] == pytest.approx(total, rel=1e-6)
     assert terms["cross_entropy"]["gradient_norm"] > 0
+    assert sum(term.get("gradient_share", 0) for term in terms.values()) == pytest.approx(1)
+    assert ("gradient_norm" in terms.get("proximal", {})) is False, "not a function of the features"
     expected = {"moon": ("model_contrast", 0.6931472), "fedprox": ("proximal", 0.0)}.get(method)
     assert expected is None or terms[expected[0]]["value"] == pytest.approx(expected[1], abs=1e-6)
 
 
-def test_watching_changes_nothing_and_bytes_are_the_ledgers():
-    settled, document, context = watched("semanticfl", round=2)
-    dataset, partition, held = load_data(settled, True)
-    again = make_context(
-        settled,
-        dataset,
-        context.partition,
-        build_anchors(settled, dataset, partition, held, True, lambda _: None),
-    )
-    first, line = run_round(new_state(again), again)
+def test_watching_changes_nothing_and_communication_is_that_of_the_metrics():
+    config, seen = watched("semanticfl", round=2)
+    document, data = seen.document, load_data(config, offline=True)
+    anchors = build_anchors(config, data, offline=True)
+    again = make_context(config, data.dataset, seen.context.partition, anchors)
+    first, _ = run_round(initial_state(again), again)
     second, line = run_round(first, again)
     assert document["metrics"] == line and sys.gettrace() is None
-    assert (
-        document["rows"][0] == describe("before", first.row)[0]
-        and document["rows"][2] == describe("after", second.row)[0]
-    )
-    assert (document["bytes"]["down"], document["bytes"]["up"], document["bytes"]["anchors"]) == (
-        line["bytes_down"],
-        line["bytes_up"],
-        0,
-    ), "the anchors went out in round one"
+    before, average, after = document["parameters"]
+    assert [before] == describe("before", first.params)
+    assert [after] == describe("after", second.params)
+    assert average == {**after, "name": "average"}, "server_optimizer = none"
+    sent = document["communication"]
+    assert (sent["down"], sent["up"]) == (line["bytes_down"], line["bytes_up"])
+    assert sent["anchors"] == 0, "the anchors went out in round one"
     assert [client["client"] for client in document["clients"]] == line["clients"]
+    loss = sum(client["loss"] for client in document["clients"]) / len(document["clients"])
+    assert loss == pytest.approx(line["loss"], rel=1e-6)
+
+
+def test_the_average_is_what_the_server_optimizer_receives():
+    _, seen = watched("fedavg", **{"federation.server_optimizer": "fedavgm"})
+    before, average, after = seen.document["parameters"]
+    change = seen.document["metrics"]["drift"]["mean_update_norm"]
+    assert average["name"] == "average" and average["norm"] != before["norm"] and change > 0
+    _, seen = watched("fedavg", **{"federation.aggregation": "median"})
+    _, average, after = seen.document["parameters"]
+    assert average == {**after, "name": "average"}, "the median, not the mean"
 
 
 def test_anchors_cross_the_network_in_the_first_round(default):
-    sent = default.document["bytes"]
-    assert (
-        sent["anchors"] == 2 * 4 * (8 * 96 + 10 * 64)
-        and sent["down"] - sent["anchors"]
-        == sent["up"]
-        == 2 * 4 * default.document["rows"][0]["shape"][0]
-    )
+    sent = default.document["communication"]
+    assert sent["anchors"] == 2 * 4 * (8 * 96 + 10 * 64)
+    (parameters,) = default.document["parameters"][0]["shape"]
+    assert sent["down"] - sent["anchors"] == sent["up"] == 2 * 4 * parameters
 
 
-def test_what_a_method_remembers_is_seen_in_the_second_round():
+def test_the_state_of_a_method_is_seen_in_the_second_round():
     for round, still in ((1, True), (2, False)):
-        _, document, _ = watched("scaffold", round)
-        assert (made(document, "train_client", "correction_P")["norm"] == 0) is still
-    _, document, _ = watched("moon", 2)
-    assert {"received", "last"} == {
+        _, seen = watched("scaffold", round)
+        norm = made(seen.document, "train_client", "correction_P")["norm"]
+        assert (norm == 0) is still
+    _, seen = watched("moon", 2)
+    names = {
         value["name"].split("'")[1]
-        for step in steps_of(document)
-        if step["source"].startswith("frozen =")
+        for step in steps_of(seen.document)
+        if step["source"].startswith("references =")
         for value in step["values"]
     }
+    assert names == {"received", "previous"}
 
 
-def test_it_follows_the_code(default, tmp_path):
-    """A copy of the package, in which a line is put above a loss and above the first turn, and a
-    statement and a turn are reworded.
-    """
-    for folder in ("semanticfl_ref", "kernels"):
-        shutil.copytree(
-            ROOT / folder,
-            tmp_path / folder,
-            symlinks=True,
-            ignore=shutil.ignore_patterns("__pycache__"),
-        )
+def test_the_diffusion_pass_is_the_one_that_made_the_features(default):
+    """Also where the features come from the cache; the anchor is a map of what is pooled."""
+    config, seen = watched("semanticfl")
+    stages, data = seen.stages, load_data(config, offline=True)
+    timestep = config.diffusion.timestep
+    noised = f"noised latent, t = {timestep}"
+    names = ["image", "VAE latent", noised, "U-Net mid", "pooled mid", "anchor"]
+    assert list(stages) == names
+    assert [stage["name"] for stage in default.document["diffusion_pass"]] == names
+    images = data.dataset.train_images[seen.shown_B]
+    assert torch.equal(stages["image"], images) and len(images) == 4
+    features = open_cache(cache_plans(config, anchor_images(config, data))["visual"])
+    cached = torch.cat(list(features.chunks("mid")))[seen.shown_B].float()
+    torch.testing.assert_close(stages["pooled mid"], cached, rtol=2e-3, atol=2e-3)
+    pooled = stages["U-Net mid"].mean((2, 3))
+    torch.testing.assert_close(stages["pooled mid"], pooled, rtol=1e-5, atol=1e-5)
+    assert stages["VAE latent"].shape == stages[noised].shape
+    assert not torch.equal(stages["VAE latent"], stages[noised])
+    assert torch.equal(stages["anchor"], seen.context.anchors.visual[seen.shown_B])
+    inside = [step for step in seen.document["before"] if step["file"] == "diffusion/backbone.py"]
+    sources = " ".join(step["source"] for step in inside)
+    calls = ("self.vae.encode(", "self.scheduler.add_noise(", "self._hooks(", "self.unet(")
+    places = [sources.index(call) for call in (*calls, "return pooled")]
+    assert places == sorted(places)
+
+
+def test_captions_that_leak_the_label_are_those_of_the_pass():
+    config, seen = watched("semanticfl", **{"diffusion.condition": "own-class"})
+    plan = cache_plans(config, anchor_images(config, load_data(config, offline=True)))["visual"]
+    cached = torch.cat(list(open_cache(plan).chunks("mid")))[seen.shown_B].float()
+    torch.testing.assert_close(seen.stages["pooled mid"], cached, rtol=2e-3, atol=2e-3)
+    tags = [tag for step in seen.document["before"] for tag in step["equations"]]
+    assert sorted(tags) == ["noised-latent", "pca", "visual-anchor"], "also after an extraction"
+
+
+def test_a_method_without_anchors_has_no_diffusion_pass(tmp_path):
+    page = tmp_path / "round.html"
+    flags = ["--method", "fedavg", "--set", "model.width=4", "--html", str(page)]
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        assert cli.main(["trace", *flags, "--json"]) == 0
+    document = parsed(out.getvalue())
+    assert document["diffusion_pass"] == [] and "noised-latent" not in document["equations"]
+    assert document["before"] == []
+    captions = Page(page.read_text(encoding="utf-8")).images
+    assert captions and all(caption.startswith("image: ") for caption in captions)
+
+
+def test_it_follows_the_code(default, copy):
+    """A line is put above a loss and above the first turn; a statement and a turn are reworded."""
     edits = {
         "losses.py": [
             ('    if kind == "cosine":', '    # moved\n    if kind == "cosine":'),
             (", dim=1)).mean()", ", dim=1)).mean(dim=0)"),
         ],
-        "round.py": [("    # 1. Server: choose", "\n    # 1. Server: draw")],
+        "round.py": [("    # 1. Server: sample", "\n    # 1. Server: draw")],
     }
     for name, changes in edits.items():
-        path = tmp_path / "semanticfl_ref" / "federated" / name
+        path = copy / "semanticfl_ref" / "federated" / name
         text = path.read_text(encoding="utf-8")
         for old, new in changes:
             assert text.count(old) == 1
             text = text.replace(old, new)
         path.write_text(text, encoding="utf-8")
-    done = subprocess.run(
-        [sys.executable, "-m", "semanticfl_ref", "trace", "--json", "--offline"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    moved = json.loads(done.stdout)
+    moved = traced_in(copy)
     lines = [
-        {
-            (step["file"].rpartition("/")[2], step["source"]): step["line"]
-            for step in steps_of(document)
-        }
+        {(Path(step["file"]).name, step["source"]): step["line"] for step in steps_of(document)}
         for document in (default.document, moved)
     ]
-    condition, choice = (
-        ("losses.py", 'if kind == "cosine":'),
-        next(key for key in lines[0] if key[1].startswith("everyone_M =")),
-    )
-    assert (
-        lines[1][condition] == lines[0][condition] + 1 and lines[1][choice] == lines[0][choice] + 1
-    )
-    assert any("mean(dim=0)" in source for _, source in lines[1]) and moved["turns"][0][
-        "title"
-    ].startswith("Server: draw")
+    condition = ("losses.py", 'if kind == "cosine":')
+    sampling = next(key for key in lines[0] if key[1].startswith("order_M ="))
+    for statement in (condition, sampling):
+        assert lines[1][statement] == lines[0][statement] + 1
+    assert any("mean(dim=0)" in source for _, source in lines[1])
+    assert moved["turns"][0]["title"].startswith("Server: draw")
     assert moved["loss"] == pytest.approx(default.document["loss"], rel=1e-5)
 
 
+def test_it_does_not_depend_on_the_names_of_local_variables(default, copy):
+    """In a copy in which all are renamed, the document is the same but for the names shown."""
+    files = [*trace.FILES, "diffusion/backbone.py", "federated/methods/semanticfl.py"]
+    renamed = {}
+    for file in files:
+        path = copy / "semanticfl_ref" / file
+        text = path.read_text(encoding="utf-8")
+        whole = file in ("federated/client.py", "federated/round.py")
+        renamed[file] = with_renamed_locals(text, parameters=whole)
+        assert len(renamed[file].splitlines()) == len(text.splitlines())
+        path.write_text(renamed[file], encoding="utf-8")
+    for name in ("update", "loss", "terms", "model", "index_B", "params_P", "average"):
+        assert PREFIX + name in renamed["federated/client.py"] + renamed["federated/round.py"]
+    text = json.dumps(traced_in(copy))
+    assert text.count(PREFIX) > 500
+    assert json.loads(text.replace(PREFIX, "")) == default.document
+
+
 class Page(HTMLParser):
-    """Notes what a page loads, and that its tags close in order."""
+    """What a page loads, what it shows before one unfolds anything, that tags close in order."""
 
     def __init__(self, text: str):
         super().__init__()
-        self.open, self.loads, self.images, self.targets, self.ids = [], [], {}, set(), set()
+        self.open, self.images, self.targets, self.ids = [], {}, set(), set()
+        self.classes, self.folded, self.labels, self.visible, self.style = [], [], [], "", ""
         self.feed(text)
         self.close()
 
@@ -293,93 +365,142 @@ class Page(HTMLParser):
             self.targets.add(attributes["href"])
         elif tag == "img":
             self.images.setdefault(attributes["alt"], []).append(attributes["src"])
+        group = self.folded if "details" in self.open else self.classes
+        group += attributes.get("class", "").split()
         assert tag not in ("script", "link", "iframe", "object", "embed")
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" in self.open:
+            self.style += data
+            return
+        if "details" not in self.open or "summary" in self.open:
+            self.visible += data
+        if self.open[-1:] == ["th"] and data.strip():
+            self.labels.append(data.strip())
 
 
 def test_the_page_loads_nothing_and_shows_every_picture(default):
     text = default.page.read_text(encoding="utf-8")
     page = Page(text)
     assert page.open == [] and not re.search(r"https?://|url\(|@import", text)
-    assert (
-        page.targets == {f"#turn-{n}" for n in range(5)}
-        and {target[1:] for target in page.targets} <= page.ids
-    )
+    assert page.targets == {*(f"#turn-{n}" for n in range(5)), "#results"}
+    assert {target[1:] for target in page.targets} <= page.ids
     kinds = {
         "image: ": (4, 32),
-        "noised latent": (4, 32),
-        "level mid": (4, 32),
-        "Visual anchors": (1, 24),
-        "Text anchors": (1, 10),
+        "VAE latent: ": (4, 17),
+        "noised latent, t = 20: ": (4, 17),
+        "U-Net mid: ": (4, 14),
+        "pooled mid: ": (4, 1),
+        "anchor: ": (4, 1),
+        "visual anchors: ": (10, 6),
+        "text anchor: ": (10, 1),
     }
     for start, (count, height) in kinds.items():
-        shown = [
-            source
-            for caption, sources in page.images.items()
-            if caption.startswith(start)
-            for source in sources
-        ]
+        captions = [caption for caption in page.images if caption.startswith(start)]
+        shown = [source for caption in captions for source in page.images[caption]]
         assert len(shown) == count, start
         for source in shown:
-            picture = Image.open(
-                io.BytesIO(base64.b64decode(source.removeprefix("data:image/png;base64,")))
-            )
+            encoded = source.removeprefix("data:image/png;base64,")
+            picture = Image.open(io.BytesIO(base64.b64decode(encoded)))
             picture.load()
-            assert picture.height == height and len(picture.getcolors(2**16)) > 10, (
-                "there is something to see"
-            )
+            assert picture.height == height
+            assert len(picture.getcolors(2**16)) > 10, "there is something to see"
     data = re.sub(r"<[^>]+>", "", text)
     for word in (
         "consistency",
         "loss",
-        "everyone_M",
+        "order_M",
         "&lt;- w - eta v",
         *default.document["letters"].values(),
     ):
         assert word in data
 
 
+def test_images_and_anchors_are_labelled_by_class(default):
+    page = Page(default.page.read_text(encoding="utf-8"))
+    seen = trace.trace_round(resolve(SMALL), images=8, round=1, offline=True, say=lambda text: None)
+    dataset = seen.context.dataset
+    names = [dataset.class_names[int(label)] for label in dataset.train_labels[seen.shown_B]]
+    start = page.labels.index(names[0])
+    assert page.labels[start : start + len(names)] == names
+    for name in dataset.class_names:
+        assert f"visual anchors: {name}" in page.images and f"text anchor: {name}" in page.images
+        assert name in page.labels
+
+
+def test_the_page_folds_what_carries_no_equation(default):
+    page = Page(default.page.read_text(encoding="utf-8"))
+    steps = default.document["before"] + steps_of(default.document)
+    with_equation = [step for step in steps if step["equations"]]
+    assert page.classes.count("step") == len(with_equation) < 20
+    assert page.folded.count("step") == len(steps) - len(with_equation) > 100
+    for equation in default.document["equations"].values():
+        assert equation["text"].splitlines()[0] in page.visible
+    assert len(page.visible.split()) < 1500, "a few screens"
+    for kind in ("keyword", "string", "number"):
+        assert (page.classes + page.folded).count(kind) > 10
+        assert page.style.count(f"--{kind}: #") == 2, "light and dark"
+        assert f"pre .{kind} {{ color: var(--{kind}); }}" in page.style
+
+
+def test_source_is_coloured_and_stays_as_it_is(default):
+    shown = re.findall(r"<pre>(.*?)</pre>", default.page.read_text(encoding="utf-8"), re.DOTALL)
+    shown = {html.unescape(re.sub(r"<[^>]+>", "", source)) for source in shown}
+    for step in default.document["before"] + steps_of(default.document):
+        assert "".join(text for _, text in pieces(step["source"])) == step["source"]
+        assert step["source"] in shown
+    source = 'if x and f("a") == 1.5:  # why'
+    kinds = [(kind, text) for kind, text in pieces(source) if kind]
+    expected = [("keyword", "if"), ("keyword", "and"), ("string", '"a"'), ("number", "1.5")]
+    assert kinds == [*expected, ("comment", "# why")]
+    multi = 'f(\n    f"{x:.1f} of",\n    None,\n)'
+    assert "".join(text for _, text in pieces(multi)) == multi
+    assert ("keyword", "None") in list(pieces(multi))
+
+
 def test_the_page_is_never_overwritten(default, capsys):
     before = default.page.read_bytes()
-    assert (
-        cli.main(["trace", "--html", str(default.page)]) == 2
-        and "is there already" in capsys.readouterr().err
-    )
+    assert cli.main(["trace", "--html", str(default.page)]) == 2
+    assert "exists already" in capsys.readouterr().err
     assert default.page.read_bytes() == before
 
 
-def test_a_method_without_anchors_shows_images_alone(tmp_path):
-    assert (
-        cli.main(
-            [
-                "trace",
-                "--method",
-                "fedavg",
-                "--set",
-                "model.width=4",
-                "--html",
-                str(tmp_path / "round.html"),
-            ]
-        )
-        == 0
-    )
-    captions = Page((tmp_path / "round.html").read_text(encoding="utf-8")).images
-    assert captions and all(caption.startswith("image: ") for caption in captions)
-
-
-def test_the_terminal_has_a_hundred_columns_and_colours_only_where_asked(default, monkeypatch):
+@pytest.mark.parametrize("everything", [False, True])
+def test_the_terminal_has_a_hundred_columns_and_colours_only_where_asked(
+    default, monkeypatch, everything
+):
     plain, coloured = (
-        "\n".join(words.blocks(default.document, colours)) for colours in (False, True)
+        "\n".join(Terminal(everything=everything, colours=colours).blocks(default.document))
+        for colours in (False, True)
     )
     assert max(map(len, plain.splitlines())) <= 100 and "\033" not in plain
-    assert "\033[36m" in coloured and re.sub(r"\033\[[0-9;]*m", "", coloured) == plain
+    assert "\033[36m" in coloured and "\033[35m" in coloured
+    assert re.sub(r"\033\[[0-9;]*m", "", coloured) == plain
     stream = SimpleNamespace(isatty=lambda: True)
     monkeypatch.delenv("NO_COLOR", raising=False)
-    assert words.colourful(stream) and not words.colourful(io.StringIO())
+    assert has_colours(stream) and not has_colours(io.StringIO())
     monkeypatch.setenv("NO_COLOR", "1")
-    assert not words.colourful(stream)
+    assert not has_colours(stream)
+
+
+def test_the_terminal_folds_what_carries_no_equation(default):
+    document = default.document
+    short = "\n".join(Terminal().blocks(document))
+    steps = {0: document["before"]} | {turn["number"]: turn["steps"] for turn in document["turns"]}
+    hidden = [sum(not step["equations"] for step in steps[n]) for n in range(5)]
+    folded = re.findall(r"^\((\d+) more statements: --all shows them\)$", short, re.MULTILINE)
+    assert [int(n) for n in folded] == hidden
+    assert short.count("\n") < 200 and "order_M" not in short
+    long = "\n".join(Terminal(everything=True).blocks(document))
+    assert "--all" not in long and "order_M" in long
+    for step in document["before"] + steps_of(document):
+        assert step["source"].splitlines()[0] in long
+        assert (step["source"].splitlines()[0] in short) or not step["equations"]
+    for equation in document["equations"].values():
+        assert f"({equation['tag']}) [{equation['source']}]" in short
 
 
 @pytest.mark.parametrize(
@@ -400,35 +521,50 @@ def test_a_mistake_is_one_line(capsys, flags):
     assert out == "" and err.count("\n") == 1 and err.startswith("semanticfl_ref: error: ")
 
 
-@pytest.mark.parametrize("until", [3, None])
-def test_each_step_waits_for_enter(default, monkeypatch, capsys, until):
-    """Until the input ends, or all is shown."""
+@pytest.mark.parametrize(("until", "answer"), [(3, None), (3, "q"), (None, "")])
+def test_each_step_waits_for_enter(default, monkeypatch, capsys, until, answer):
+    """Until the input ends, q is entered, or all is shown."""
     waits = []
 
     def enter():
         waits.append(1)
-        if len(waits) == until:
+        if len(waits) == until and answer is None:
             raise EOFError
+        return answer if len(waits) == until else ""
 
+    seen = SimpleNamespace(document=default.document)
     monkeypatch.setattr("builtins.input", enter)
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
-    monkeypatch.setattr(trace, "observe", lambda *_, **__: (default.document, None))
+    monkeypatch.setattr(trace, "trace_round", lambda *_, **__: seen)
     assert cli.main(["trace", "--step"]) == 0
-    blocks = list(words.blocks(default.document, False))
-    assert len(waits) == (until or len(blocks)) and capsys.readouterr().out == "".join(
-        f"{block}\n" for block in blocks[:until]
-    )
+    blocks = list(Terminal().blocks(default.document))
+    assert len(waits) == (until or len(blocks))
+    out, err = capsys.readouterr()
+    assert out == "".join(f"{block}\n" for block in blocks[:until])
+    assert err.count(PROMPT) == len(waits) and PROMPT.strip() == "Enter: next step, q: quit"
+
+
+def test_help_shows_the_values_that_will_be_used(capsys):
+    def shown(*flags: str) -> str:
+        with pytest.raises(SystemExit):
+            cli.main(["trace", *flags, "--help"])
+        return " ".join(capsys.readouterr().out.split())
+
+    for name, value in SMALL.items():
+        if name != "federation.local_epochs":
+            assert f"({name}; default: {value})" in shown()
+    assert "(federation.batch_size; default: 64)" in shown("--set", "federation.batch_size=64")
 
 
 def test_values_that_are_no_numbers_are_words_in_json():
-    (nan,), (empty,) = (
-        describe("x", torch.tensor([1.0, float("nan")])),
-        describe("y", torch.empty(0, 3)),
-    )
-    assert (nan["mean"], nan["first"]) == ("nan", [1.0, "nan"]) and empty == {
+    (nan,) = describe("x", torch.tensor([1.0, float("nan")]))
+    (empty,) = describe("y", torch.empty(0, 3))
+    assert (nan["mean"], nan["first"]) == ("nan", [1.0, "nan"])
+    assert empty == {
         "name": "y",
         "shape": [0, 3],
         "dtype": "float32",
         "first": [],
+        "text": "float32 [0, 3]  ",
     }
     json.dumps([nan, empty], allow_nan=False)

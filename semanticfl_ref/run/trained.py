@@ -1,0 +1,118 @@
+"""The trained model of a run, with its preprocessing: rebuilt, or exported to a file."""
+
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from semanticfl_ref.config.registry import MODELS
+from semanticfl_ref.data.batches import network_input
+from semanticfl_ref.errors import DataError, MismatchError, UserError
+from semanticfl_ref.federated.flat import flat_layout, load_params
+from semanticfl_ref.run.folder import RunFolder
+from semanticfl_ref.storage import REMEDY, Damaged, load_tensors, write_atomic, write_errors
+
+SUFFIXES = (".safetensors", ".pt2")
+
+
+class TrainedModel(nn.Module):
+    """A run's global model: images in, logits out.
+
+    Attributes:
+        network: the client model, without the heads that only training needs.
+        class_names: C names, in the order of the logits.
+        image_size: pixels per side that it was trained with.
+    """
+
+    def __init__(self, network: nn.Module, class_names: list[str], image_size: int):
+        super().__init__()
+        self.network = network
+        self.class_names = tuple(class_names)
+        self.image_size = image_size
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Images uint8 [N, H, W, 3] -> logits float32 [N, C]."""
+        logits_NC, _ = self.network(network_input(images, augment=False, generator=None))
+        return logits_NC
+
+
+def load_model(path: Path | str) -> TrainedModel:
+    """Rebuild the global model of a run folder, in evaluation mode on the CPU.
+
+    Of an unfinished run, it is the model of the last checkpoint.
+
+    Raises:
+        DataError: not a run folder, or there is no checkpoint yet.
+        MismatchError: the checkpoint is damaged, or the model is another one.
+    """
+    folder = RunFolder(path)
+    config, partition = folder.config("load_model"), folder.read("partition.json")
+    if not folder.checkpoint.is_file():
+        raise DataError(f"{folder.path} has no checkpoint yet: wait for its first round")
+    try:
+        params_P = load_tensors(folder.checkpoint)[0]["params"]
+    except (Damaged, KeyError):
+        raise MismatchError(f"the checkpoint {folder.checkpoint} is damaged") from None
+    names = partition["class_names"]
+    network = MODELS[config.model.name](config.model.width, len(names))
+    size = flat_layout(network).size
+    if len(params_P) < size:
+        raise MismatchError(
+            f"{folder.checkpoint} holds {len(params_P)} parameters, model.name = "
+            f"{config.model.name} has {size}: it was trained with another model"
+        )
+    load_params(network, params_P[:size])  # heads come last
+    return TrainedModel(network, names, partition["image_size"]).eval()
+
+
+def export_model(path: Path | str, out: Path | str) -> Path:
+    """Write the trained model of a run to a file.
+
+    Args:
+        path: the run folder.
+        out: `.safetensors`: named tensors, with class names and preprocessing as metadata; `.pt2`:
+            a program of torch.export, uint8 [N, H, W, 3] -> logits [N, C] for any N >= 1, which
+            needs torch alone to run.
+
+    Returns:
+        The file.
+
+    Raises:
+        UserError: another suffix.
+        DataError, MismatchError: as `load_model`; or the file cannot be written.
+    """
+    model, out = load_model(path), Path(out)
+    if out.suffix not in SUFFIXES:
+        raise UserError(f"--out {out}: expected a name that ends in {' or '.join(SUFFIXES)}")
+    about = {
+        "class_names": list(model.class_names),
+        "image_size": model.image_size,
+        "preprocessing": "uint8 RGB [N, H, W, 3] -> (x / 127.5 - 1) as float32 [N, 3, H, W]",
+        "run": str(path),
+    }
+    if out.suffix == ".pt2":
+        _save_program(model, out, about)
+    else:
+        from safetensors.torch import save
+
+        tensors = {name: t.contiguous() for name, t in model.network.state_dict().items()}
+        metadata = {"format": "pt", "semanticfl_ref": json.dumps(about)}
+        write_atomic(out, save(tensors, metadata))
+    return out
+
+
+def _save_program(model: TrainedModel, out: Path, about: dict) -> None:
+    side = model.image_size
+    example = torch.zeros(2, side, side, 3, dtype=torch.uint8)
+    batch = torch.export.Dim("N", min=1)
+    program = torch.export.export(model, (example,), dynamic_shapes=({0: batch},))
+    staging = out.with_name(f".{out.stem}.part.pt2")
+    with write_errors(out, REMEDY):
+        try:
+            torch.export.save(
+                program, staging, extra_files={"semanticfl_ref.json": json.dumps(about)}
+            )
+            staging.replace(out)
+        finally:
+            staging.unlink(missing_ok=True)

@@ -1,0 +1,160 @@
+"""Robust rules on numbers that can be redone on paper, and hostile clients in a round."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from quadratic import assert_near, run_rounds
+
+from semanticfl_ref.config.registry import METHODS, Entry
+from semanticfl_ref.config.resolve import resolve
+from semanticfl_ref.config.settings import ServerSettings, trimmed_clients
+from semanticfl_ref.errors import NonFiniteError, UserError
+from semanticfl_ref.federated.aggregate import robust_aggregate, trimmed_mean
+from semanticfl_ref.federated.flat import flatten_params, load_params
+from semanticfl_ref.federated.metrics import Drift
+from semanticfl_ref.federated.round import run_round
+from semanticfl_ref.federated.state import initial_state
+
+PARAMS = torch.tensor([[1.0, -8.0], [2.0, 0.0], [4.0, 1.0], [7.0, 2.0], [1e9, 3.0]])
+
+
+def aggregate(params_KP, rule, trim=0.2):
+    return robust_aggregate(params_KP, rule, ServerSettings(trim=trim)).tolist()
+
+
+def test_median_and_trimmed_mean_on_numbers():
+    assert aggregate(PARAMS, "median") == [4.0, 1.0]
+    assert aggregate(PARAMS[:4], "median") == [3.0, 0.5], "of an even number: the middle two's mean"
+    assert aggregate(PARAMS, "trimmed-mean") == pytest.approx([(2 + 4 + 7) / 3, 1.0])
+    assert aggregate(PARAMS, "trimmed-mean", 0.4) == aggregate(PARAMS, "median")
+
+
+def test_an_unknown_rule_is_refused():
+    with pytest.raises(UserError, match=r"federation\.aggregation 'krum'"):
+        aggregate(PARAMS, "krum")
+
+
+def test_each_client_counts_once(quadratic_context):
+    """Robust rules ignore image counts; the mean does not."""
+    models = {}
+    for images in ((4, 4, 4), (30, 4, 4)):
+        for rule in ("median", "mean"):
+            settings = {"federation__method": "fedavg", "federation__aggregation": rule}
+            state, _ = run_rounds(quadratic_context(images, **settings), 1)
+            models[images, rule] = state.params
+    equal, skewed = (4, 4, 4), (30, 4, 4)
+    assert_near(models[equal, "median"], models[skewed, "median"])
+    assert (models[equal, "mean"] - models[skewed, "mean"]).abs().max() > 0.1
+
+
+def test_trimmed_mean_in_chunks(monkeypatch):
+    params_KP = torch.randn(7, 1000, generator=torch.Generator().manual_seed(0))
+    whole = trimmed_mean(params_KP, 2)
+    monkeypatch.setattr("semanticfl_ref.federated.aggregate.CHUNK", 64)
+    assert torch.equal(trimmed_mean(params_KP, 2), whole)
+    assert_near(trimmed_mean(params_KP, 3), params_KP.median(0).values)
+
+
+def test_a_share_of_clients_is_counted_exactly():
+    assert trimmed_clients(0.29, 100) == 29
+    assert trimmed_clients(0.1, 30) == 3
+    assert trimmed_clients(0.2, 4) == 0
+
+
+def test_a_trim_that_removes_no_client_is_refused():
+    with pytest.raises(
+        UserError,
+        match=r"server.trim = 0.1 of federation.clients_per_round = 5 removes no client.*0.2",
+    ):
+        resolve({"federation.aggregation": "trimmed-mean", "server.trim": 0.1})
+
+
+def test_drift_on_numbers():
+    """Entry 1 does not descend from the global model."""
+    drift = Drift(torch.zeros(2), excluded=torch.tensor([1]))
+    for client, params_P in enumerate(PARAMS[:3]):
+        drift.add(client, params_P, params_P.double().square().sum(), weight=1.0)
+    assert drift.norms == pytest.approx({0: 1.0, 1: 2.0, 2: 4.0})
+    assert drift.weight == 3
+    summary = drift.summary(torch.tensor([-2.0, 5.0]))
+    assert summary["mean_update_norm"] == pytest.approx(2.0)
+    assert summary["update_alignment"] == pytest.approx(2 * 3 / 7)
+
+
+@pytest.mark.parametrize("rule", ["mean", "median", "trimmed-mean"])
+def test_a_client_that_is_not_finite_is_left_out(small_context, tamper, rule):
+    """The aggregate is that of the other clients, as if it had not been sampled."""
+
+    def overflow(update, report):
+        if update.client == 0:
+            next(update.model.parameters())[0] = float("inf")
+
+    tamper(overflow)
+    context = small_context(
+        federation__method="fedavg",
+        partition__clients=5,
+        federation__clients_per_round=5,
+        federation__aggregation=rule,
+        federation__non_finite="drop",
+        server__trim=0.25,
+    )
+    trained = []
+    state, line = observed_round(context, trained)
+    assert line["dropped"] == [0]
+    assert line["drift"]["update_norm"][0] is None
+    others = torch.stack(trained[1:])
+    if rule == "mean":
+        counts = torch.tensor(context.partition.sizes[1:], dtype=torch.float64)
+        expected = (counts @ others.double() / counts.sum()).float()
+    else:
+        expected = trimmed_mean(others, 1)
+    assert_near(state.params, expected)
+
+
+def observed_round(context, trained):
+    """One round, and in `trained` every client's parameters."""
+
+    def observe(update, params_P, report):
+        trained.append(params_P.clone())
+
+    return run_round(initial_state(context), context, observe)
+
+
+@pytest.mark.parametrize("rule", ["median", "trimmed-mean"])
+def test_a_hostile_client_does_not_carry_the_round(small_context, tamper, rule):
+    """One of three returns its model times a million: the mean follows it, robust rules do not."""
+    returned = []
+
+    def attack(update, report):
+        factor = 1e6 if update.client == 1 else 1
+        load_params(update.model, flatten_params(update.model) * factor)
+        returned.append(flatten_params(update.model))
+
+    tamper(attack)
+    settings = {"federation__clients_per_round": 3, "federation__method": "fedavg"}
+    robust = small_context(**settings, federation__aggregation=rule, server__trim=0.34)
+    state, _ = run_rounds(robust, 1)
+    honest = torch.stack([returned[0], returned[2]])
+    assert (state.params.abs() <= honest.abs().amax(0) * (1 + 1e-6)).all()
+    hijacked, _ = run_rounds(small_context(**settings), 1)
+    assert hijacked.params.abs().max() > 1e4
+
+
+def test_a_round_whose_survivors_have_no_weight(small_context, tamper, monkeypatch):
+    """FedDisco gave the only surviving client no weight: an error instead of a division by zero."""
+
+    def diverge(update, report):
+        report.loss = report.loss * (1 if update.client == 0 else float("nan"))
+
+    tamper(diverge)
+    method = replace(METHODS["feddisco"], weights=lambda _: torch.tensor([0.0, 1.0, 1.0]))
+    settings = METHODS.entries["feddisco"].settings
+    monkeypatch.setitem(METHODS.entries, "feddisco", Entry(method, settings))
+    context = small_context(
+        federation__method="feddisco",
+        federation__clients_per_round=3,
+        federation__non_finite="drop",
+    )
+    with pytest.raises(NonFiniteError, match="every client with a weight"):
+        run_rounds(context, 1)

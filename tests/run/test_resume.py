@@ -1,0 +1,315 @@
+"""A run that is killed, interrupted or out of disk space continues bitwise."""
+
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from processes import start_cli
+
+from semanticfl_ref import cli
+from semanticfl_ref.run import train as train_module
+
+RESULTS = ("checkpoint.safetensors", "metrics.jsonl")
+
+
+def assert_same_results(one: Path, other: Path) -> None:
+    for name in RESULTS:
+        assert (one / name).read_bytes() == (other / name).read_bytes(), f"{name} differs"
+    parts = [p.name for p in other.iterdir() if p.suffix in (".tmp", ".part")]
+    assert not parts, f"half-written files are left: {parts}"
+
+
+def start_or_resume(run: Path, job: list[str]) -> list[str]:
+    """Arguments that start the run, or resume it once its folder is there."""
+    return ["train", "--resume", str(run)] if run.exists() else ["train", *job, "--out", str(run)]
+
+
+def lines_in(run: Path) -> int:
+    metrics = run / "metrics.jsonl"
+    return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+
+
+def read_json(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
+def test_the_run_folder(unbroken_run):
+    expected = {
+        *("config.toml", "environment.json", "partition.json", "anchors.json"),
+        *("metrics.jsonl", "timings.jsonl", "checkpoint.safetensors", "summary.json"),
+    }
+    assert {p.name for p in unbroken_run.iterdir()} == expected
+    rounds = [
+        json.loads(line) for line in (unbroken_run / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert [line["round"] for line in rounds] == [1, 2, 3, 4]
+    for line in rounds:
+        assert 0 <= line["test_accuracy"] <= 1
+        assert not {"seconds", "time"} & set(line)
+    assert read_json(unbroken_run / "summary.json")["rounds"] == 4
+
+
+def test_the_environment_says_where_when_and_of_what_commit(unbroken_run):
+    environment = read_json(unbroken_run / "environment.json")
+    assert environment["threads"] >= 1
+    assert environment["command"].startswith("python -m semanticfl_ref train --dataset digits")
+    assert environment["date"].startswith("20")
+    assert environment["processor"]
+    assert set(environment["versions"]) >= {"torch", "diffusers", "triton"}
+    assert environment["commit"] is None or len(environment["commit"].split("+")[0]) == 40
+
+
+def test_killed_at_several_moments(tmp_path, job, unbroken_run):
+    """SIGKILL, six times in one run: while it loads, as its folder appears, and in each round."""
+    run, moments, kills = tmp_path / "run", random.Random(0), 0
+    for wanted in (-1, 0, 1, 2, 3, 4):
+        process = start_cli(*start_or_resume(run, job))
+        if wanted < 0:
+            time.sleep(1.0)
+        else:
+            while process.poll() is None and (not run.exists() or lines_in(run) < wanted):
+                time.sleep(0.001)
+        time.sleep(moments.random() * 0.03)
+        process.kill()
+        process.communicate()
+        kills += process.returncode == -signal.SIGKILL
+    assert kills >= 5
+    assert cli.main(start_or_resume(run, job)) == 0
+    assert_same_results(unbroken_run, run)
+
+
+@pytest.mark.heavy
+def test_killed_at_random_moments(tmp_path, job, unbroken_run):
+    """Twenty-five runs, each killed at a random moment after loading, then resumed to its end."""
+    moments = random.Random(1)
+    for trial in range(25):
+        (tmp_path / str(trial)).mkdir()
+        run = tmp_path / str(trial) / "run"
+        process = start_cli(*start_or_resume(run, job))
+        while process.poll() is None and not run.exists():
+            time.sleep(0.001)
+        time.sleep(moments.random() * 1.5)
+        process.kill()
+        process.communicate()
+        assert cli.main(start_or_resume(run, job)) == 0
+        assert_same_results(unbroken_run, run)
+
+
+class Killed(BaseException):
+    """Stands for the end of the machine: no code catches it."""
+
+
+def test_killed_at_every_write(tmp_path, job, unbroken_run, monkeypatch):
+    """In this process, at each flush and each rename of the run in turn: the write before it is on
+    disk, those after it are not."""
+    run = tmp_path / "run"
+    real = {name: getattr(os, name) for name in ("fsync", "replace", "rename")}
+    calls = {"left": 0}
+
+    def dying(name):
+        def call(*arguments):
+            calls["left"] -= 1
+            if calls["left"] < 0:
+                raise Killed
+            return real[name](*arguments)
+
+        return call
+
+    for name in real:
+        monkeypatch.setattr(os, name, dying(name))
+    deaths = 0
+    for step in range(1, 200):
+        calls["left"] = 9 if not run.exists() else 1 + step % 11
+        try:
+            assert cli.main(start_or_resume(run, job)) == 0
+            break
+        except Killed:
+            deaths += 1
+    assert deaths >= 4
+    for name in real:
+        monkeypatch.setattr(os, name, real[name])
+    assert_same_results(unbroken_run, run)
+
+
+def interrupt_before_round(monkeypatch, number):
+    """Ctrl-C as round `number` starts."""
+    real = train_module.run_round
+
+    def interrupting(state, context):
+        if state.round == number - 1:
+            raise KeyboardInterrupt
+        return real(state, context)
+
+    monkeypatch.setattr(train_module, "run_round", interrupting)
+
+
+def test_an_interrupted_run_continues(tmp_path, job, unbroken_run, monkeypatch, capsys):
+    """Ctrl-C in the third round, with no checkpoint due before the last: two rounds are saved."""
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        interrupt_before_round(patch, 3)
+        rare = ["--set", "run.checkpoint_every=4"]
+        assert cli.main([*start_or_resume(run, job), *rare]) == 130
+    assert "saved after round 2 of 4" in capsys.readouterr().err
+    assert cli.main(start_or_resume(run, job)) == 0
+    assert_same_results(unbroken_run, run)
+
+
+def test_a_resumed_run_records_both_environments(tmp_path, job, monkeypatch, capsys):
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        interrupt_before_round(patch, 3)
+        assert cli.main(start_or_resume(run, job)) == 130
+    first = read_json(run / "environment.json")
+    changed = {**first, "device": "another"}
+    (run / "environment.json").write_text(json.dumps(changed))
+    assert cli.main(start_or_resume(run, job)) == 0
+    assert "device changed; resumed results may differ" in capsys.readouterr().err
+    now = read_json(run / "environment.json")
+    assert now["earlier"] == [{**changed, "last_round": 2}]
+    assert now["device"] == first["device"]
+    assert now["date"] >= first["date"]
+
+
+def test_interrupted(tmp_path, job):
+    """Ctrl-C in a process of its own: a checkpoint, one line on how to continue, exit 130."""
+    run = tmp_path / "run"
+    many = [*job, "--set", "run.checkpoint_every=1000", "--rounds", "400"]
+    process = start_cli("train", *many, "--out", str(run))
+    while process.poll() is None and lines_in(run) < 2:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    text = process.communicate()[1]
+    assert process.returncode == 130, text
+    assert "Traceback" not in text
+    assert f"--resume {run}" in text.splitlines()[-1]
+    assert (run / "checkpoint.safetensors").exists()
+
+
+def test_disk_full_while_saving(tmp_path, job, unbroken_run, monkeypatch, capsys):
+    """The second checkpoint does not fit: exit 3 names the file, the first survives, and a resume
+    reaches the same end."""
+    run, real, saves = tmp_path / "run", os.fsync, []
+
+    def full(handle):
+        if os.readlink(f"/proc/self/fd/{handle}").endswith("checkpoint.safetensors.part"):
+            saves.append(handle)
+            if len(saves) == 2:
+                raise OSError(errno.ENOSPC, "No space left on device")
+        return real(handle)
+
+    if not Path("/proc/self/fd").exists():
+        pytest.skip("needs /proc")
+    monkeypatch.setattr(os, "fsync", full)
+    assert cli.main(start_or_resume(run, job)) == 3
+    err = capsys.readouterr().err
+    assert "checkpoint.safetensors: No space left on device" in err
+    assert "Traceback" not in err
+    assert cli.main(start_or_resume(run, job)) == 0
+    assert_same_results(unbroken_run, run)
+
+
+def test_disk_full_while_the_folder_is_made(tmp_path, job, monkeypatch, capsys):
+    def full(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert cli.main(start_or_resume(tmp_path / "run", job)) == 3
+    assert "No space left" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_finished_run_is_left_alone(unbroken_run, capsys):
+    before = {p.name: p.read_bytes() for p in unbroken_run.iterdir()}
+    assert cli.main(["train", "--resume", str(unbroken_run), "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert "finished" in err
+    assert json.loads(out)["rounds"] == 4
+    assert before == {p.name: p.read_bytes() for p in unbroken_run.iterdir()}
+
+
+def test_the_mean_of_the_last_rounds_says_how_many(unbroken_run, capsys):
+    """Four rounds have no last five."""
+    assert cli.main(["train", "--resume", str(unbroken_run)]) == 0
+    out = capsys.readouterr().out
+    assert "mean of the last 4 " in out
+    assert "last 5" not in out
+
+
+@pytest.fixture
+def unfinished(tmp_path, unbroken_run):
+    """A copy of the unbroken run without its summary: as if killed just before its end."""
+    run = tmp_path / "run"
+    shutil.copytree(unbroken_run, run)
+    (run / "summary.json").unlink()
+    return run
+
+
+def test_the_summary_of_a_run_that_was_killed_just_before_it(unfinished, unbroken_run):
+    """The confusion matrix is the final model's, whether or not a round ran in this process."""
+    assert cli.main(["train", "--resume", str(unfinished)]) == 0
+    here, there = (read_json(run / "summary.json") for run in (unfinished, unbroken_run))
+    assert {**here, "folder": there["folder"]} == there
+    assert here["rounds"] == 4
+    last = json.loads((unfinished / "metrics.jsonl").read_text().splitlines()[-1])
+    diagonal = [row[c] / sum(row) for c, row in enumerate(there["confusion"])]
+    assert diagonal == last["class_accuracy"] == there["class_accuracy"]
+
+
+def test_flags_that_contradict_the_run(unfinished, capsys):
+    changed = ["--seed", "0", "--width", "3"]
+    assert cli.main(["train", "--resume", str(unfinished), *changed]) == 4
+    assert "model.width = 2 there, 3 here" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_another_configuration(unfinished, capsys):
+    text = (unfinished / "config.toml").read_text()
+    text = text.replace("width = 2", "width = 3").replace("tau = 0.05", "tau = 0.06")
+    (unfinished / "config.toml").write_text(text)
+    assert cli.main(["train", "--resume", str(unfinished)]) == 4
+    err = capsys.readouterr().err
+    assert "model.width" in err
+    assert "semanticfl.tau" in err
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate"])
+def test_a_damaged_checkpoint(unfinished, capsys, damage):
+    path = unfinished / "checkpoint.safetensors"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content if damage == "flip" else content[:-7])
+    assert cli.main(["train", "--resume", str(unfinished)]) == 4
+    assert "damaged" in capsys.readouterr().err
+
+
+def test_metrics_that_lost_a_line(unfinished, capsys):
+    path = unfinished / "metrics.jsonl"
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-1]))
+    assert cli.main(["train", "--resume", str(unfinished)]) == 4
+    assert "metrics.jsonl" in capsys.readouterr().err
+
+
+def test_a_run_continues_when_its_images_have_moved(tmp_path, job, monkeypatch, capsys):
+    """Flags beside --resume may say where things are now; the content must agree."""
+    monkeypatch.setenv("SEMANTICFL_CACHE", str(tmp_path / "cache"))
+    images, run = tmp_path / "images", str(tmp_path / "run")
+    for c, name in enumerate(("cat", "dog", "eel")):
+        (images / name).mkdir(parents=True)
+        for i in range(12):
+            Image.new("RGB", (32, 32), (40 * c + i, 60, 90)).save(images / name / f"{i}.png")
+    given = [*job, "--dataset", "image_folder", "--alpha", "5"]
+    with monkeypatch.context() as patch:
+        interrupt_before_round(patch, 1)
+        assert cli.main(["train", *given, "--data-dir", str(images), "--out", run]) == 130
+    images.rename(tmp_path / "elsewhere")
+    assert cli.main(["train", "--resume", run]) == 3, "they are no longer where the run found them"
+    assert cli.main(["train", "--resume", run, "--alpha", "6"]) == 4
+    assert cli.main(["train", "--resume", run, "--data-dir", str(tmp_path / "elsewhere")]) == 0
+    capsys.readouterr()

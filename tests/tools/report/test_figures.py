@@ -1,0 +1,81 @@
+"""The figures of a report, to scale and in the colours of their methods."""
+
+from dataclasses import replace
+
+import pytest
+
+pytest.importorskip("matplotlib")
+
+from semanticfl_ref.config.registry import METHODS
+from semanticfl_ref.config.resolve import resolve
+from semanticfl_ref.tools.colours import method_colour
+from semanticfl_ref.tools.report.drawing import inline_svg
+from semanticfl_ref.tools.report.figures import comparison_figures, partition_figure, plain
+from semanticfl_ref.tools.report.runs import read_run
+
+
+@pytest.fixture(scope="module")
+def run(unbroken_run):
+    return read_run(unbroken_run)
+
+
+def lines_of(figure) -> dict[str, tuple]:
+    """Label -> colour and style of every line."""
+    lines = figure.axes[0].lines
+    return {line.get_label(): (line.get_color(), line.get_linestyle()) for line in lines}
+
+
+def test_a_partition_is_drawn_to_scale():
+    manifest = {"histograms": [[3, 0, 2], [0, 4, 0]]}
+    axes = partition_figure(manifest, ["a", "b", "c"]).axes[0]
+    # Between the two clients there is a gap.
+    heights = [
+        [patch.get_data().values[place] - patch.get_data().baseline[place] for place in (0, 2)]
+        for patch in axes.patches
+    ]
+    assert heights == [[3, 0], [0, 4], [2, 0]]
+    crowd = partition_figure({"histograms": [[3, 0, 2]] * 101}, ["a", "b", "c"]).axes[0]
+    assert not crowd.patches and crowd.images[0].get_array().shape == (3, 101)
+
+
+def test_a_method_has_one_colour_and_its_runs_differ_in_style(run):
+    other = replace(run, config=resolve({"federation.method": "semanticfl"}))
+    figures = comparison_figures({"a": run, "b": other, "c": run})
+    fedavg, semanticfl = method_colour("fedavg"), method_colour("semanticfl")
+    for figure in figures.values():
+        lines = lines_of(figure)
+        assert (lines["a"], lines["b"]) == ((fedavg, "-"), (semanticfl, "-"))
+        assert lines["c"] == (fedavg, "--") and "chance level, 1/10" in lines
+        assert figure.axes[0].get_ylim() == (0, 1)
+
+
+def test_runs_without_validation_images_have_no_such_figure(run):
+    rows = [{**row, "validation_accuracy": None} for row in run.rows]
+    without = replace(run, rows=rows)
+    assert comparison_figures({"a": without})["validation"] is None
+    assert "a" not in lines_of(comparison_figures({"a": without, "b": run})["validation"])
+
+
+def test_every_built_in_method_has_a_colour_of_its_own():
+    own = [name for name, entry in METHODS.entries.items() if isinstance(entry.target, str)]
+    assert len({method_colour(name) for name in own}) == len(own) == 9
+
+
+def test_the_number_of_classes_sets_the_chance_level(run):
+    figure = comparison_figures({"a": run, "b": replace(run, class_names=["x"] * 4)})["test"]
+    levels = {line.get_label(): line.get_ydata()[0] for line in figure.axes[0].lines}
+    assert levels["chance level, 1/10"] == 0.1 and levels["chance level, 1/4"] == 0.25
+
+
+def test_an_svg_takes_the_colours_of_its_page():
+    svg = b'<?xml?><svg xmlns="http://a"><metadata>x</metadata><g id="a" style="stroke: #0072b2">'
+    svg += b'<path fill="#ffffff" style="stroke: #123456"/></g></svg>'
+    assert inline_svg(svg) == (
+        '<svg><g style="stroke: var(--line-0)"><path style="fill: var(--ground)" '
+        'style="stroke: #123456"/></g></svg>'
+    )
+
+
+def test_a_name_is_short_and_no_formula():
+    assert plain("$x$") == r"\$x\$"
+    assert plain("x" * 40) == "x" * 27 + "…"
