@@ -6,7 +6,6 @@ No torch in here: the command line looks into run folders before it loads torch.
 import json
 import os
 import re
-import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -39,9 +38,7 @@ def refuse_existing(folder: Path) -> None:
             f"{folder} exists and is never overwritten: continue it with --resume {folder}, or "
             f"choose another --out"
         )
-    parent = folder.absolute().parent
-    while not os.path.lexists(parent):
-        parent = parent.parent
+    parent = next(above for above in folder.absolute().parents if os.path.lexists(above))
     problem = None
     if not parent.is_dir():
         problem = f"{parent} is not a folder"
@@ -73,23 +70,17 @@ class RunFolder:
             UserError: the folder exists, or cannot be written.
         """
         path = Path(path)
+        texts = {name: _json(document) for name, document in documents.items()}
+        texts |= {"config.toml": to_toml(config), METRICS: "", TIMINGS: ""}
         with write_errors(path, REMEDY):
             path.parent.mkdir(parents=True, exist_ok=True)
-            staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-        try:
-            with write_errors(path, REMEDY):
-                write_flushed(staging / "config.toml", to_toml(config))
-                for name, document in documents.items():
-                    write_flushed(staging / name, _json(document))
-                for name in (METRICS, TIMINGS):
-                    write_flushed(staging / name, "")
-                staging.chmod(0o755)
-            refuse_existing(path)
-            with write_errors(path, REMEDY):
-                os.rename(staging, path)
-        except BaseException:
-            shutil.rmtree(staging, ignore_errors=True)
-            raise
+            with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as staging:
+                made = Path(staging, "run")
+                made.mkdir()
+                for name, text in texts.items():
+                    write_flushed(made / name, text)
+                refuse_existing(path)
+                os.rename(made, path)
         return cls(path)
 
     @property
@@ -165,13 +156,11 @@ class RunFolder:
 
     def rounds(self) -> list[dict]:
         """The lines of metrics.jsonl."""
-        text = (self.path / METRICS).read_text(encoding="utf-8")
-        return [json.loads(line) for line in text.splitlines()]
+        return self._lines(METRICS)
 
     def seconds(self) -> float:
         """Total wall time of the rounds."""
-        text = (self.path / TIMINGS).read_text(encoding="utf-8")
-        return sum(json.loads(line)["seconds"] for line in text.splitlines())
+        return sum(line["seconds"] for line in self._lines(TIMINGS))
 
     def summary(self) -> dict:
         """The summary of a finished run."""
@@ -192,6 +181,10 @@ class RunFolder:
     def finish(self, summary: dict) -> None:
         """Write summary.json: its presence means that the run is finished."""
         write_atomic(self.path / "summary.json", _json(summary), REMEDY)
+
+    def _lines(self, name: str) -> list[dict]:
+        text = (self.path / name).read_text(encoding="utf-8")
+        return [json.loads(line) for line in text.splitlines()]
 
 
 def _json(document: dict) -> str:
