@@ -54,7 +54,7 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
         name: what the user wrote.
         known: every admissible name, in the order in which to list them.
     """
-    known = [str(k) for k in known]
+    known = list(known)
     near = difflib.get_close_matches(str(name).lower(), known, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else "."
     return UserError(f"unknown {kind} {name!r}{hint} Known: {', '.join(known)}.")
