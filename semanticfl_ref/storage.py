@@ -78,11 +78,11 @@ def canonical_json(document) -> str:
 
 def sha256_of(document, tensors: "dict[str, torch.Tensor] | None" = None) -> str:
     """SHA-256 of a JSON document and of every tensor's name, dtype, shape and bytes."""
+    import torch
+
     total = hashlib.sha256(canonical_json(document).encode())
     for name, tensor in sorted((tensors or {}).items()):
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        import torch
-
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         total.update(flat.view(torch.uint8).numpy())  # NumPy has no bfloat16
     return total.hexdigest()

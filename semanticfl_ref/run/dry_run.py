@@ -12,7 +12,6 @@ from semanticfl_ref.diffusion.model_files import TINY
 from semanticfl_ref.federated.context import make_context
 from semanticfl_ref.federated.metrics import communication_cost
 from semanticfl_ref.federated.state import initial_state
-from semanticfl_ref.randomness import generator
 from semanticfl_ref.run.setup import load_data
 
 SD15_TEXT_WIDTH = 768
@@ -29,7 +28,7 @@ def dry_run(config: Config) -> dict:
     anchors = placeholder_anchors(config, dataset.classes)
     context = make_context(config, dataset, partition, anchors)
     state, cost = initial_state(context), communication_cost(context)
-    batch_size, source = federation.batch_size, generator(config.run.seed, "dry run")
+    batch_size, source = federation.batch_size, torch.Generator()
     batches = [
         len(epoch_batches(own, batch_size=batch_size, generator=source))
         for own in partition.indices
@@ -65,7 +64,7 @@ def placeholder_anchors(config: Config, classes: int) -> Anchors:
     if config.anchors.text == "clip":
         source = config.diffusion.source
         folder = TINY if source == "tiny" else Path(source)
-        description, text_width = folder / "text_encoder" / "config.json", SD15_TEXT_WIDTH
+        description, text_width = folder / "text_encoder/config.json", SD15_TEXT_WIDTH
         if description.is_file():
             text_width = json.loads(description.read_text(encoding="utf-8"))["hidden_size"]
     return Anchors(

@@ -16,15 +16,14 @@ from semanticfl_ref.config.settings import Config, to_toml
 from semanticfl_ref.errors import DataError, MismatchError, UserError
 from semanticfl_ref.storage import write_atomic, write_errors, write_flushed
 
-CHECKPOINT = "checkpoint.safetensors"
 METRICS, TIMINGS = "metrics.jsonl", "timings.jsonl"
 REMEDY = "free some disk space or choose another --out"
 
 
 def default_folder(config: Config) -> Path:
     """`runs/<dataset>-<method>-seed<seed>-<time>`."""
-    stamp, seed = time.strftime("%Y%m%d-%H%M%S"), config.run.seed
-    return Path("runs") / f"{config.data.name}-{config.federation.method}-seed{seed}-{stamp}"
+    name = f"{config.data.name}-{config.federation.method}-seed{config.run.seed}"
+    return Path("runs", f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
 
 
 def refuse_existing(folder: Path) -> None:
@@ -85,7 +84,7 @@ class RunFolder:
 
     @property
     def checkpoint(self) -> Path:
-        return self.path / CHECKPOINT
+        return self.path / "checkpoint.safetensors"
 
     @property
     def finished(self) -> bool:
@@ -139,7 +138,11 @@ class RunFolder:
             path = self.path / name
             lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
             kept = lines[:rounds]
-            if _round_numbers(kept) != list(range(1, rounds + 1)):
+            try:
+                numbers = [json.loads(line)["round"] for line in kept]
+            except (ValueError, KeyError, TypeError):
+                numbers = None
+            if numbers != list(range(1, rounds + 1)):
                 raise MismatchError(
                     f"{path} does not hold rounds 1 to {rounds} of its checkpoint: it was changed; "
                     f"start again with another --out"
@@ -191,15 +194,5 @@ def _json(document: dict) -> str:
     """Indented JSON, with lists of plain values on one line."""
     text = json.dumps(document, indent=2, sort_keys=True, allow_nan=False)
     # In a JSON string a line break is written \n: those found here are the indentation's.
-    return re.sub(r"\[\n([^\[\]{}]*)\n *\]", _on_one_line, text) + "\n"
-
-
-def _on_one_line(values: re.Match) -> str:
-    return "[" + re.sub(r"\n +", " ", values[1].lstrip()) + "]"
-
-
-def _round_numbers(lines: list[bytes]) -> list[int] | None:
-    try:
-        return [json.loads(line)["round"] for line in lines]
-    except (ValueError, KeyError, TypeError):
-        return None
+    plain_list = r"\[\n[^\[\]{}]*\n *\]"
+    return re.sub(plain_list, lambda found: json.dumps(json.loads(found[0])), text) + "\n"

@@ -26,6 +26,19 @@ from semanticfl_ref.federated.context import RunContext
 from semanticfl_ref.randomness import generator
 from semanticfl_ref.storage import cache_folder
 
+# Prefixes of the settings that features depend on. The partition counts: features are those of the
+# images that clients train on, as clients hold them.
+FEATURE_SETTINGS = (
+    "data.",
+    "partition.",
+    "diffusion.",
+    "anchors.images",
+    "anchors.text",
+    "federation.clients_per_round",
+    "run.seed",
+    "run.device",
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunData:
@@ -107,8 +120,11 @@ def hold_out_per_class(dataset: Dataset, count: int, seed: int) -> tuple[Dataset
 
 def training_subset(dataset: Dataset, which: torch.Tensor) -> Dataset:
     """The data set with these training images only (indices or a mask)."""
-    images, labels = dataset.train_images[which], dataset.train_labels[which]
-    return replace(dataset, train_images=images, train_labels=labels)
+    return replace(
+        dataset,
+        train_images=dataset.train_images[which],
+        train_labels=dataset.train_labels[which],
+    )
 
 
 def build_anchors(
@@ -175,8 +191,7 @@ def cache_plans(config: Config, images: Dataset, *, offline: bool = False) -> di
         labels, count = images.train_labels, config.anchors.text_images
         firsts = [(labels == c).nonzero().flatten()[:count] for c in labels.unique()]
         chosen = training_subset(images, torch.cat(firsts).sort().values)
-        own_class = replace(config.diffusion, condition="own-class")
-        config = replace(config, diffusion=own_class)
+        config = replace(config, diffusion=replace(config.diffusion, condition="own-class"))
         plans["text"] = cache_plan(config, chosen, offline=offline)
     return plans
 
@@ -196,15 +211,8 @@ def cache_plan(config: Config, images: Dataset, *, offline: bool = False) -> Cac
 
 def rebuild_command(config: Config) -> str:
     """The command that builds the feature caches of a configuration again."""
-    # The images are those that the clients train on, as they hold them.
-    sections = ("data.", "partition.", "diffusion.")
-    names = {"anchors.images", "anchors.text", "anchors.text_images"}
-    names |= {"federation.clients_per_round", "run.seed", "run.device"}
-    relevant = {
-        name: value
-        for name, value in to_flat(config).items()
-        if name.startswith(sections) or name in names
-    }
+    settings = to_flat(config)
+    relevant = {name: settings[name] for name in settings if name.startswith(FEATURE_SETTINGS)}
     command = ["python", "-m", "semanticfl_ref", "features", "build", "--rebuild"]
     return shlex.join([*command, *to_flags(resolve(relevant))])
 
@@ -212,8 +220,7 @@ def rebuild_command(config: Config) -> str:
 def identity_of(context: RunContext) -> dict:
     """What a checkpoint must agree with: every setting that affects the numbers, and the content
     behind those that are paths."""
-    settings = to_flat(context.config)
-    made_by = None
+    settings, made_by = to_flat(context.config), None
     if context.anchors is not None:
         keys = ("cache", "text_cache", "per", "control")
         made_by = {key: context.anchors.provenance[key] for key in keys}
@@ -237,18 +244,18 @@ def provenance_of(context: RunContext) -> dict:
 
 def _image_folder(config: Config, dataset: Dataset) -> Dataset:
     """The training part of class folders, with the size and the class numbers of `dataset`."""
-    path, name = Path(config.anchors.images), f"anchors.images = {config.anchors.images}"
+    path = Path(config.anchors.images)
     if not path.is_dir():
         raise DataError(
-            f"{name}: there is no such folder; expected train, heldout:N, or a folder of class "
-            f"folders"
+            f"anchors.images = {path}: there is no such folder; expected train, heldout:N, or a "
+            f"folder of class folders"
         )
     settings = DataSettings(name="image_folder", dir=str(path), image_size=dataset.image_size)
     folder = load_dataset(settings, seed=config.run.seed)
-    if sorted(folder.class_names) != sorted(dataset.class_names):
-        differing = sorted(set(folder.class_names) ^ set(dataset.class_names))
+    differing = sorted(set(folder.class_names) ^ set(dataset.class_names))
+    if differing:
         raise UserError(
-            f"{name}: its class folders are not the classes of {dataset.name}: "
+            f"anchors.images = {path}: its class folders are not the classes of {dataset.name}: "
             f"{', '.join(differing[:5])}"
         )
     # Folders are sorted by name; a data set's classes have their own order.

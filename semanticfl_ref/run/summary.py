@@ -3,7 +3,6 @@
 Letters: M clients in all.
 """
 
-from collections.abc import Iterable
 from itertools import accumulate
 from statistics import fmean, pstdev
 
@@ -32,11 +31,12 @@ def summarise(rounds: list[dict], seconds: float, about: dict) -> dict:
     """
     last = rounds[-1]
     accuracies = last["client_accuracy"]
-    worst = min(range(len(accuracies)), key=accuracies.__getitem__)
+    worst = min(accuracies)
     validated = [line for line in rounds if line["validation_accuracy"] is not None]
     best = max(validated, key=lambda line: line["validation_accuracy"], default=None)
-    gradients = {name: mean_by_name(line[name] for line in rounds) for name in GRADIENTS}
-    drift = [{**d, "update_norm": mean(d["update_norm"])} for d in (r["drift"] for r in rounds)]
+    gradients = {name: mean_by_name([line[name] for line in rounds]) for name in GRADIENTS}
+    drift = [line["drift"] for line in rounds]
+    drift = [{**each, "update_norm": mean(each["update_norm"])} for each in drift]
     return {
         **about,
         "rounds": last["round"],
@@ -47,8 +47,8 @@ def summarise(rounds: list[dict], seconds: float, about: dict) -> dict:
         "test_accuracy_at_best_validation": best and best["test_accuracy"],
         "class_accuracy": last["class_accuracy"],
         **{name: distribution(last[name]) for name in DISTRIBUTIONS if name in last},
-        "worst_client": worst,
-        "worst_client_accuracy": accuracies[worst],
+        "worst_client": accuracies.index(worst),
+        "worst_client_accuracy": worst,
         "cost_to_accuracy": cost_to_accuracy(rounds),
         "loss": last["loss"],
         "seconds": round(seconds, 3),
@@ -80,20 +80,16 @@ def cost_to_accuracy(rounds: list[dict]) -> list[dict]:
     None where no round did.
     """
     sent = accumulate(line["bytes_down"] + line["bytes_up"] for line in rounds)
-    reached = [
-        (line["test_accuracy"], {"round": line["round"], "bytes": total})
-        for line, total in zip(rounds, sent, strict=True)
-    ]
-    never = {"round": None, "bytes": None}
-    return [
-        {"accuracy": target, **next((cost for got, cost in reached if got >= target), never)}
-        for target in TARGETS
-    ]
+    costs = [{"accuracy": target, "round": None, "bytes": None} for target in TARGETS]
+    for line, total in zip(rounds, sent, strict=True):
+        for cost in costs:
+            if cost["round"] is None and line["test_accuracy"] >= cost["accuracy"]:
+                cost.update(round=line["round"], bytes=total)
+    return costs
 
 
-def mean_by_name(values: Iterable[dict]) -> dict[str, float | None]:
+def mean_by_name(values: list[dict]) -> dict[str, float | None]:
     """Each name's mean over the rounds that have it."""
-    values = list(values)
     return {name: mean([value.get(name) for value in values]) for name in names_in(values)}
 
 

@@ -64,9 +64,15 @@ def train(
         KeyboardInterrupt: after a checkpoint was saved.
     """
     context = _prepare(config, data, anchors, offline, say)
+    dataset = context.dataset
     documents = {
         "environment.json": environment_of(context),
-        "partition.json": _partition_document(context),
+        "partition.json": {
+            **context.partition.manifest(),
+            "dataset_sha256": dataset.sha256,
+            "class_names": dataset.class_names,
+            "image_size": dataset.image_size,
+        },
         "anchors.json": provenance_of(context),
     }
     folder = RunFolder.create(out, config, documents)
@@ -168,16 +174,6 @@ def _run_rounds(
             f"python -m semanticfl_ref train --resume {folder.path}"
         ) from None
     return state
-
-
-def _partition_document(context: RunContext) -> dict:
-    dataset = context.dataset
-    return {
-        **context.partition.manifest(),
-        "dataset_sha256": dataset.sha256,
-        "class_names": list(dataset.class_names),
-        "image_size": dataset.image_size,
-    }
 
 
 def _warnings(context: RunContext) -> list[str]:

@@ -87,7 +87,7 @@ def export_model(path: Path | str, out: Path | str) -> Path:
     if out.suffix not in SUFFIXES:
         raise UserError(f"--out {out}: expected a name that ends in {' or '.join(SUFFIXES)}")
     about = {
-        "class_names": list(model.class_names),
+        "class_names": model.class_names,
         "image_size": model.image_size,
         "preprocessing": "uint8 RGB [N, H, W, 3] -> (x / 127.5 - 1) as float32 [N, 3, H, W]",
         "run": str(path),
