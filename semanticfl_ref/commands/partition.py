@@ -4,7 +4,7 @@ from pathlib import Path
 
 from semanticfl_ref.commands.output import say, show
 from semanticfl_ref.commands.settings_flags import add_settings, settings_of
-from semanticfl_ref.tools.report.drawing import need_matplotlib
+from semanticfl_ref.tools.report.drawing import need_matplotlib, save_figure
 
 HELP = "show: how training images are partitioned across clients"
 
@@ -28,21 +28,20 @@ def add_flags(parser, argv: list[str]) -> None:
 
 def run(arguments) -> int:
     config = settings_of(arguments)
-    if arguments.figure is not None:
+    if arguments.figure:
         need_matplotlib("--figure", arguments.figure)
     say(f"{config.data.name}: loading torch ...")
     from semanticfl_ref.data.partition_file import save_partition
     from semanticfl_ref.run.setup import load_images, partition_images
-    from semanticfl_ref.tools.report.drawing import save_figure
     from semanticfl_ref.tools.report.figures import partition_figure
 
     dataset, _ = load_images(config, offline=arguments.offline)
     partition = partition_images(config, dataset)
     manifest = partition.manifest()
-    if arguments.save is not None:
+    if arguments.save:
         save_partition(partition, dataset, arguments.save)
         say(f"saved: {arguments.save}")
-    if arguments.figure is not None:
+    if arguments.figure:
         save_figure(partition_figure(manifest, list(dataset.class_names)), arguments.figure)
         say(f"figure: {arguments.figure}")
     return show(manifest, arguments.json, lambda it: partition_table(it, dataset.class_names))

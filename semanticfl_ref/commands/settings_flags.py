@@ -30,8 +30,8 @@ def add_settings(
     fields, values = setting_fields(), _values(argv, preset)
     for flag, name in FLAGS.items():
         field, value = fields[name], values[name]
-        shown = f"default: {value}" if value != "" else "default: empty"
-        text = f"{field.metadata['help']} ({name}; {shown})".replace("%", "%%")
+        shown = "empty" if value == "" else value
+        text = f"{field.metadata['help']} ({name}; default: {shown})".replace("%", "%%")
         parser.add_argument(
             flag,
             dest=name,
@@ -67,7 +67,7 @@ def settings_of(
 
 def from_file(arguments: argparse.Namespace) -> dict[str, object]:
     """Dotted name -> value of every setting in the --config file."""
-    return read_toml(arguments.config) if arguments.config is not None else {}
+    return read_toml(arguments.config) if arguments.config else {}
 
 
 def given(arguments: argparse.Namespace) -> dict[str, str]:

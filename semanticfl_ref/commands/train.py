@@ -10,6 +10,7 @@ from semanticfl_ref.config.resolve import is_embedded
 from semanticfl_ref.config.settings import NOT_IDENTITY, Config, to_flat
 from semanticfl_ref.errors import MismatchError, UserError
 from semanticfl_ref.formatting import format_bytes
+from semanticfl_ref.run.folder import RunFolder, default_folder, refuse_existing
 
 HELP = "train, by default on the embedded digit scenes; writes a run folder"
 SUMMARY = """\
@@ -54,19 +55,17 @@ def add_flags(parser, argv: list[str]) -> None:
 
 
 def run(arguments) -> int:
-    from semanticfl_ref.run import folder as folders
-
-    if arguments.resume is not None:
+    if arguments.resume:
         return _resume(arguments)
     config = settings_of(arguments)
-    out = arguments.out or folders.default_folder(config)
-    if not arguments.dry_run:
-        folders.refuse_existing(out)
-    _announce(config)
     if arguments.dry_run:
+        _announce(config)
         from semanticfl_ref.run.dry_run import dry_run
 
         return show(dry_run(config), arguments.json, sizes_table)
+    out = arguments.out or default_folder(config)
+    refuse_existing(out)
+    _announce(config)
     from semanticfl_ref.run.train import train
 
     folder = train(config, out, offline=arguments.offline, say=say)
@@ -74,9 +73,7 @@ def run(arguments) -> int:
 
 
 def _resume(arguments) -> int:
-    from semanticfl_ref.run.folder import RunFolder
-
-    if arguments.out is not None or arguments.dry_run:
+    if arguments.out or arguments.dry_run:
         raise UserError("--resume continues in its own folder: leave out --out and --dry-run")
     folder = RunFolder(arguments.resume)
     config = _resumed_config(arguments, folder.config())
@@ -94,11 +91,10 @@ def _resumed_config(arguments, saved: Config) -> Config:
     """The run's own configuration; flags beside --resume may only change where things are."""
     there = to_flat(saved)
     config = settings_of(arguments, preset=there)
-    here = to_flat(config)
     differing = [
-        f"{name} = {there[name]!r} there, {here[name]!r} here"
-        for name in there
-        if there[name] != here[name] and name not in NOT_IDENTITY
+        f"{name} = {there[name]!r} there, {value!r} here"
+        for name, value in to_flat(config).items()
+        if value != there[name] and name not in NOT_IDENTITY
     ]
     if differing:
         raise MismatchError(
@@ -117,7 +113,7 @@ def _announce(config: Config) -> None:
     )
 
 
-def _show_result(folder, config: Config, as_json: bool) -> int:
+def _show_result(folder: RunFolder, config: Config, as_json: bool) -> int:
     def to_text(summary: dict) -> str:
         warnings = "".join(f"warning: {text}\n" for text in summary["warnings"])
         return f"{summary_table(summary)}\n{warnings}\n{try_next(config)}"
@@ -132,10 +128,10 @@ def try_next(config: Config) -> str:
     flags = [*to_flags(config, fixed={"federation.method": other}), "--method", other]
     reason = "what the anchors add" if method in ("fedavg", "semanticfl") else "for comparison"
     command = "python -m semanticfl_ref train"
-    lines = [f"try next: {command} {shlex.join(flags)}    ({reason})"]
+    text = f"try next: {command} {shlex.join(flags)}    ({reason})"
     if is_embedded(config):
-        lines.append(f"          {command} --dataset cifar10    (the paper's setting)")
-    return "\n".join(lines)
+        text += f"\n          {command} --dataset cifar10    (the paper's setting)"
+    return text
 
 
 def summary_table(summary: dict) -> str:
