@@ -6,7 +6,6 @@ Letters: M clients in all, C classes, N images.
 """
 
 import hashlib
-import heapq
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -127,22 +126,21 @@ def make_partition(
     labels = labels.cpu()
     source = generator(seed, "long-tail")
     kept = scenarios.long_tail(labels, classes, settings.imbalance, source)
+    client_N = torch.full_like(labels, -1)  # unused
     if settings.file:
-        client_N = read_assignment(Path(settings.file), len(labels), settings.clients, data_sha256)
-        kept = kept[client_N[kept] >= 0]
-        client_N = client_N[kept]
+        listed_N = read_assignment(Path(settings.file), len(labels), settings.clients, data_sha256)
+        client_N[kept] = listed_N[kept]
         _refuse_short(client_N, settings, minimum)
     else:
-        source = generator(seed, f"partition-{settings.scenario}")
         assignment = scenarios.Assignment(
             labels=labels[kept],
             classes=classes,
             settings=settings,
             minimum=minimum,
-            generator=source,
+            generator=generator(seed, f"partition-{settings.scenario}"),
         )
-        client_N = _assign(assignment)
-    return _partition(client_N, kept, labels, settings, classes=classes, seed=seed)
+        client_N[kept] = _assign(assignment)
+    return _partition(client_N, labels, settings, classes=classes, seed=seed)
 
 
 def _assign(a: scenarios.Assignment) -> torch.Tensor:
@@ -165,26 +163,23 @@ def _assign(a: scenarios.Assignment) -> torch.Tensor:
 
 def _repair(client_N: torch.Tensor, a: scenarios.Assignment) -> torch.Tensor:
     """Every client its minimum: one image at a time from the largest, at most M * minimum moves."""
-    sizes = torch.bincount(client_N, minlength=a.clients).tolist()
-    short = [m for m, size in enumerate(sizes) for _ in range(a.minimum - size)]
-    if not short:
-        return client_N
-    order = torch.randperm(len(client_N), generator=a.generator)
-    of_client = order[client_N[order].argsort(stable=True)].split(sizes)
-    stock = {m: of_client[m].tolist() for m, size in enumerate(sizes) if size > a.minimum}
-    largest = [(-len(images), m) for m, images in stock.items()]
-    heapq.heapify(largest)
-    for m in short:
-        size, giver = heapq.heappop(largest)
-        client_N[stock[giver].pop()] = m
-        if -size - 1 > a.minimum:
-            heapq.heappush(largest, (size + 1, giver))
+    counts_M = torch.bincount(client_N, minlength=a.clients)
+    order_N = torch.randperm(len(client_N), generator=a.generator)
+    images_M = order_N[client_N[order_N].argsort(stable=True)].split(counts_M.tolist())
+    stock_M = [images.tolist() for images in images_M]
+    sizes_M = counts_M.numpy()
+    for m in range(a.clients):
+        while sizes_M[m] < a.minimum:
+            largest = sizes_M.argmax()
+            client_N[stock_M[largest].pop()] = m
+            sizes_M[largest] -= 1
+            sizes_M[m] += 1
     return client_N
 
 
 def _refuse_short(client_N: torch.Tensor, settings: PartitionSettings, minimum: int) -> None:
     """Raise DataError if a file gives a client fewer images than the minimum."""
-    fewest = torch.bincount(client_N, minlength=settings.clients).min(0)
+    fewest = torch.bincount(client_N + 1, minlength=settings.clients + 1)[1:].min(0)
     if fewest.values < minimum:
         left = ", of those that partition.imbalance leaves" if settings.imbalance > 1 else ""
         raise DataError(
@@ -195,26 +190,24 @@ def _refuse_short(client_N: torch.Tensor, settings: PartitionSettings, minimum: 
 
 def _partition(
     client_N: torch.Tensor,
-    kept: torch.Tensor,
     labels: torch.Tensor,
     settings: PartitionSettings,
     *,
     classes: int,
     seed: int,
 ) -> Partition:
-    """The partition that gives the kept images to these clients."""
-    counts = torch.bincount(client_N, minlength=settings.clients)
-    assert len(counts) == settings.clients and counts.min() > 0 and counts.sum() == len(kept)
+    """The partition that gives every image to this client, or to none (-1)."""
+    counts = torch.bincount(client_N + 1, minlength=settings.clients + 1).tolist()
+    assert len(counts) == settings.clients + 1 and min(counts[1:]) > 0
     # A stable sort keeps the images of a client ascending.
-    whole = kept[client_N.argsort(stable=True)].split(counts.tolist())
+    unused, *whole = client_N.argsort(stable=True).split(counts)
     pairs = [_hold_out(own, settings, seed, client) for client, own in enumerate(whole)]
     indices, held_out = zip(*pairs, strict=True)
     sizes_M = torch.tensor([len(own) for own in indices])
     table_MC = torch.stack([torch.bincount(labels[own], minlength=classes) for own in indices])
     global_C = table_MC.sum(0).double() / sizes_M.sum()
     distance_M = (table_MC.double() / sizes_M[:, None] - global_C).abs().sum(1) / 2
-    unused_C = torch.bincount(labels, minlength=classes)
-    unused_C -= torch.bincount(labels[kept], minlength=classes)
+    unused_C = torch.bincount(labels[unused], minlength=classes)
     everything = sizes_M.numpy().tobytes() + torch.cat([*indices, *held_out]).numpy().tobytes()
     # "cameras" is an earlier name: another one would change published results.
     corruptions = _in_turn(CORRUPTIONS, settings.clients, generator(seed, "cameras"))
@@ -229,7 +222,7 @@ def _partition(
         histograms=tuple(tuple(row) for row in table_MC.tolist()),
         skew=float(distance_M.mean()),
         sha256=hashlib.sha256(everything).hexdigest(),
-        dropped=tuple(unused_C.tolist()) if unused_C.any() else (),
+        dropped=tuple(unused_C.tolist()) if len(unused) else (),
         corruptions=corruptions if settings.feature_shift == "corruption" else (),
         modalities=modalities if settings.modality == "mixed" else (),
     )
