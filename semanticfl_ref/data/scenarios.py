@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from semanticfl_ref.config.settings import PartitionSettings
+from semanticfl_ref.data.dataset import shuffled_class
 from semanticfl_ref.errors import UserError
 
 NID2_CLIENTS = 6  # five biased, one unbiased
@@ -49,7 +50,7 @@ class Assignment:
 
     def shuffled(self, c: int) -> torch.Tensor:
         """The indices of class c's images, in random order."""
-        return _shuffled(self.labels, c, self.generator)
+        return shuffled_class(self.labels, c, self.generator)
 
 
 def iid(a: Assignment) -> torch.Tensor:
@@ -182,15 +183,10 @@ def long_tail(
         return torch.arange(len(labels))
     kept = []
     for c in range(classes):
-        own = _shuffled(labels, c, source)
+        own = shuffled_class(labels, c, source)
         share = factor ** (-c / max(classes - 1, 1))
         kept.append(own[: max(1, int(len(own) * share + 1e-9))])
     return torch.cat(kept).sort().values
-
-
-def _shuffled(labels: torch.Tensor, c: int, source: torch.Generator) -> torch.Tensor:
-    (own,) = torch.where(labels == c)
-    return own[torch.randperm(len(own), generator=source)]
 
 
 def _sizes(log_share_M: torch.Tensor, n: int) -> torch.Tensor:
