@@ -198,13 +198,12 @@ def _partition(
 ) -> Partition:
     """The partition that gives every image to this client, or to none (-1)."""
     counts = torch.bincount(client_N + 1, minlength=settings.clients + 1).tolist()
-    assert len(counts) == settings.clients + 1 and min(counts[1:]) > 0
     # A stable sort keeps the images of a client ascending.
     unused, *whole = client_N.argsort(stable=True).split(counts)
     pairs = [_hold_out(own, settings, seed, client) for client, own in enumerate(whole)]
     indices, held_out = zip(*pairs, strict=True)
-    sizes_M = torch.tensor([len(own) for own in indices])
     table_MC = torch.stack([torch.bincount(labels[own], minlength=classes) for own in indices])
+    sizes_M = table_MC.sum(1)
     global_C = table_MC.sum(0).double() / sizes_M.sum()
     distance_M = (table_MC.double() / sizes_M[:, None] - global_C).abs().sum(1) / 2
     unused_C = torch.bincount(labels[unused], minlength=classes)
