@@ -56,11 +56,12 @@ def _class_folders(folder: Path, size: int) -> tuple[tuple[str, ...], Labelled]:
     """The names of the class folders, sorted, and the images below them."""
     images, labels = [], []
     try:
-        classes = sorted(path for path in folder.iterdir() if path.is_dir() and _visible(path))
+        visible = [path for path in folder.iterdir() if not path.name.startswith(".")]
+        classes = sorted(path for path in visible if path.is_dir())
         if len(classes) < 2:
             raise DataError(f"{folder} holds {len(classes)} class folders: at least 2 are needed")
         for label, class_folder in enumerate(classes):
-            files = sorted(file for file in class_folder.rglob("*") if _is_image(file))
+            files = sorted(file for file in class_folder.rglob("[!.]*") if _is_image(file))
             if not files:
                 raise DataError(f"class folder {class_folder} holds no image: fill or remove it")
             images += [decode_image(file.read_bytes(), str(file), size) for file in files]
@@ -72,8 +73,4 @@ def _class_folders(folder: Path, size: int) -> tuple[tuple[str, ...], Labelled]:
 
 
 def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES and path.is_file() and _visible(path)
-
-
-def _visible(path: Path) -> bool:
-    return not path.name.startswith(".")
+    return path.suffix.lower() in SUFFIXES and path.is_file()

@@ -124,13 +124,11 @@ def make_partition(
             another data set.
     """
     labels = labels.cpu()
-    source = generator(seed, "long-tail")
-    kept = scenarios.long_tail(labels, classes, settings.imbalance, source)
+    kept = scenarios.long_tail(labels, classes, settings.imbalance, generator(seed, "long-tail"))
     client_N = torch.full_like(labels, -1)  # unused
     if settings.file:
         listed_N = read_assignment(Path(settings.file), len(labels), settings.clients, data_sha256)
         client_N[kept] = listed_N[kept]
-        _refuse_short(client_N, settings, minimum)
     else:
         assignment = scenarios.Assignment(
             labels=labels[kept],
@@ -140,7 +138,7 @@ def make_partition(
             generator=generator(seed, f"partition-{settings.scenario}"),
         )
         client_N[kept] = _assign(assignment)
-    return _partition(client_N, labels, settings, classes=classes, seed=seed)
+    return _partition(client_N, labels, settings, classes=classes, seed=seed, minimum=minimum)
 
 
 def _assign(a: scenarios.Assignment) -> torch.Tensor:
@@ -163,29 +161,16 @@ def _assign(a: scenarios.Assignment) -> torch.Tensor:
 
 def _repair(client_N: torch.Tensor, a: scenarios.Assignment) -> torch.Tensor:
     """Every client its minimum: one image at a time from the largest, at most M * minimum moves."""
-    counts_M = torch.bincount(client_N, minlength=a.clients)
+    sizes_M = torch.bincount(client_N, minlength=a.clients).numpy()
     order_N = torch.randperm(len(client_N), generator=a.generator)
-    images_M = order_N[client_N[order_N].argsort(stable=True)].split(counts_M.tolist())
-    stock_M = [images.tolist() for images in images_M]
-    sizes_M = counts_M.numpy()
+    images_M = order_N[client_N[order_N].argsort(stable=True)].split(sizes_M.tolist())
     for m in range(a.clients):
         while sizes_M[m] < a.minimum:
             largest = sizes_M.argmax()
-            client_N[stock_M[largest].pop()] = m
             sizes_M[largest] -= 1
+            client_N[images_M[largest][sizes_M[largest]]] = m
             sizes_M[m] += 1
     return client_N
-
-
-def _refuse_short(client_N: torch.Tensor, settings: PartitionSettings, minimum: int) -> None:
-    """Raise DataError if a file gives a client fewer images than the minimum."""
-    fewest = torch.bincount(client_N + 1, minlength=settings.clients + 1)[1:].min(0)
-    if fewest.values < minimum:
-        left = ", of those that partition.imbalance leaves" if settings.imbalance > 1 else ""
-        raise DataError(
-            f"partition.file = {settings.file}: client {int(fewest.indices)} has "
-            f"{int(fewest.values)} images{left}; at least {minimum} are needed"
-        )
 
 
 def _partition(
@@ -195,9 +180,17 @@ def _partition(
     *,
     classes: int,
     seed: int,
+    minimum: int,
 ) -> Partition:
     """The partition that gives every image to this client, or to none (-1)."""
     counts = torch.bincount(client_N + 1, minlength=settings.clients + 1).tolist()
+    sizes = counts[1:]
+    if min(sizes) < minimum:  # by a file only, since scenarios are repaired
+        left = ", of those that partition.imbalance leaves" if settings.imbalance > 1 else ""
+        raise DataError(
+            f"partition.file = {settings.file}: client {sizes.index(min(sizes))} has {min(sizes)} "
+            f"images{left}; at least {minimum} are needed"
+        )
     # A stable sort keeps the images of a client ascending.
     unused, *whole = client_N.argsort(stable=True).split(counts)
     pairs = [_hold_out(own, settings, seed, client) for client, own in enumerate(whole)]
@@ -208,9 +201,12 @@ def _partition(
     distance_M = (table_MC.double() / sizes_M[:, None] - global_C).abs().sum(1) / 2
     unused_C = torch.bincount(labels[unused], minlength=classes)
     everything = sizes_M.numpy().tobytes() + torch.cat([*indices, *held_out]).numpy().tobytes()
-    # "cameras" is an earlier name: another one would change published results.
-    corruptions = _in_turn(CORRUPTIONS, settings.clients, generator(seed, "cameras"))
-    modalities = _in_turn(MODALITIES, settings.clients, generator(seed, "modalities"))
+    corruptions = modalities = ()
+    if settings.feature_shift == "corruption":
+        # "cameras" is an earlier name: another one would change published results.
+        corruptions = _in_turn(CORRUPTIONS, settings.clients, generator(seed, "cameras"))
+    if settings.modality == "mixed":
+        modalities = _in_turn(MODALITIES, settings.clients, generator(seed, "modalities"))
     return Partition(
         scenario="file" if settings.file else settings.scenario,
         seed=seed,
@@ -222,8 +218,8 @@ def _partition(
         skew=float(distance_M.mean()),
         sha256=hashlib.sha256(everything).hexdigest(),
         dropped=tuple(unused_C.tolist()) if len(unused) else (),
-        corruptions=corruptions if settings.feature_shift == "corruption" else (),
-        modalities=modalities if settings.modality == "mixed" else (),
+        corruptions=corruptions,
+        modalities=modalities,
     )
 
 
