@@ -31,8 +31,8 @@ EMBEDDED = {
     "fedcda.warm_up": 10,
 }
 
-register_dataset("digit-scenes", "semanticfl_ref.data.digits:read_scenes", EMBEDDED)
-register_dataset("digits", "semanticfl_ref.data.digits:read_digits", EMBEDDED)
+register_dataset("digit-scenes", "semanticfl_ref.data.digits:read", EMBEDDED)
+register_dataset("digits", "semanticfl_ref.data.digits:read", EMBEDDED)
 register_dataset("cifar10", "semanticfl_ref.data.cifar:read")
 register_dataset("cifar100", "semanticfl_ref.data.cifar:read", {"federation.weight_decay": 1e-4})
 register_dataset(

@@ -24,17 +24,9 @@ SCENES_PER_DIGIT = {"train": 1, "validation": 2, "test": 1}
 SEED = 20240  # of the split and of the scenes, which the run's seed does not affect
 
 
-def read_digits(options: ReadOptions) -> Parts:
-    """1 797 digits as grey 32x32 images."""
-    return _read(options, as_scenes=False)
-
-
-def read_scenes(options: ReadOptions) -> Parts:
-    """The same digits in the same parts as scenes, with different random numbers for each part."""
-    return _read(options, as_scenes=True)
-
-
-def _read(options: ReadOptions, *, as_scenes: bool) -> Parts:
+def read(options: ReadOptions) -> Parts:
+    """1 797 digits as grey 32x32 images; or, as `digit-scenes`, the same digits in the same parts
+    as scenes, with different random numbers for each part."""
     settings = options.settings
     if settings.dir or settings.sha256:
         raise UserError(
@@ -50,7 +42,7 @@ def _read(options: ReadOptions, *, as_scenes: bool) -> Parts:
     for part, indices in zip(SHARES, split, strict=True):
         masks = stored["masks"][indices]
         rendered = [plain(masks)]
-        if as_scenes:
+        if settings.name == "digit-scenes":
             numbers = range(SCENES_PER_DIGIT[part])
             sources = [generator(SEED, f"digit-scenes-{part}", number) for number in numbers]
             rendered = [scenes(masks, source, light_on_dark=True) for source in sources]

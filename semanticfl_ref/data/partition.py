@@ -29,7 +29,7 @@ class Partition:
     """Which client holds which training images, and how clients differ otherwise.
 
     Attributes:
-        scenario, seed, alpha: how it was made.
+        scenario, seed, alpha: how it was made; alpha is None where the scenario has none.
         indices: M ascending int64 tensors, the images that each client trains on.
         held_out: M ascending int64 tensors, the images of each client's own test set. All these
             tensors are disjoint; together they are all images but the `dropped` ones.
@@ -37,6 +37,7 @@ class Partition:
         histograms: M rows of C image counts, of `indices`.
         skew: mean over clients of the total-variation distance between the client's and the global
             label distribution, 0 ... 1.
+        kl: mean over clients of KL(client's label distribution || global one), in nats.
         sha256: of the indices.
         dropped: C counts of unused images (outside the long tail, or in no list of a file); empty
             if there are none.
@@ -46,12 +47,13 @@ class Partition:
 
     scenario: str
     seed: int
-    alpha: float
+    alpha: float | None
     indices: tuple[torch.Tensor, ...]
     held_out: tuple[torch.Tensor, ...]
     sizes: tuple[int, ...]
     histograms: tuple[tuple[int, ...], ...]
     skew: float
+    kl: float
     sha256: str
     dropped: tuple[int, ...] = ()
     corruptions: tuple[str, ...] = ()
@@ -66,14 +68,6 @@ class Partition:
     def used(self) -> torch.Tensor:
         """The images that some client holds, ascending int64."""
         return torch.cat([*self.indices, *self.held_out]).sort().values
-
-    @property
-    def kl(self) -> float:
-        """Mean over clients of KL(client's label distribution || global one), in nats."""
-        table_MC = torch.tensor(self.histograms, dtype=torch.float64)
-        client_MC = table_MC / table_MC.sum(1, keepdim=True)
-        global_C = (table_MC.sum(0) / table_MC.sum()).clamp(min=1e-300)
-        return float(torch.xlogy(client_MC, client_MC / global_C).sum(1).mean())
 
     def among_used(self) -> "Partition":
         """The same partition of the data set that has the used images only."""
@@ -93,9 +87,6 @@ class Partition:
         values = {k: v for k, v in vars(self).items() if k not in ("indices", "held_out")}
         values["clients"] = len(self.indices)
         values["held_out_sizes"] = [len(own) for own in self.held_out]
-        values["kl"] = self.kl
-        if self.scenario not in ("nid1", "quantity"):
-            values["alpha"] = None
         return json.loads(json.dumps(values))  # tuples become lists
 
 
@@ -197,8 +188,10 @@ def _partition(
     indices, held_out = zip(*pairs, strict=True)
     table_MC = torch.stack([torch.bincount(labels[own], minlength=classes) for own in indices])
     sizes_M = table_MC.sum(1)
+    client_MC = table_MC.double() / sizes_M[:, None]
     global_C = table_MC.sum(0).double() / sizes_M.sum()
-    distance_M = (table_MC.double() / sizes_M[:, None] - global_C).abs().sum(1) / 2
+    distance_M = (client_MC - global_C).abs().sum(1) / 2
+    kl_M = torch.xlogy(client_MC, client_MC / global_C.clamp(min=1e-300)).sum(1)
     unused_C = torch.bincount(labels[unused], minlength=classes)
     everything = sizes_M.numpy().tobytes() + torch.cat([*indices, *held_out]).numpy().tobytes()
     corruptions = modalities = ()
@@ -207,15 +200,17 @@ def _partition(
         corruptions = _in_turn(CORRUPTIONS, settings.clients, generator(seed, "cameras"))
     if settings.modality == "mixed":
         modalities = _in_turn(MODALITIES, settings.clients, generator(seed, "modalities"))
+    scenario = "file" if settings.file else settings.scenario
     return Partition(
-        scenario="file" if settings.file else settings.scenario,
+        scenario=scenario,
         seed=seed,
-        alpha=settings.alpha,
+        alpha=settings.alpha if scenario in ("nid1", "quantity") else None,
         indices=indices,
         held_out=held_out,
         sizes=tuple(sizes_M.tolist()),
         histograms=tuple(tuple(row) for row in table_MC.tolist()),
         skew=float(distance_M.mean()),
+        kl=float(kl_M.mean()),
         sha256=hashlib.sha256(everything).hexdigest(),
         dropped=tuple(unused_C.tolist()) if len(unused) else (),
         corruptions=corruptions,
