@@ -56,7 +56,8 @@ def _part(values: dict, layout: Layout, where: str) -> Labelled:
     is_bytes = isinstance(rows, np.ndarray) and rows.dtype == np.uint8
     if not is_bytes or rows.shape[1:] != (3072,) or len(rows) == 0:
         raise DataError(f"{where} has no data of shape [N, 3072] in bytes: not a CIFAR archive")
-    key, labels = f"{layout.prefix}labels", values.get(f"{layout.prefix}labels")
+    key = f"{layout.prefix}labels"
+    labels = values.get(key)
     if isinstance(labels, np.ndarray):
         labels = labels.tolist()
     is_list = isinstance(labels, list) and len(labels) == len(rows)
@@ -70,7 +71,8 @@ def _part(values: dict, layout: Layout, where: str) -> Labelled:
 
 
 def _class_names(values: dict, layout: Layout, where: str) -> tuple[str, ...]:
-    key, names = f"{layout.prefix}label_names", values.get(f"{layout.prefix}label_names")
+    key = f"{layout.prefix}label_names"
+    names = values.get(key)
     is_list = isinstance(names, list) and len(names) == layout.classes
     if not is_list or not all(isinstance(name, str | bytes) for name in names):
         raise DataError(f"{where} has no {layout.classes} {key}: not a CIFAR archive")

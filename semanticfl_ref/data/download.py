@@ -139,12 +139,11 @@ def download(name: str, archive: Archive, path: Path) -> Path:
             for url in urls:
                 try:
                     _from_mirror(url, archive, file, last=len(reasons) == len(urls) - 1)
+                    os.fsync(file.fileno())
+                    os.replace(part, path)
+                    return path
                 except _MirrorError as error:
                     reasons.append(f"{url}: {error}")
-                    continue
-                os.fsync(file.fileno())
-                os.replace(part, path)
-                return path
     except OSError as error:
         raise DownloadError(
             f"cannot write {error.filename or part}: {error.strerror}; free space there or set "

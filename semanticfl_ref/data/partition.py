@@ -14,8 +14,8 @@ import torch
 
 from semanticfl_ref.config.registry import SCENARIOS
 from semanticfl_ref.config.settings import PartitionSettings
-from semanticfl_ref.data import scenarios
 from semanticfl_ref.data.partition_file import read_assignment
+from semanticfl_ref.data.scenarios import Assignment, long_tail
 from semanticfl_ref.errors import DataError, UserError
 from semanticfl_ref.randomness import generator
 
@@ -84,9 +84,9 @@ class Partition:
 
     def manifest(self) -> dict:
         """All but the indices, which the SHA-256 stands for; plain JSON values."""
-        values = {k: v for k, v in vars(self).items() if k not in ("indices", "held_out")}
-        values["clients"] = len(self.indices)
-        values["held_out_sizes"] = [len(own) for own in self.held_out]
+        held_out_sizes = [len(own) for own in self.held_out]
+        values = {**vars(self), "clients": len(self.indices), "held_out_sizes": held_out_sizes}
+        del values["indices"], values["held_out"]
         return json.loads(json.dumps(values))  # tuples become lists
 
 
@@ -115,13 +115,13 @@ def make_partition(
             another data set.
     """
     labels = labels.cpu()
-    kept = scenarios.long_tail(labels, classes, settings.imbalance, generator(seed, "long-tail"))
+    kept = long_tail(labels, classes, settings.imbalance, generator(seed, "long-tail"))
     client_N = torch.full_like(labels, -1)  # unused
     if settings.file:
         listed_N = read_assignment(Path(settings.file), len(labels), settings.clients, data_sha256)
         client_N[kept] = listed_N[kept]
     else:
-        assignment = scenarios.Assignment(
+        assignment = Assignment(
             labels=labels[kept],
             classes=classes,
             settings=settings,
@@ -132,7 +132,7 @@ def make_partition(
     return _partition(client_N, labels, settings, classes=classes, seed=seed, minimum=minimum)
 
 
-def _assign(a: scenarios.Assignment) -> torch.Tensor:
+def _assign(a: Assignment) -> torch.Tensor:
     """The client of every image, int64 [N], by the scenario; every client gets its minimum."""
     name, images, needed = a.settings.scenario, len(a.labels), a.clients * a.minimum
     if images < needed:
@@ -150,7 +150,7 @@ def _assign(a: scenarios.Assignment) -> torch.Tensor:
     return _repair(client_N, a)
 
 
-def _repair(client_N: torch.Tensor, a: scenarios.Assignment) -> torch.Tensor:
+def _repair(client_N: torch.Tensor, a: Assignment) -> torch.Tensor:
     """Every client its minimum: one image at a time from the largest, at most M * minimum moves."""
     sizes_M = torch.bincount(client_N, minlength=a.clients).numpy()
     order_N = torch.randperm(len(client_N), generator=a.generator)
