@@ -175,12 +175,12 @@ def _partition(
 ) -> Partition:
     """The partition that gives every image to this client, or to none (-1)."""
     counts = torch.bincount(client_N + 1, minlength=settings.clients + 1).tolist()
-    sizes = counts[1:]
-    if min(sizes) < minimum:  # by a file only, since scenarios are repaired
+    totals = counts[1:]
+    if min(totals) < minimum:  # by a file only, since scenarios are repaired
         left = ", of those that partition.imbalance leaves" if settings.imbalance > 1 else ""
         raise DataError(
-            f"partition.file = {settings.file}: client {sizes.index(min(sizes))} has {min(sizes)} "
-            f"images{left}; at least {minimum} are needed"
+            f"partition.file = {settings.file}: client {totals.index(min(totals))} has "
+            f"{min(totals)} images{left}; at least {minimum} are needed"
         )
     # A stable sort keeps the images of a client ascending.
     unused, *whole = client_N.argsort(stable=True).split(counts)
