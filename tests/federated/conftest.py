@@ -4,6 +4,7 @@ import pytest
 import torch
 from quadratic import TARGETS, Quadratic
 
+from semanticfl_ref.config.registry import METHODS
 from semanticfl_ref.config.resolve import resolve
 from semanticfl_ref.config.settings import PartitionSettings
 from semanticfl_ref.data.dataset import Dataset
@@ -111,12 +112,13 @@ def quadratic_context(monkeypatch):
             kl=0.0,
             sha256="0" * 64,
         )
-        model = Quadratic()
+        config, model = resolve_with(defaults, settings), Quadratic()
         return RunContext(
-            config=resolve_with(defaults, settings),
+            config=config,
             dataset=dataset,
             partition=partition,
             anchors=None,
+            method=METHODS[config.federation.method],
             model=model,
             layout=flat_layout(model),
             device=torch.device("cpu"),
