@@ -6,7 +6,7 @@ from pathlib import Path
 from semanticfl_ref.commands.output import say, show
 from semanticfl_ref.commands.settings_flags import add_settings, settings_of
 from semanticfl_ref.config.command_line import to_flags
-from semanticfl_ref.config.resolve import is_embedded
+from semanticfl_ref.config.resolve import is_embedded, resolve
 from semanticfl_ref.config.settings import NOT_IDENTITY, Config, to_flat
 from semanticfl_ref.errors import MismatchError, UserError
 from semanticfl_ref.formatting import format_bytes
@@ -125,7 +125,9 @@ def try_next(config: Config) -> str:
     """Commands to run next, with the settings of this run."""
     method = config.federation.method
     other = "semanticfl" if method == "fedavg" else "fedavg"
-    flags = [*to_flags(config, fixed={"federation.method": other}), "--method", other]
+    flags = to_flags(resolve({**to_flat(config), "federation.method": other}))
+    if "--method" not in flags:  # a default, but a reader wants to see it
+        flags += ["--method", other]
     reason = "what the anchors add" if method in ("fedavg", "semanticfl") else "for comparison"
     command = "python -m semanticfl_ref train"
     text = f"try next: {command} {shlex.join(flags)}    ({reason})"
