@@ -12,7 +12,7 @@ Letters: B batch, D width of a vector, T tokens of a caption.
 
 import contextlib
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -80,7 +80,7 @@ class Backbone:
 
     def __init__(
         self,
-        source: str | Path = "tiny",
+        source: str | Path,
         *,
         layers: Sequence[str],
         device: str | torch.device = "cpu",
@@ -203,7 +203,9 @@ class Backbone:
         noised_latent = self.scheduler.add_noise(latent, noise.to(self.device), timesteps)
         inputs = noised_latent.to(self.unet.dtype)
         prompts_BTD = prompts_BTD.to(self.device, inputs.dtype)
-        return pooled | self._unet_pass(inputs, timesteps, prompts_BTD, pool=options.pool)
+        with self._hooks(pooled, options.pool):
+            self.unet(inputs, timesteps, prompts_BTD, return_dict=False)
+        return pooled
 
     @cached_property
     def null_prompt(self) -> torch.Tensor:
@@ -249,12 +251,12 @@ class Backbone:
                 f"{smallest} cells per side; choose 1 ... {smallest}"
             )
 
-    def _unet_pass(self, *inputs: torch.Tensor, pool: int) -> dict[str, torch.Tensor]:
-        """Layer -> pooled output of the selected layers, in the order of computation.
+    @contextlib.contextmanager
+    def _hooks(self, pooled: dict[str, torch.Tensor], pool: int) -> Iterator[None]:
+        """While open, selected layers put their pooled output into `pooled`.
 
         Pooled at once, since feature maps are large. No hook is left behind, whatever happens.
         """
-        pooled, modules = {}, unet_layers(self.unet)
 
         def keep(layer: str, _module, _inputs, output) -> None:
             values = output[0] if isinstance(output, tuple) else output
@@ -262,13 +264,13 @@ class Backbone:
             if layer == self.deepest:
                 raise _DeepestLayerReached
 
+        modules = unet_layers(self.unet)
         with contextlib.ExitStack() as hooks, contextlib.suppress(_DeepestLayerReached):
             for layer in self.layers:
                 if layer != "vae":
                     hook = modules[layer].register_forward_hook(partial(keep, layer))
                     hooks.enter_context(hook)
-            self.unet(*inputs, return_dict=False)
-        return pooled
+            yield
 
 
 def resolve_layers(layers: Sequence[str], names: Sequence[str]) -> tuple[str, ...]:

@@ -100,7 +100,8 @@ def _build(plan: CachePlan, say: Say) -> None:
     if missing or text_file not in digests:
         hidden, text = _captions(plan)
         if text_file not in digests:
-            digests[text_file] = _save(plan, text_file, {"text": text})
+            about = {"cache": plan.id, "file": TEXT}
+            digests[text_file] = save_tensors(text_file, {"text": text}, about, REMEDY)
     if missing:
         digests |= _extract(plan, hidden, missing, say)
     _, about, _ = load_tensors(plan.files[0])
@@ -163,14 +164,10 @@ def _extract(
                 "a value does not fit the cache's fp16 (above 65504); leave this layer out of "
                 "diffusion.layers",
             )
-            digests[file] = _save(plan, file, stored, widths=list(widths.items()))
+            about = {"cache": plan.id, "file": file.name, "widths": list(widths.items())}
+            digests[file] = save_tensors(file, stored, about, REMEDY)
             bar.update(len(part))
     return digests
-
-
-def _save(plan: CachePlan, file: Path, tensors: dict[str, torch.Tensor], **about) -> str:
-    about = {"cache": plan.id, "file": file.name, **about}
-    return save_tensors(file, tensors, about, REMEDY)
 
 
 def _announce(plan: CachePlan, done: int, bytes_per_image: int, say: Say) -> None:

@@ -1,7 +1,7 @@
 """The parts of a model folder as modules; only what the selected layers need is ever in memory.
 
-A module is laid out without storage, on torch's device "meta"; the weights that are needed are read
-one tensor at a time, in their final precision, and the others stay there. diffusers and
+A module is laid out without storage, on torch's device "meta". The weights that are needed are then
+read one tensor at a time, in their final precision; the others stay without storage. diffusers and
 transformers take seconds to import: they are imported here only, inside functions.
 """
 
@@ -69,7 +69,7 @@ def block_of(layer: str) -> str:
 
 
 def weights_behind(unet: nn.Module, deepest: str) -> tuple[str, ...]:
-    """How the names begin of the weights that a pass up to the layer `deepest` does not use."""
+    """Prefixes of the names of weights that a pass up to the layer `deepest` does not use."""
     if deepest == "vae":
         return ("",)  # the latent needs no U-Net
     blocks = [layer for layer in unet_layers(unet) if layer == block_of(layer)]
@@ -94,7 +94,7 @@ def load_weights(
         part: of the model: vae or unet.
         dtype: of the weights.
         device: of the weights.
-        without: how the names begin of weights that are not needed; they keep no storage.
+        without: prefixes of the names of weights that are not needed; these get no storage.
 
     Raises:
         DataError: a file is damaged or lacks a weight.

@@ -21,7 +21,7 @@ from semanticfl_ref.run.setup import (
     rebuild_command,
 )
 from semanticfl_ref.run.train import set_threads
-from semanticfl_ref.tools.report.drawing import COLOURS, new_figure
+from semanticfl_ref.tools.report.drawing import new_figure
 
 PANELS = ("linear_probe", "nearest", "fisher_ratio", "effective_rank", "text_alignment")
 # diffusion.condition -> what a reader must know.
@@ -42,7 +42,7 @@ def caches(config: Config, action: str, *, offline: bool, rebuild: bool = False,
         action: "build" what is missing of them, and check complete ones; "verify" every byte;
             "info": the bytes are not checked.
         offline: no network access.
-        rebuild: to build, discard existing caches.
+        rebuild: discard existing caches before building.
         say: takes one line of progress.
 
     Returns:
@@ -52,6 +52,7 @@ def caches(config: Config, action: str, *, offline: bool, rebuild: bool = False,
         MismatchError: a cache is damaged; the message names the command that builds it again.
         DataError: a cache to verify is not complete, or see `open_or_build`.
     """
+    assert action in ("build", "verify", "info"), action
     set_threads(config)
     images = anchor_images(config, load_data(config, offline=offline))
     plans = cache_plans(config, images, offline=offline)
@@ -64,7 +65,9 @@ def caches(config: Config, action: str, *, offline: bool, rebuild: bool = False,
         "caches": [{**_described(plan), "use": use} for use, plan in plans.items()],
         "command": rebuild_command(config).replace(" --rebuild", ""),
     }
-    return document | ({"verified": True} if action == "verify" else {})
+    if action == "verify":
+        document["verified"] = True
+    return document
 
 
 def probe(
@@ -131,7 +134,6 @@ def probe_figure(document: dict):
     timesteps = dict.fromkeys(row["timestep"] for row in rows)
     for axes, name in zip(grid[0], PANELS, strict=True):
         axes.set_title(name.replace("_", " "))
-        axes.set_prop_cycle(color=COLOURS)
         for timestep in timesteps:
             shown = [row for row in rows if row["timestep"] == timestep]
             names, values = [row["layer"] for row in shown], [row[name] for row in shown]
