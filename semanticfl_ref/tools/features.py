@@ -19,8 +19,8 @@ from semanticfl_ref.run.setup import (
     load_data,
     load_images,
     rebuild_command,
+    set_threads,
 )
-from semanticfl_ref.run.train import set_threads
 from semanticfl_ref.tools.report.drawing import new_figure
 
 PANELS = ("linear_probe", "nearest", "fisher_ratio", "effective_rank", "text_alignment")
