@@ -60,7 +60,7 @@ def run(arguments) -> int:
                 f"--{name.replace('_', '-')} belongs to `features {command}`, not to `features "
                 f"{what}`: leave it out"
             )
-    if arguments.figure is not None:
+    if arguments.figure:
         need_matplotlib("--figure", arguments.figure)
     say(f"{config.data.name}, {config.diffusion.source}: loading torch ...")
     from semanticfl_ref.tools import features
@@ -78,7 +78,7 @@ def run(arguments) -> int:
         document = features.caches(
             config, what, offline=arguments.offline, rebuild=arguments.rebuild, say=say
         )
-    if arguments.figure is not None:
+    if arguments.figure:
         save_figure(features.probe_figure(document), arguments.figure)
         say(f"figure: {arguments.figure}")
     return show(document, arguments.json, probe_table if what == "probe" else cache_table)
