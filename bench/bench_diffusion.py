@@ -34,7 +34,7 @@ from bench.harness import fastest
 from bench.random_model import SIZES, write_model
 from semanticfl_ref.config.resolve import resolve
 from semanticfl_ref.device import resolve_device, resolve_precision
-from semanticfl_ref.diffusion.backbone import Backbone, _content, _noise
+from semanticfl_ref.diffusion.backbone import Backbone, image_noise
 from semanticfl_ref.diffusion.extract import build_cache
 from semanticfl_ref.diffusion.feature_cache import open_cache
 from semanticfl_ref.diffusion.text import TextEncoder
@@ -149,9 +149,8 @@ class Plain:
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         latents = self.latents(images)
         # The noise that ours adds to these images.
-        contents = [_content(image) for image in images]
-        noise = _noise(contents, latents.shape[1:], SEED, f"noise/{TIMESTEP}").to(DEVICE)
-        self.denoise(latents, noise)
+        noise = image_noise(images, latents.shape[1:], SEED, f"noise/{TIMESTEP}")
+        self.denoise(latents, noise.to(DEVICE))
         return self.found
 
     def latents(self, images: torch.Tensor) -> torch.Tensor:
@@ -214,15 +213,17 @@ class Ours:
         batch: int = IMAGES,
     ):
         self.prompt = prompt
-        self.backbone = Backbone.load(
+        self.backbone = Backbone(
             folder,
             layers=[LAYER],
             device=DEVICE,
             precision=precision,
             offline=True,
-            pruned=pruned and not full,
+            whole=full or not pruned,
         )
-        self.backbone.stop_early, self.backbone.batch = not full, batch
+        self.backbone.batch = batch
+        if full:
+            self.backbone.deepest = None
         if memory_format is not None:
             self.backbone.unet.to(memory_format=memory_format)
             self.backbone.vae.to(memory_format=memory_format)

@@ -18,7 +18,7 @@ from semanticfl_ref.data.corruptions import apply_partition
 from semanticfl_ref.data.dataset import Dataset, load_dataset
 from semanticfl_ref.data.partition import Partition, make_partition
 from semanticfl_ref.device import resolve_device
-from semanticfl_ref.diffusion.anchors import Anchors, LabelledCache, make_anchors
+from semanticfl_ref.diffusion.anchors import Anchors, make_anchors
 from semanticfl_ref.diffusion.extract import Say, open_or_build
 from semanticfl_ref.diffusion.feature_cache import CachePlan, plan_cache
 from semanticfl_ref.errors import DataError, UserError
@@ -152,10 +152,7 @@ def build_anchors(
         f"anchors from {len(images.train_labels)} images by {config.diffusion.source} at t = "
         f"{config.diffusion.timestep}, {state}"
     )
-    sources = {
-        use: LabelledCache(cache=open_or_build(plan, say), labels=plan.labels)
-        for use, plan in plans.items()
-    }
+    sources = {use: open_or_build(plan, say) for use, plan in plans.items()}
     anchors = make_anchors(
         sources["visual"],
         config.anchors,

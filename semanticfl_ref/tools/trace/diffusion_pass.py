@@ -31,7 +31,7 @@ def diffusion_pass(
     """
     settings, dataset = context.config.diffusion, context.dataset
     images, labels_B = dataset.train_images[index_B], dataset.train_labels[index_B]
-    backbone = Backbone.load(
+    backbone = Backbone(
         settings.source,
         layers=settings.layer_names,
         device=context.device,
