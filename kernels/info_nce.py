@@ -304,7 +304,8 @@ def info_nce(
     that want no gradient, and a temperature that is a number; otherwise the torch reference runs.
 
     Equation (info-nce) [van den Oord et al. 2018, Eq. 4]:
-        l_b = log sum_n exp(x_bn) - x_{b, y_b},  x_bn = q_b . k_n / (|q_b| |k_n| tau)
+        l_b = log sum_n exp(x_bn) - x_{b, y_b},
+        x_bn = q_b . k_n / (|q_b| |k_n| tau)
     Test: tests/kernels/test_info_nce.py::test_orthonormal_keys_and_aligned_queries,
         tests/kernels/test_info_nce.py::test_reference_by_finite_differences
 
