@@ -217,7 +217,7 @@ def block_sizes(N: int, D: int, dtype: torch.dtype) -> dict[str, int]:
 def launch(
     queries: Tensor, keys: Tensor, labels: Tensor, tau: float, gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    """The loss [G] and d(query), float32, for an upstream gradient of 1; empty without `gradient`."""
+    """The loss [G], and d(query) for an upstream gradient of 1, or empty; both float32."""
     (G, B, D), N = (1, *queries.shape)[-3:], keys.shape[-2]
     dq = queries.new_empty(queries.shape if gradient else (0,), dtype=torch.float32)
     queries, labels = _rows(queries).expand(G, B, D), labels.contiguous()
