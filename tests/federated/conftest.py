@@ -108,6 +108,7 @@ def quadratic_context(monkeypatch):
             sizes=tuple(images),
             histograms=tuple(tuple(images[k] if c == k else 0 for c in range(3)) for k in range(3)),
             skew=1.0,
+            kl=0.0,
             sha256="0" * 64,
         )
         model = Quadratic()
