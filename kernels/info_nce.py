@@ -41,7 +41,7 @@ from semanticfl_ref.kernels.dispatch import implementation, on_device, tl, trito
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MOST_KEYS = 1024  # that the kernel takes; torch takes more
 MOST_FEATURES = 1024  # that the kernel takes: d(query) of a block of queries lives in registers
-PRECISION = "ieee"  # of products; "tf32x3" takes tensor cores, but is unproven at tau = 0.005
+PRECISION = "ieee"  # of products; "tf32x3" uses tensor cores, but is unproven at tau = 0.005
 NO_LABEL = -(2**63)  # what F.cross_entropy may ignore: a label that nobody passes
 
 
@@ -66,9 +66,10 @@ def info_nce_reference(
             return one_client(queries, keys, labels)
         if len(queries) == 0:
             return queries.sum((1, 2)) + 0 * keys.sum()
-        # One client after another: its bits must not depend on how many there are.
         keys_G = [keys] * len(queries) if keys.ndim == 2 else keys
-        return torch.stack([one_client(*of) for of in zip(queries, keys_G, labels, strict=True)])
+        clients = zip(queries, keys_G, labels, strict=True)
+        # One after another: a client's bits must not depend on how many there are.
+        return torch.stack([one_client(*client) for client in clients])
 
 
 @triton.jit
@@ -216,9 +217,7 @@ def block_sizes(N: int, D: int, dtype: torch.dtype) -> dict[str, int]:
 def launch(
     queries: Tensor, keys: Tensor, labels: Tensor, tau: float, gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    """The loss [G], and d(query) float32 for an upstream gradient of 1 (empty without `gradient`);
-    queries [B, D] or [G, B, D] and keys [N, D] or [G, N, D] are of one dtype.
-    """
+    """The loss [G], and d(query) for an upstream gradient of 1, or empty; both float32."""
     (G, B, D), N = (1, *queries.shape)[-3:], keys.shape[-2]
     dq = queries.new_empty(queries.shape if gradient else (0,), dtype=torch.float32)
     queries, labels = _rows(queries).expand(G, B, D), labels.contiguous()
@@ -304,7 +303,8 @@ def info_nce(
     that want no gradient, and a temperature that is a number; otherwise the torch reference runs.
 
     Equation (info-nce) [van den Oord et al. 2018, Eq. 4]:
-        l_b = log sum_n exp(x_bn) - x_{b, y_b},  x_bn = q_b . k_n / (|q_b| |k_n| tau)
+        l_b = log sum_n exp(x_bn) - x_{b, y_b},
+        x_bn = q_b . k_n / (|q_b| |k_n| tau)
     Test: tests/kernels/test_info_nce.py::test_orthonormal_keys_and_aligned_queries,
         tests/kernels/test_info_nce.py::test_reference_by_finite_differences
 

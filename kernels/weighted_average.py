@@ -209,9 +209,7 @@ ADD_BLOCKS = {"BLOCK": 1024, "num_warps": 4}
 
 
 def block_sizes(dtype: torch.dtype, compared: bool) -> dict[str, int]:
-    """Columns per program, 32 bytes of a row for each thread, and warps. With a reference a program
-    is one warp, whose sums need no barrier.
-    """
+    """32 bytes of a row for each thread. With a reference one warp: its sums need no barrier."""
     warps = 1 if compared else 4
     return {"BLOCK": warps * 1024 // dtype.itemsize, "num_warps": warps}
 
