@@ -47,7 +47,7 @@ def synthetic_context(
     return make_context(config, dataset, partition, None)
 
 
-def random_images(count: int, size: int = 32) -> torch.Tensor:
-    """uint8 [count, size, size, 3], the same in every run."""
+def random_images(count: int) -> torch.Tensor:
+    """uint8 [count, 32, 32, 3], the same in every run."""
     source = torch.Generator().manual_seed(0)
-    return torch.randint(0, 256, (count, size, size, 3), dtype=torch.uint8, generator=source)
+    return torch.randint(0, 256, (count, 32, 32, 3), dtype=torch.uint8, generator=source)

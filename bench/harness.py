@@ -110,21 +110,17 @@ def measure(
             row["peak_bytes"] = peak_extra_bytes(contender.run, bench.device)
             if name == OURS:
                 row["repeatable"] = _equal(contender.run(), contender.run())
+                row["launches"] = launches(contender.run, bench.device)
             ready[name] = row
         except Exception as error:
             record.add("rows", row | {"failed": explain(error)})
         _free_memory(bench.device)
     calls = {name: contenders[name].run for name in ready}
-    try:
-        times = interleaved(calls, bench.device, **bench.sampling) if calls else {}
-    except Exception as error:
-        for row in ready.values():
-            record.add("rows", row | {"failed": f"while taking turns: {explain(error)}"})
-        return
+    times = interleaved(calls, bench.device, **bench.sampling)
     for name, row in ready.items():
-        row |= times[name]
-        record.add("rows", row)
-        _show(row)
+        record.add("rows", row | times[name])
+        place = ", ".join((case.kernel, case.case, case.dtype, case.direction, name))
+        print(f"{place}: {times[name]['median_ms']:.4f} ms", flush=True)
 
 
 def interleaved(
@@ -133,7 +129,6 @@ def interleaved(
     *,
     seconds: float = 0.4,
     least: int = 5,
-    most: int = 100,
 ) -> dict[str, dict]:
     """Milliseconds of each contender, launches from Python included.
 
@@ -142,7 +137,7 @@ def interleaved(
         device: where the work is done: timed by CUDA events there, by the processor's clock
             elsewhere.
         seconds: of the whole measurement per contender, about.
-        least, most: samples of each, after one warm-up.
+        least: samples of each, after one warm-up; there are at most 100.
 
     Returns:
         name -> {"median_ms", "low_ms" (20 %), "high_ms" (80 %), "samples"}.
@@ -153,7 +148,7 @@ def interleaved(
     times: dict[str, list[float]] = {name: [] for name in contenders}
     began, rounds = time.perf_counter(), 0
     while rounds < least or (
-        rounds < most and time.perf_counter() - began < seconds * len(contenders)
+        rounds < 100 and time.perf_counter() - began < seconds * len(contenders)
     ):
         for name, contender in contenders.items():
             times[name].append(clock(contender))
@@ -307,11 +302,3 @@ def _free_memory(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-def _show(row: dict) -> None:
-    """Print one line about a row."""
-    head = ", ".join(row[name] for name in ("kernel", "case", "dtype", "direction", "contender"))
-    rate = row["bytes"] / row["median_ms"] / 1e6
-    wrong = "" if row["correct"] else f"  WRONG: {row['errors']}"
-    print(f"{head}: {row['median_ms']:.4f} ms  {rate:.0f} GB/s{wrong}", flush=True)

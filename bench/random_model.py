@@ -61,15 +61,15 @@ def write_model(folder: Path, size: str = "sd15") -> Path:
     tokenizer.model_max_length = CAPTION_TOKENS
     tokenizer.save_pretrained(folder / "tokenizer")
     modules = _empty_modules(SIZES[size], tokenizer)
-    files = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
     for part, module in modules.items():
         if part == "text_encoder":
+            file = "model"
             module.config.save_pretrained(folder / part)
         else:
+            file = "diffusion_pytorch_model"
             module.save_config(folder / part)
         weights = _file_names(part, _random_weights(module))
-        file = folder / part / f"{files.get(part, 'model')}.fp16.safetensors"
-        save_file(weights, file, metadata={"format": "pt"})
+        save_file(weights, folder / part / f"{file}.fp16.safetensors", metadata={"format": "pt"})
     (folder / "scheduler").mkdir(exist_ok=True)
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER))
     return folder

@@ -1,9 +1,22 @@
 """The compilations of kernels that `bench.compile_report` examines.
 
+InfoNCE at the training shapes: batch 64, 10 to 1000 class anchors, 512 and 768 features. The
+weighted average in the forms that a round uses: final, running sum, and with diagnostics. Each in
+every dtype.
+
 Letters: B queries, N keys, D feature width.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+
+import torch
+
+from bench.harness import name_of
+from semanticfl_ref.kernels import info_nce, weighted_average
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+KEYS, WIDTHS = (10, 100, 200, 1000), (512, 768)
 
 
 @dataclass(frozen=True)
@@ -17,7 +30,7 @@ class Variant:
         signature: argument -> Triton's type, such as "*bf16", "i32", "fp32", "constexpr".
         constants: values of the arguments that are "constexpr".
         divisible_by_16: arguments whose value or address is known to be a multiple of 16.
-        options: num_warps and num_stages.
+        options: num_warps and num_stages, where they are not Triton's defaults.
         tensor_cores: whether the compiled code has to use them.
     """
 
@@ -28,6 +41,61 @@ class Variant:
     divisible_by_16: tuple[str, ...]
     options: dict[str, int]
     tensor_cores: bool = False
+
+
+def variants() -> list[Variant]:
+    """Every variant of our kernels."""
+    return [*info_nce_variants(), *weighted_average_variants()]
+
+
+def info_nce_variants() -> Iterator[Variant]:
+    for N in KEYS:
+        for D in WIDTHS:
+            for dtype in DTYPES:
+                pointer = f"*{name_of(dtype)}"
+                types = {"queries": pointer, "keys": pointer, "labels": "*i64", "tau": "fp32"}
+                types |= {"losses": "*fp32", "gradient": "*fp32"}
+                constants = {"D": D, "PRECISION": info_nce.PRECISION}
+                yield variant(
+                    f"info_nce {name_of(dtype)} 64x{N}x{D}",
+                    info_nce.info_nce_kernel,
+                    types,
+                    constants | info_nce.block_sizes(N, D, dtype),
+                    ragged=("N",),
+                )
+    yield variant(
+        "info_nce add_tiles",
+        info_nce.add_tiles_kernel,
+        {"losses": "*fp32", "total": "*fp32"},
+        info_nce.ADD_TILES,
+        ragged=("tiles",),
+    )
+
+
+def weighted_average_variants() -> Iterator[Variant]:
+    kernel, counts = weighted_average.weighted_average_kernel, ("P", "S", "row_stride")
+    sums = {"non_finite": "*i32", "squared_norm": "*fp64"}
+    for dtype in DTYPES:
+        pointer = f"*{name_of(dtype)}"
+        common = {"params": pointer, "weights": "*fp64", "total": "*fp64", **sums}
+        forms = {
+            "final": {"values": pointer},
+            "running sum": {"values": "*fp64", "sums": "*fp64", "weight": "*fp64"},
+            "with diagnostics": {"values": pointer, "reference": pointer},
+        }
+        for form, types in forms.items():
+            absent = {"reference", "sums", "weight"} - set(types)
+            constants = {**dict.fromkeys(absent), "FINAL": form != "running sum", "ALIGNMENT": 16}
+            blocks = weighted_average.block_sizes(dtype, "reference" in types)
+            name = f"weighted_average {name_of(dtype)}, {form}"
+            yield variant(name, kernel, common | types, constants | blocks, ragged=counts)
+    yield variant(
+        "weighted_average add_blocks",
+        weighted_average.add_blocks_kernel,
+        sums | {"non_finite_S": "*i64", "squared_norm_S": "*fp64"},
+        weighted_average.ADD_BLOCKS,
+        ragged=("blocks",),
+    )
 
 
 def variant(
@@ -52,7 +120,7 @@ def variant(
     """
     constants = {key: value for key, value in blocks.items() if key in kernel.arg_names}
     options = {key: value for key, value in blocks.items() if key not in constants}
-    assert set(options) == {"num_warps", "num_stages"}, f"{name}: no such arguments: {options}"
+    assert set(options) <= {"num_warps", "num_stages"}, f"{name}: no such arguments: {options}"
     assert set(types) <= set(kernel.arg_names), f"{name}: no such arguments: {types}"
     signature = (
         dict.fromkeys(kernel.arg_names, "i32") | types | dict.fromkeys(constants, "constexpr")

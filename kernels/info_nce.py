@@ -1,323 +1,399 @@
 """Cross-modal InfoNCE: each query against keys, one of which is its positive.
 
-    x_bn = q_b . k_n / (|q_b| |k_n| tau)         l_b = log sum_n exp(x_bn) - x_{b, y_b}         loss
-    = sum_b w_b l_b / sum_b w_b
+    s_bn = q_b . k_n / (|q_b| |k_n|)                        cosine similarity
+    x_bn = s_bn / tau                                       logits
+    l_b  = log sum_n exp(x_bn) - x_by                       y = labels[b], the positive of query b
+    loss = sum_b l_b / B
 
-The gradient, with p_bn = exp(x_bn) / sum_m exp(x_bm), ds = p - [n = y_b], and c_b what l_b counts
-for (w_b / sum w, times the upstream gradient). The softmax gives dl_b / dx_bn = ds_bn. With q^ = q
-/ |q|, x is linear in q^ and dq^_b = c_b / tau sum_n ds_bn k^_n; a change of q along itself does not
-change q^, so that part is taken out and the rest divided by the norm. The part along q^ is known
-from the logits already, as q^_b . k^_n = tau x_bn:
+Gradient of the queries, the keys being constants. With p_bn = exp(x_bn) / sum_m exp(x_bm), unit
+vectors q^ = q / |q| and k^ = k / |k|, and because probabilities sum to one,
 
-    dq_b = c_b / |q_b| ( 1 / tau sum_n ds_bn k^_n  -  q^_b sum_n ds_bn x_bn )
-    dk_n =   1 / |k_n| ( 1 / tau sum_b c_b ds_bn q^_b  -  k^_n sum_b c_b ds_bn x_bn )          dtau
-    = - 1 / tau sum_bn c_b ds_bn x_bn
+    dl_b/dx_bn = p_bn - [n = y]
+    dl_b/dq^_b = 1/tau (sum_n p_bn k^_n - k^_y) = 1/tau sum_{n != y} p_bn (k^_n - k^_y) =: g_b
+    dloss/dq_b = (g_b - q^_b (q^_b . g_b)) / (|q_b| B)
 
-This file has the plain torch reference, the checks and the public function. The kernels:
-`info_nce_small.py` (up to 256 keys without a gradient: one launch for the loss and dq, which is
-what SemanticFL's text anchors need), `info_nce_streaming.py` (any number of keys, nothing of size B
-x N), `info_nce_gradient.py` (its backward); each counts its bytes. They are torch operators, see
-`info_nce_operators.py`.
+The last line removes the part of g along q, since a change of q along itself does not change q^.
+Two details keep d(query) accurate at small tau. The differences are formed as written: where the
+positive has nearly all of the probability, p_by - 1 would lose its digits to cancellation. And
+q^ . g is the product with the g that was computed, so that its rounding errors along q go too.
+
+One launch gives the loss and d(query). A program owns BLOCK_B queries of one client and walks that
+client's keys in blocks. The logits of a block live in registers. Their exponentials are relative to
+the largest logit so far, and sums of them are rescaled when a larger one comes (online softmax);
+sum_n exp(x_bn) k^_n is carried along. Bytes of device memory per client, e to an entry:
+
+    reads     (B + N) D e, and 8 B of labels (keys once; every program, and the gradient, reads them
+              again from the cache)
+    writes    4 B D of d(query), and 4 of loss for every BLOCK_B queries
+
+Never allocated: logits, probabilities, normalised copies. All products are float32: a client's
+batch is too small for tensor cores to pay, and rounded probabilities would cost accuracy.
 
 Letters: G clients, B queries, N keys, D feature width.
 """
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor
 
-from semanticfl_ref.kernels.dispatch import implementation, with_fallback
+from semanticfl_ref.kernels.dispatch import implementation, on_device, tl, triton, with_fallback
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-REDUCTIONS = ("mean", "sum", "none")
-PRECISIONS = ("ieee", "tf32")
+MOST_KEYS = 1024  # that the kernel takes; torch takes more
+MOST_FEATURES = 1024  # that the kernel takes: d(query) of a block of queries lives in registers
+PRECISION = "ieee"  # of products; "tf32x3" uses tensor cores, but is unproven at tau = 0.005
+NO_LABEL = -(2**63)  # what F.cross_entropy may ignore: a label that nobody passes
+
+
+def info_nce_reference(
+    queries: Tensor, keys: Tensor, labels: Tensor, temperature: float | Tensor
+) -> Tensor:
+    """The definition in plain torch, in float32 or float64 whatever autocast says.
+
+    Differentiable in queries, keys and temperature. Arguments and result as `info_nce` has them.
+    """
+    dtype = torch.promote_types(torch.promote_types(queries.dtype, keys.dtype), torch.float32)
+    if isinstance(temperature, Tensor):
+        temperature = temperature.reshape(()).to(dtype)
+
+    def one_client(q_BD: Tensor, k_ND: Tensor, labels_B: Tensor) -> Tensor:
+        cosine_BN = F.normalize(q_BD, dim=1) @ F.normalize(k_ND, dim=1).T
+        return F.cross_entropy(cosine_BN / temperature, labels_B, ignore_index=NO_LABEL)
+
+    with torch.autocast(queries.device.type, enabled=False):
+        queries, keys = queries.to(dtype), keys.to(dtype)
+        if queries.ndim == 2:
+            return one_client(queries, keys, labels)
+        if len(queries) == 0:
+            return queries.sum((1, 2)) + 0 * keys.sum()
+        keys_G = [keys] * len(queries) if keys.ndim == 2 else keys
+        clients = zip(queries, keys_G, labels, strict=True)
+        # One after another: a client's bits must not depend on how many there are.
+        return torch.stack([one_client(*client) for client in clients])
+
+
+@triton.jit
+def info_nce_kernel(
+    queries, keys, labels, losses, gradient, tau, B, N,
+    query_stride_g, query_stride_b, key_stride_g, key_stride_n, D: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    CHUNK: tl.constexpr,
+):  # fmt: skip
+    """One tile of a client's queries: their part of the loss and, unless `gradient` is None, their
+    d(query). Grid (tiles of BLOCK_B queries, clients).
+    """
+    tile, g = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    b = tile * BLOCK_B + tl.arange(0, BLOCK_B)
+    d = tl.arange(0, BLOCK_D)
+    in_batch = b < B
+    label = tl.load(labels + g * B + b, mask=in_batch, other=0)
+    is_valid = (label >= 0) & (label < N)  # a label out of range gives NaN, and reads nothing
+    keys += g * key_stride_g
+    query_rows = queries + g * query_stride_g + b.to(tl.int64)[:, None] * query_stride_b
+
+    # Of the positive: logit and norm. Of all other keys: the largest logit so far (finite from the
+    # start: -inf - -inf is NaN), and the sums of exp(x - row_max) and of exp(x - row_max) k^.
+    positive = tl.zeros((BLOCK_B,), tl.float32)
+    positive_norm = tl.zeros((BLOCK_B,), tl.float32)
+    query_norm = tl.zeros((BLOCK_B,), tl.float32)
+    row_max = tl.full((BLOCK_B,), -1e38, tl.float32)
+    exp_sum = tl.zeros((BLOCK_B,), tl.float32)
+    weighted_keys = tl.zeros((BLOCK_B, BLOCK_D), tl.float32)
+    for start in range(0, N, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        in_keys = n < N
+        key_rows = keys + n.to(tl.int64)[:, None] * key_stride_n
+        products, query_squares, key_squares = multiply(
+            query_rows, key_rows, in_batch, in_keys, D, PRECISION, BLOCK_B, BLOCK_N, CHUNK
+        )
+        query_norm, key_norm = norm(query_squares), norm(key_squares)
+        # Exact divisions: with rounded inverses, errors would grow with the logit.
+        cosine = tl.div_rn(products, query_norm[:, None] * key_norm[None, :])
+        logits = tl.div_rn(cosine, tau)
+
+        is_positive = n[None, :] == label[:, None]
+        positive += tl.sum(tl.where(is_positive, logits, 0.0), 1)
+        positive_norm += tl.sum(tl.where(is_positive, key_norm[None, :], 0.0), 1)
+        logits = tl.where(is_positive | ~in_keys[None, :], float("-inf"), logits)
+        new_max = tl.maximum(row_max, tl.max(logits, 1))
+        exp_logits = tl.exp(logits - new_max[:, None])
+        shrink = tl.exp(row_max - new_max)
+        exp_sum = exp_sum * shrink + tl.sum(exp_logits, 1)
+        row_max = new_max
+        if gradient is not None:
+            k = load(key_rows, d, in_keys, D, BLOCK_D)
+            weights = tl.div_rn(exp_logits, key_norm[None, :])
+            weighted_keys *= shrink[:, None]
+            weighted_keys = tl.dot(weights, k, weighted_keys, input_precision=PRECISION)
+
+    new_max = tl.maximum(row_max, positive)
+    shrink = tl.exp(row_max - new_max)
+    total = exp_sum * shrink + tl.exp(positive - new_max)
+    loss = tl.where(is_valid, tl.log(total) + (new_max - positive), float("nan"))
+    loss = tl.sum(tl.where(in_batch, loss, 0.0), 0) / B
+    tl.store(losses + g * tl.num_programs(0) + tile, loss)
+
+    if gradient is not None:
+        # tau g = sum_{n != y} p_n k^_n - (sum_{n != y} p_n) k^_y
+        k_y = load(keys + label[:, None] * key_stride_n, d, in_batch & is_valid, D, BLOCK_D)
+        positive_weight = tl.div_rn(exp_sum, positive_norm)
+        to_probability = tl.div_rn(shrink, total)
+        tau_g = (weighted_keys - positive_weight[:, None] * k_y) * to_probability[:, None]
+        q = load(query_rows, d, in_batch, D, BLOCK_D) * tl.div_rn(1.0, query_norm)[:, None]
+        # Below F.normalize's 1e-12 a query is divided by that constant: no part to remove.
+        along = tl.where(query_norm > 1e-12, tl.sum(q * tau_g, 1), 0.0)
+        scale = tl.where(is_valid, tl.div_rn(1.0, query_norm * (tau * B)), float("nan"))
+        tl.store(
+            gradient + (g * B + b)[:, None] * D + d[None, :],
+            (tau_g - q * along[:, None]) * scale[:, None],
+            mask=in_batch[:, None] & (d < D)[None, :],
+        )
+
+
+@triton.jit
+def multiply(
+    query_rows, key_rows, in_batch, in_keys, D: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """q . k of a block of each and, on the way, the sums of squares of both."""
+    products = tl.zeros((BLOCK_B, BLOCK_N), tl.float32)
+    query_squares = tl.zeros((BLOCK_B,), tl.float32)
+    key_squares = tl.zeros((BLOCK_N,), tl.float32)
+    for start in range(0, D, CHUNK):
+        d = start + tl.arange(0, CHUNK)
+        q = load(query_rows, d, in_batch, D, CHUNK)
+        k = load(key_rows, d, in_keys, D, CHUNK)
+        products = tl.dot(q, tl.trans(k), products, input_precision=PRECISION)
+        query_squares += tl.sum(q * q, 1)
+        key_squares += tl.sum(k * k, 1)
+    return products, query_squares, key_squares
+
+
+@triton.jit
+def load(rows, d, exists, D: tl.constexpr, SIZE: tl.constexpr):
+    """SIZE columns d, as float32, of the rows that exist, and zeros elsewhere."""
+    mask = exists[:, None]
+    if D % SIZE != 0:
+        mask = mask & (d < D)[None, :]
+    return tl.load(rows + d[None, :], mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def norm(squares):
+    """max(|v|, 1e-12), as F.normalize has it, from a sum of squares."""
+    return tl.maximum(tl.sqrt_rn(squares), 1e-12)
+
+
+@triton.jit
+def add_tiles_kernel(losses, total, tiles, BLOCK: tl.constexpr):
+    """total[g] = sum of losses[g, :], always in the same order. Grid (clients,)."""
+    g = tl.program_id(0).to(tl.int64)
+    sums = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, tiles, BLOCK):
+        tile = start + tl.arange(0, BLOCK)
+        sums += tl.load(losses + g * tiles + tile, mask=tile < tiles, other=0.0)
+    tl.store(total + g, tl.sum(sums, 0))
+
+
+ADD_TILES = {"BLOCK": 128, "num_warps": 1}
+
+
+def block_sizes(N: int, D: int, dtype: torch.dtype) -> dict[str, int]:
+    """Tile shape and launch options, by the keys alone: bits do not depend on G and B."""
+    block_d = max(16, triton.next_power_of_2(D))
+    # A block of keys passes through shared memory, of which many devices have 99 KiB a program;
+    # only wide float32 rows go straight from memory to registers.
+    few = N <= 16 or (block_d > 512 and dtype != torch.float32)
+    return {
+        "BLOCK_B": 8,  # a client's batch of 64 is eight programs, side by side
+        "BLOCK_N": 16 if few else 32,
+        "BLOCK_D": block_d,
+        "CHUNK": min(64, block_d),
+        "num_warps": 8 if block_d > 256 else 4,
+        "num_stages": 4,  # chunks under way at once: most of a small call's time is latency
+    }
+
+
+def launch(
+    queries: Tensor, keys: Tensor, labels: Tensor, tau: float, gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """The loss [G], and d(query) for an upstream gradient of 1, or empty; both float32."""
+    (G, B, D), N = (1, *queries.shape)[-3:], keys.shape[-2]
+    dq = queries.new_empty(queries.shape if gradient else (0,), dtype=torch.float32)
+    queries, labels = _rows(queries).expand(G, B, D), labels.contiguous()
+    keys = _rows(keys).expand(G, N, D)  # of shared keys the stride is 0
+    blocks = block_sizes(N, D, queries.dtype)
+    tiles = triton.cdiv(B, blocks["BLOCK_B"])
+    losses = queries.new_empty((G, tiles), dtype=torch.float32)
+    with on_device(queries):
+        info_nce_kernel[(tiles, G)](
+            queries=queries,
+            keys=keys,
+            labels=labels,
+            losses=losses,
+            gradient=dq if gradient else None,
+            tau=tau,
+            B=B,
+            N=N,
+            query_stride_g=queries.stride(0),
+            query_stride_b=queries.stride(1),
+            key_stride_g=keys.stride(0),
+            key_stride_n=keys.stride(1),
+            D=D,
+            PRECISION=PRECISION,
+            **blocks,
+        )
+        if tiles == 1:
+            return losses.view(G), dq
+        loss = losses.new_empty(G)
+        add_tiles_kernel[(G,)](losses=losses, total=loss, tiles=tiles, **ADD_TILES)
+    return loss, dq
+
+
+@torch.library.custom_op("semanticfl_ref::info_nce", mutates_args=())
+def info_nce_operator(
+    queries: Tensor, keys: Tensor, labels: Tensor, tau: float, gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """`launch` as an operator, which torch.compile and autograd know; its loss is [] or [G].
+
+    d(query) stays float32 until it is multiplied by the upstream gradient: in float16 a row's part
+    of a mean would vanish before the loss scale, which is there to prevent that, arrives.
+    """
+    loss, dq = launch(queries, keys, labels, tau, gradient)
+    return loss.view(queries.shape[:-2]), dq
+
+
+@info_nce_operator.register_fake
+def _(queries, keys, labels, tau, gradient):
+    loss = queries.new_empty(queries.shape[:-2], dtype=torch.float32)
+    return loss, queries.new_empty(queries.shape if gradient else (0,), dtype=torch.float32)
+
+
+def _save(ctx, inputs, output) -> None:
+    ctx.save_for_backward(output[1])
+    ctx.dtype = inputs[0].dtype
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, upstream, through_gradient):
+    if through_gradient is not None:
+        raise RuntimeError("info_nce: the kernel has no second derivative; pass impl='torch'")
+    if upstream is None:
+        return (None,) * 5
+    (dq,) = ctx.saved_tensors
+    return (dq * upstream[..., None, None]).to(ctx.dtype), None, None, None, None
+
+
+info_nce_operator.register_autograd(_backward, setup_context=_save)
 
 
 def info_nce(
-    queries: torch.Tensor,
-    keys: torch.Tensor,
-    labels: torch.Tensor | None = None,
-    temperature: float | torch.Tensor = 0.05,
-    normalize: bool = True,
+    queries: Tensor,
+    keys: Tensor,
+    labels: Tensor,
+    temperature: float | Tensor = 0.05,
     *,
-    weights: torch.Tensor | None = None,
-    reduction: str = "mean",
-    symmetric: bool = False,
-    precision: str = "ieee",
     impl: str = "auto",
     validate: bool = False,
-) -> torch.Tensor:
-    """InfoNCE of queries against keys: class anchors by label, or in-batch pairs on the diagonal.
+) -> Tensor:
+    """Mean InfoNCE loss of queries against keys, by the label of each query.
 
-    Equals `F.cross_entropy(normalize(q) @ normalize(k).T / temperature, labels)`, computed in
-    float32, without allocating the logits on a GPU.
+    Equals `F.cross_entropy(normalize(q) @ normalize(k).T / temperature, labels)` in float32,
+    without allocating the logits on a GPU. The kernel takes up to 1024 keys of up to 1024 features
+    that want no gradient, and a temperature that is a number; otherwise the torch reference runs.
 
-    Equation (info-nce) [van den Oord et al. 2018, Eq. 4]: l_b = log sum_n exp(x_bn) - x_{b, y_b},
+    Equation (info-nce) [van den Oord et al. 2018, Eq. 4]:
+        l_b = log sum_n exp(x_bn) - x_{b, y_b},
         x_bn = q_b . k_n / (|q_b| |k_n| tau)
     Test: tests/kernels/test_info_nce.py::test_orthonormal_keys_and_aligned_queries,
         tests/kernels/test_info_nce.py::test_reference_by_finite_differences
 
     Args:
-        queries: float32, bfloat16, float16 or float64, [B, D], or [G, B, D]: G independent losses,
-            a client each.
-        keys: [N, D], shared by all clients, or [G, N, D]. Queries and keys of two dtypes are both
-            taken in the wider one.
-        labels: int64 [B] or [G, B], the positive key of each query, 0 ... N - 1; None: query b's is
-            key b, and N = B.
-        temperature: tau > 0, a number or a tensor of one element, which gets its gradient.
-        normalize: divide queries and keys by their L2 norm, no smaller than 1e-12, first.
-        weights: [B] or [G, B], not negative; constants. A mean is sum(w l) / sum(w), a sum is sum(w
-            l), "none" gives w l. Weight 0: the row is absent, whatever it holds; with `symmetric`
-            the pair is, as a candidate too.
-        reduction: "mean" or "sum" over the B rows of a client, or "none".
-        symmetric: the mean of both directions, queries against keys and keys against queries
-            (CLIP); without labels only.
-        precision: of float32 products in the kernels, "ieee" or "tf32". The torch implementation
-            follows torch's own setting.
-        impl: "auto" (the kernels on CUDA, torch elsewhere), "torch" or "triton"; the environment
-            variable SEMANTICFL_KERNELS replaces "auto".
-        validate: check the tensors' values on a GPU too, which waits for it. Unchecked, a bad label
-            gives NaN. On the CPU they are always checked, except while `torch.compile` traces.
+        queries: float32, bfloat16, float16 or float64 (torch only), [B, D], or [G, B, D]: G
+            independent losses, one per client.
+        keys: [N, D], shared by all clients, or [G, N, D]. If queries and keys have two dtypes, both
+            are converted to the wider one.
+        labels: int64 [B] or [G, B], the positive key of each query, 0 ... N - 1.
+        temperature: tau > 0, a number or a tensor of one element.
+        impl: "auto" (the kernel on CUDA, torch elsewhere), "torch" or "triton"; see `dispatch`.
+        validate: check the values of labels and of a temperature tensor, which waits for a GPU.
+            Unchecked, a label out of range gives NaN in the kernel and an error in torch.
 
     Returns:
-        float32 (float64 for float64) in nats: [], or [G] for clients; [B] or [G, B] for "none". The
-        mean of no rows is NaN. Two closed forms: all keys alike gives log N; orthonormal keys and q
-        = its own key gives log(1 + (N - 1) exp(-1 / tau)). Gradients have the inputs' dtype; under
-        autocast the inputs' dtypes are used as they are.
+        float32 (float64 for float64) in nats, [] or [G]; the mean of no queries is NaN. All keys
+        alike give log N; orthonormal keys and q = its own key give log(1 + (N - 1) exp(-1 / tau)).
+        Gradients have the inputs' dtype.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, a temperature that is not positive
-            and finite, an unknown word; labels out of range; weights that are negative, not finite,
-            or zero for every row of a client.
+        ValueError: shapes, dtypes or devices that do not fit; a temperature that is not positive
+            and finite; an unknown `impl`; with `validate`, labels out of range.
 
-    Source: van den Oord et al. 2018 (Eq. 4); symmetric: CLIP (Radford et al. 2021, Fig. 3); the
-        contrastive term of SemanticFL's client objective (arXiv
-    2603.19337, tau = 0.05 as summarised second-hand).
+    Source: van den Oord et al. 2018 (Eq. 4); the contrastive term of SemanticFL's client objective
+    (arXiv 2603.19337, tau = 0.05 as summarised second-hand).
     """
-    _check_shapes(queries, keys, labels, weights, symmetric)
-    _check_options(queries, temperature, reduction, precision)
-    if (validate or not queries.is_cuda) and not torch.compiler.is_compiling():
-        _check_values(keys, labels, temperature, weights)
-    if weights is not None:
-        weights = weights.detach()
-    arguments = (queries, keys, labels, temperature, normalize, weights, reduction, symmetric)
-    if implementation(impl, queries, keys) == "torch":
-        return _reference(*arguments)
-    from semanticfl_ref.kernels.info_nce_operators import info_nce_triton
+    _check(queries, keys, labels, temperature)
+    if validate:
+        _check_values(labels, keys.shape[-2], float(temperature))
 
-    # what happens when a kernel cannot be compiled is decided when it runs, outside of the traced
-    # graph
-    if torch.compiler.is_compiling():
-        return info_nce_triton(*arguments, precision)
-    return with_fallback(
-        lambda: info_nce_triton(*arguments, precision), lambda: _reference(*arguments)
-    )
+    def reference() -> Tensor:
+        return info_nce_reference(queries, keys, labels, temperature)
 
+    def kernel() -> Tensor:
+        dtype = torch.promote_types(queries.dtype, keys.dtype)
+        q, k, tau = queries.to(dtype), keys.to(dtype), float(temperature)
+        return info_nce_operator(q, k, labels, tau, torch.is_grad_enabled() and q.requires_grad)[0]
 
-class InfoNCE(nn.Module):
-    """`info_nce` with its options fixed. With `learnable` the temperature is a parameter; it is the
-    caller's to keep it positive.
-
-    Args:
-        temperature: tau > 0 at the start.
-        learnable: make the temperature a parameter, float32 [].
-        options: the keyword arguments of `info_nce`, and `normalize`.
-    """
-
-    def __init__(self, temperature: float = 0.05, *, learnable: bool = False, **options):
-        super().__init__()
-        self.temperature = (
-            nn.Parameter(torch.tensor(float(temperature))) if learnable else temperature
-        )
-        self.options = options
-
-    def forward(
-        self,
-        queries: torch.Tensor,
-        keys: torch.Tensor,
-        labels: torch.Tensor | None = None,
-        weights: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Arguments and result as `info_nce` has them."""
-        return info_nce(queries, keys, labels, self.temperature, weights=weights, **self.options)
+    learnt = isinstance(temperature, Tensor) or (torch.is_grad_enabled() and keys.requires_grad)
+    fits = keys.shape[-2] <= MOST_KEYS and keys.shape[-1] <= MOST_FEATURES and queries.numel() > 0
+    if implementation(impl, queries, keys) == "torch" or learnt or not fits:
+        return reference()
+    if torch.compiler.is_compiling():  # whether the kernel can be compiled shows in the run
+        return kernel()
+    return with_fallback(kernel, reference)
 
 
-def _reference(
-    queries, keys, labels, temperature, normalize, weights, reduction, symmetric
-) -> torch.Tensor:
-    """The loss in plain torch, in the inputs' dtypes whatever autocast says."""
-    if torch.is_autocast_enabled(queries.device.type):
-        with torch.autocast(queries.device.type, enabled=False):
-            return _reference(
-                queries, keys, labels, temperature, normalize, weights, reduction, symmetric
-            )
-    if not queries.dtype == keys.dtype == torch.float32:
-        dtype = torch.promote_types(torch.promote_types(queries.dtype, keys.dtype), torch.float32)
-        queries, keys = queries.to(dtype), keys.to(dtype)
-    if isinstance(temperature, torch.Tensor):
-        temperature = temperature.reshape(()).to(queries.dtype)
-    if queries.ndim == 2:
-        return _one_client(
-            queries, keys, labels, temperature, normalize, weights, reduction, symmetric
-        )
-    losses = []
-    for g, queries_BD in enumerate(
-        queries
-    ):  # one after another, so that a client's bits do not depend on how many there are
-        keys_ND, labels_B, weights_B = (
-            (keys[g] if keys.ndim == 3 else keys),
-            (None if labels is None else labels[g]),
-            (None if weights is None else weights[g]),
-        )
-        losses.append(
-            _one_client(
-                queries_BD,
-                keys_ND,
-                labels_B,
-                temperature,
-                normalize,
-                weights_B,
-                reduction,
-                symmetric,
-            )
-        )
-    return (
-        torch.stack(losses)
-        if losses
-        else queries.sum(2 if reduction == "none" else (1, 2)) + 0 * keys.sum()
-    )
+def _rows(vectors: Tensor) -> Tensor:
+    """Vectors whose features lie side by side."""
+    return vectors if vectors.stride(-1) == 1 else vectors.contiguous()
 
 
-def _one_client(
-    queries_BD, keys_ND, labels_B, temperature, normalize, weights_B, reduction, symmetric
-) -> torch.Tensor:
-    present_B = None if weights_B is None else weights_B != 0
-    if labels_B is None:
-        labels_B = torch.arange(len(queries_BD), device=queries_BD.device)
-    if (
-        present_B is not None
-        # what an absent row holds must reach neither the loss nor a gradient, not even multiplied by
-        # zero
-    ):
-        queries_BD, labels_B = (
-            torch.where(present_B[:, None], queries_BD, 0),
-            torch.where(present_B, labels_B, 0),
-        )
-        if symmetric:
-            keys_ND = torch.where(present_B[:, None], keys_ND, 0)
-    if normalize:
-        queries_BD, keys_ND = F.normalize(queries_BD, dim=1), F.normalize(keys_ND, dim=1)
-    logits_BN = queries_BD @ keys_ND.T / temperature
-    if weights_B is None and not symmetric:
-        return F.cross_entropy(logits_BN, labels_B, reduction=reduction)
-    if symmetric:
-        if present_B is not None:
-            present_BN = (present_B[:, None] & present_B) | torch.eye(
-                len(present_B), dtype=torch.bool, device=present_B.device
-            )
-            logits_BN, labels_B = (
-                logits_BN.masked_fill(~present_BN, float("-inf")),
-                torch.arange(len(labels_B), device=labels_B.device),
-            )
-        losses_B = (
-            F.cross_entropy(logits_BN, labels_B, reduction="none")
-            + F.cross_entropy(logits_BN.T, labels_B, reduction="none")
-        ) / 2
-    else:
-        losses_B = F.cross_entropy(logits_BN, labels_B, reduction="none")
-    if weights_B is None:
-        return {"mean": torch.mean, "sum": torch.sum, "none": lambda losses: losses}[reduction](
-            losses_B
-        )
-    weighted_B = weights_B.to(losses_B.dtype) * losses_B
-    if reduction == "none":
-        return weighted_B
-    return (
-        weighted_B.sum() / weights_B.to(losses_B.dtype).sum()
-        if reduction == "mean"
-        else weighted_B.sum()
-    )
-
-
-def _check_shapes(queries, keys, labels, weights, symmetric) -> None:
-    q, k, rows = tuple(queries.shape), tuple(keys.shape), queries.shape[:-1]
-    if (
-        len(q) not in (2, 3)
-        or len(k) not in (2, len(q))
-        or q[-1] != k[-1]
-        or (len(k) == 3 and k[0] != q[0])
-    ):
+def _check(queries: Tensor, keys: Tensor, labels: Tensor, temperature: float | Tensor) -> None:
+    q, k, device = tuple(queries.shape), tuple(keys.shape), queries.device
+    same_clients = len(k) == 2 or k[:-2] == q[:-2]
+    if len(q) not in (2, 3) or len(k) not in (2, len(q)) or q[-1] != k[-1] or not same_clients:
         raise ValueError(
-            f"queries {q} and keys {k}: expected [B, D] and [N, D], or [G, B, D] and [N, D] or [G, N, D]"
+            f"queries {q} and keys {k}: their shapes do not fit; expected [B, D] and [N, D], or "
+            "[G, B, D] and [N, D] or [G, N, D]"
         )
     if 0 in k[-2:]:
-        raise ValueError(f"keys {k}: at least one key with at least one feature is needed")
-    if labels is None and k[-2] != q[-2]:
+        raise ValueError(f"keys {k}: no loss is defined; expected at least one key and feature")
+    if tuple(labels.shape) != q[:-1] or labels.dtype != torch.int64:
         raise ValueError(
-            f"queries {q} and keys {k} without labels: expected a key for each query; or pass labels"
-        )
-    if symmetric and (labels is not None or k != q):
-        raise ValueError(
-            f"symmetric = True with queries {q}, keys {k}{'' if labels is None else ' and labels'}: expected equal shapes and no labels"
-        )
-    if labels is not None and (labels.shape != rows or labels.dtype != torch.int64):
-        raise ValueError(
-            f"labels {tuple(labels.shape)} {labels.dtype}: expected one per query, {tuple(rows)} torch.int64"
-        )
-    if weights is not None and (weights.shape != rows or not weights.is_floating_point()):
-        raise ValueError(
-            f"weights {tuple(weights.shape)} {weights.dtype}: expected one floating-point number per query, {tuple(rows)}"
+            f"labels {tuple(labels.shape)} {labels.dtype}: expected one int64 per query, {q[:-1]}"
         )
     if queries.dtype not in DTYPES or keys.dtype not in DTYPES:
-        raise ValueError(
-            f"queries {queries.dtype} and keys {keys.dtype}: expected each to be one of {', '.join(map(str, DTYPES))}"
-        )
-    device = queries.device
-    if (
-        keys.device != device
-        or (labels is not None and labels.device != device)
-        or (weights is not None and weights.device != device)
+        raise ValueError(f"queries {queries.dtype}, keys {keys.dtype}: each one of {DTYPES}")
+    if keys.device != device or labels.device != device:
+        devices = f"keys on {keys.device}, labels on {labels.device}"
+        raise ValueError(f"{devices}, queries on {device}: move them to one device")
+    if not isinstance(temperature, Tensor):
+        _check_temperature(temperature)
+    elif (
+        temperature.numel() != 1 or temperature.dtype not in DTYPES or temperature.device != device
     ):
-        others = {
-            name: str(tensor.device)
-            for name, tensor in (("keys", keys), ("labels", labels), ("weights", weights))
-            if tensor is not None
-        }
-        raise ValueError(f"queries on {device}, {others}: move them to one device")
+        raise ValueError(
+            f"temperature {tuple(temperature.shape)} {temperature.dtype} on {temperature.device}: "
+            f"expected one floating-point number on {device}"
+        )
 
 
-def _check_options(queries, temperature, reduction, precision) -> None:
-    if isinstance(temperature, torch.Tensor):
-        if (
-            temperature.numel() != 1
-            or not temperature.is_floating_point()
-            or temperature.device != queries.device
-        ):
-            raise ValueError(
-                f"temperature {tuple(temperature.shape)} {temperature.dtype} on {temperature.device}: expected one floating-point number on {queries.device}"
-            )
-    elif not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature = {temperature}: must be positive and finite")
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction = {reduction!r}: expected one of {', '.join(REDUCTIONS)}")
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision = {precision!r}: expected one of {', '.join(PRECISIONS)}")
+def _check_values(labels: Tensor, N: int, tau: float) -> None:
+    _check_temperature(tau)
+    low, high = (0, 0) if labels.numel() == 0 else map(int, labels.aminmax())
+    if low < 0 or high >= N:
+        raise ValueError(f"labels from {low} to {high}, {N} keys: expected 0 ... {N - 1}")
 
 
-def _check_values(keys, labels, temperature, weights) -> None:
-    if isinstance(temperature, torch.Tensor) and not 0 < temperature.item() < float("inf"):
-        raise ValueError(f"temperature = {temperature.item()}: must be positive and finite")
-    if weights is not None and weights.numel():
-        if not bool(((weights >= 0) & weights.isfinite()).all()):
-            raise ValueError(
-                f"weights from {weights.min().item()} to {weights.max().item()}: must be finite and not negative"
-            )
-        if not bool((weights > 0).any(-1).all()):
-            raise ValueError("weights are zero for every row of a client: no loss is defined")
-    if labels is not None and labels.numel():
-        used = labels if weights is None else torch.where(weights != 0, labels, 0)
-        low, high = used.aminmax()
-        if low.item() < 0 or high.item() >= keys.shape[-2]:
-            raise ValueError(
-                f"labels from {low.item()} to {high.item()}: expected 0 ... {keys.shape[-2] - 1}, as there are {keys.shape[-2]} keys"
-            )
+def _check_temperature(tau: float) -> None:
+    if not 0 < tau < float("inf"):
+        raise ValueError(f"temperature = {tau}: must be positive and finite")

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 
 from bench.claims import WITH_DIAGNOSTICS
-from bench.harness import OURS, Bench, Case, Contender, guarded, interleaved, measure, name_of
+from bench.harness import OURS, Bench, Case, Contender, guarded, measure, name_of
 from bench.peers import (
     COPY,
     ON_THE_HOST,
@@ -44,7 +44,6 @@ CASES = [
 TINY = [(3, 1_001, torch.float32), (3, 515, torch.bfloat16)]
 COPY_BYTES = 4 << 30  # a larger copy is no faster
 EAGER_ENTRIES = 1_000_000_000  # the eager expression copies them in fp64
-IN_TWO_PARTS = "ours, in two parts"
 
 
 def stage(record: Record, bench: Bench) -> None:
@@ -132,7 +131,7 @@ def ours(
             lambda: weighted_average(params_SP, weights_S, reference_P, impl=impl),
             {"bytes": case.bytes + one_row},
         ),
-        IN_TWO_PARTS: Contender(in_two_parts, {"bytes": case.bytes + running_sum}),
+        "ours, in two parts": Contender(in_two_parts, {"bytes": case.bytes + running_sum}),
     }
 
 
@@ -166,16 +165,16 @@ def measure_flower(
         for params_P, weight in zip(params_SP, weights_S.tolist(), strict=True)
     ]
 
-    def average() -> torch.Tensor:
-        return torch.cat([torch.from_numpy(layer).flatten() for layer in aggregate(clients)])
-
     expected_P = weighted_average(params_SP, weights_S, impl="torch").values_P
-    close = torch.allclose(average(), expected_P, rtol=1e-4, atol=1e-5)
-    sampling = bench.sampling or {"most": 5}
-    times = interleaved({name: lambda: aggregate(clients)}, torch.device("cpu"), **sampling)
-    row = dataclasses.asdict(case) | times[name]
-    row |= {"contender": name + ON_THE_HOST, "correct": close, "errors": {}, "bytes": 0}
-    record.add("rows", row)
+
+    def check(_name: str, layers) -> dict:
+        average_P = torch.cat([torch.from_numpy(layer).flatten() for layer in layers])
+        return {"errors": {}, "correct": torch.allclose(average_P, expected_P, 1e-4, 1e-5)}
+
+    host = dataclasses.replace(bench, device=torch.device("cpu"))
+    on_host = dataclasses.replace(case, bytes=0)
+    run = Contender(lambda: aggregate(clients))
+    measure(record, host, on_host, {name + ON_THE_HOST: run}, check)
 
 
 def millions(count: int) -> str:

@@ -26,7 +26,6 @@ from bench.harness import (
     captured,
     explain,
     guarded,
-    launches,
     measure,
     name_of,
 )
@@ -94,9 +93,12 @@ def info_nce_case(
         bytes=read + inputs.queries_GBD.nbytes,
     )
     runs = {name: Contender(call) for name, call in calls.items()}
-    runs[OURS] = Contender(calls[OURS], {"launches": counted(calls[OURS], bench)})
-    for name in (OURS, EAGER):
-        runs |= graph(record, bench, case, name, calls[name])
+    for name in (OURS, EAGER) if bench.device.type == "cuda" else ():
+        try:
+            runs[as_graph(name)] = Contender(captured(calls[name]))
+        except Exception as error:
+            row = dataclasses.asdict(case) | {"contender": as_graph(name)}
+            record.add("rows", row | {"failed": explain(error)})
     measure(record, bench, case, runs, lambda _, found: errors(found, exact, dtype_name))
 
 
@@ -183,26 +185,3 @@ def errors(found: tuple[torch.Tensor, ...], exact: tuple[torch.Tensor, ...], dty
     measured = {"loss": of_loss, "query_gradient": of_gradient}
     correct = all(value <= LIMITS[dtype] for value in measured.values())
     return {"errors": measured, "correct": correct}
-
-
-def graph(
-    record: Record, bench: Bench, case: Case, name: str, call: Callable
-) -> dict[str, Contender]:
-    """The same call as a CUDA graph; one that cannot be captured is a row that says why."""
-    row = dataclasses.asdict(case) | {"contender": as_graph(name)}
-    if bench.device.type != "cuda":
-        record.add("rows", row | {"skipped": "no CUDA device"})
-        return {}
-    try:
-        return {as_graph(name): Contender(captured(call))}
-    except Exception as error:
-        record.add("rows", row | {"failed": explain(error)})
-        return {}
-
-
-def counted(run: Callable, bench: Bench) -> dict[str, int] | None:
-    """The kernels that a call launches; None if it fails, which its own row will say."""
-    try:
-        return launches(run, bench.device)
-    except Exception:
-        return None

@@ -134,9 +134,8 @@ def finish(record: Record) -> None:
 def is_wrong(row: dict) -> bool:
     """Whether a row of ours failed, is incorrect, or differs when repeated; a peer's failure is a
     finding."""
-    if not row["contender"].startswith(OURS) or "skipped" in row:
-        return False
-    return not (row.get("correct") and row.get("repeatable", True))
+    is_ours = row["contender"].startswith(OURS)
+    return is_ours and not (row.get("correct") and row.get("repeatable", True))
 
 
 def what_is_wrong(row: dict) -> str:

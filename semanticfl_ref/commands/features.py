@@ -5,7 +5,7 @@ from pathlib import Path
 from semanticfl_ref.commands.output import say, show
 from semanticfl_ref.commands.settings_flags import add_settings, settings_of
 from semanticfl_ref.errors import UserError
-from semanticfl_ref.formatting import format_bytes, format_percent
+from semanticfl_ref.formatting import format_bytes
 from semanticfl_ref.tools.report.drawing import need_matplotlib, save_figure
 
 HELP = (
@@ -60,24 +60,25 @@ def run(arguments) -> int:
                 f"--{name.replace('_', '-')} belongs to `features {command}`, not to `features "
                 f"{what}`: leave it out"
             )
-    if arguments.figure is not None:
+    if arguments.figure:
         need_matplotlib("--figure", arguments.figure)
     say(f"{config.data.name}, {config.diffusion.source}: loading torch ...")
     from semanticfl_ref.tools import features
 
-    options = {}
-    if what == "build":
-        options = {"rebuild": arguments.rebuild, "say": say}
-    elif what == "probe":
-        options = {
-            "layers": arguments.layers or "all",
-            "timesteps": arguments.timesteps,
-            "images": arguments.probe_images or 2000,
-            "say": say,
-        }
-    # A function per choice of `what`, by its name.
-    document = getattr(features, what)(config, offline=arguments.offline, **options)
-    if arguments.figure is not None:
+    if what == "probe":
+        document = features.probe(
+            config,
+            offline=arguments.offline,
+            layers=arguments.layers or "all",
+            timesteps=arguments.timesteps,
+            images=arguments.probe_images or 2000,
+            say=say,
+        )
+    else:
+        document = features.caches(
+            config, what, offline=arguments.offline, rebuild=arguments.rebuild, say=say
+        )
+    if arguments.figure:
         save_figure(features.probe_figure(document), arguments.figure)
         say(f"figure: {arguments.figure}")
     return show(document, arguments.json, probe_table if what == "probe" else cache_table)
@@ -85,26 +86,21 @@ def run(arguments) -> int:
 
 def cache_table(document: dict) -> str:
     """Where the caches are, what they contain, and how far they are built."""
-    rows = []
+    lines = []
     checked = ", every byte checked" if document.get("verified") else ""
     for cache in document["caches"]:
-        rows += [
-            (f"{cache['use']} cache", cache["path"]),
-            (
-                "",
-                f"{cache['images_done']} of {cache['images']} images, "
-                f"{format_bytes(cache['bytes'])} on disk{checked}",
-            ),
-            (
-                "",
-                f"{cache['source']}, {', '.join(cache['layers'])} at t = {cache['timestep']}, "
-                f"condition {cache['condition']}, {cache['precision']}",
-            ),
+        size, layers = format_bytes(cache["bytes"]), ", ".join(cache["layers"])
+        lines += [
+            f"{cache['use'] + ' cache':<12}  {cache['path']}",
+            f"              {cache['images_done']} of {cache['images']} images, {size} on disk"
+            f"{checked}",
+            f"              {cache['source']}, {layers} at t = {cache['timestep']}, condition "
+            f"{cache['condition']}, {cache['precision']}",
+            *(f"              note: {note}" for note in cache["notes"]),
         ]
-        rows += [("", f"note: {note}") for note in cache["notes"]]
     if not all(cache["complete"] for cache in document["caches"]):
-        rows.append(("to build", document["command"]))
-    return "\n".join(f"{name:<12}  {value}" for name, value in rows)
+        lines.append(f"to build      {document['command']}")
+    return "\n".join(lines)
 
 
 def probe_table(document: dict) -> str:
@@ -124,7 +120,7 @@ def probe_table(document: dict) -> str:
         text = "" if row["text_alignment"] is None else f"{row['text_alignment']:.2f}"
         lines.append(
             f"| {timestep} | {row['layer']} | {row['width']} "
-            f"| {format_percent(row['linear_probe'])} | {format_percent(row['nearest'])} "
+            f"| {row['linear_probe']:.1%} | {row['nearest']:.1%} "
             f"| {row['fisher_ratio']:.3f} | {row['effective_rank']:.1f} | {text} |"
         )
     return "\n".join(lines)

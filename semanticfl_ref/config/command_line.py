@@ -1,7 +1,5 @@
 """Flags that stand for settings, and a configuration as the flags that make it."""
 
-from collections.abc import Mapping
-
 from semanticfl_ref.config.resolve import resolve
 from semanticfl_ref.config.settings import Config, to_flat
 
@@ -30,24 +28,18 @@ FLAGS = {
 }
 
 
-def to_flags(config: Config, fixed: Mapping[str, object] | None = None) -> list[str]:
-    """The shortest list of flags that makes a configuration.
-
-    Args:
-        config: the configuration.
-        fixed: dotted names that the command fixes by itself, and so takes no flag for.
-    """
-    values, fixed = to_flat(config), dict(fixed or {})
+def to_flags(config: Config) -> list[str]:
+    """The shortest list of flags that makes a configuration."""
+    values, given, words = to_flat(config), {}, []
     flag_of = {name: flag for flag, name in FLAGS.items()}
-    words, given = [], dict(fixed)
     # First what presets depend on, then what differs from the presets.
     for name in ("data.name", "diffusion.source", "federation.method"):
-        if name not in fixed and values[name] != to_flat(resolve(given))[name]:
+        if values[name] != to_flat(resolve(given))[name]:
             words += [flag_of[name], str(values[name])]
             given[name] = values[name]
     preset = to_flat(resolve(given))
     for name, value in values.items():
-        if name in fixed or value == preset[name]:
+        if value == preset[name]:
             continue
         text = str(value).lower() if isinstance(value, bool) else str(value)
         words += [flag_of[name], text] if name in flag_of else ["--set", f"{name}={text}"]

@@ -31,12 +31,10 @@ EMBEDDED = {
     "fedcda.warm_up": 10,
 }
 
-register_dataset("digit-scenes", "semanticfl_ref.data.digits:read_scenes", EMBEDDED)
-register_dataset("digits", "semanticfl_ref.data.digits:read_digits", EMBEDDED)
-register_dataset("cifar10", "semanticfl_ref.data.cifar:read_cifar10")
-register_dataset(
-    "cifar100", "semanticfl_ref.data.cifar:read_cifar100", {"federation.weight_decay": 1e-4}
-)
+register_dataset("digit-scenes", "semanticfl_ref.data.digits:read", EMBEDDED)
+register_dataset("digits", "semanticfl_ref.data.digits:read", EMBEDDED)
+register_dataset("cifar10", "semanticfl_ref.data.cifar:read")
+register_dataset("cifar100", "semanticfl_ref.data.cifar:read", {"federation.weight_decay": 1e-4})
 register_dataset(
     "tinyimagenet",
     "semanticfl_ref.data.tinyimagenet:read",

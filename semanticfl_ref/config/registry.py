@@ -4,7 +4,7 @@ The package's own entries are import paths, so that reading their names (for `--
 nothing heavy. An entry from outside the package is registered by the same calls.
 """
 
-import importlib
+import pkgutil
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
@@ -51,10 +51,7 @@ class Registry(Mapping):
         if name not in self.entries:
             raise unknown(self.kind, name, self.entries)
         target = self.entries[name].target
-        if isinstance(target, str):
-            module, _, attribute = target.partition(":")
-            return getattr(importlib.import_module(module), attribute)
-        return target
+        return pkgutil.resolve_name(target) if isinstance(target, str) else target
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.entries)
@@ -76,7 +73,7 @@ def register_method(
     name: str,
     method,
     settings: type[Section] | None = None,
-    preset: Mapping[str, object] | None = None,
+    preset: Mapping[str, object] = {},
 ) -> None:
     """Make a federated method available as `--method NAME`.
 
@@ -89,10 +86,10 @@ def register_method(
     Raises:
         UserError: the name is taken.
     """
-    METHODS.register(name, Entry(method, settings, preset or {}))
+    METHODS.register(name, Entry(method, settings, preset))
 
 
-def register_dataset(name: str, reader, preset: Mapping[str, object] | None = None) -> None:
+def register_dataset(name: str, reader, preset: Mapping[str, object] = {}) -> None:
     """Make a data set available as `--dataset NAME`.
 
     Args:
@@ -104,7 +101,7 @@ def register_dataset(name: str, reader, preset: Mapping[str, object] | None = No
     Raises:
         UserError: the name is taken.
     """
-    DATASETS.register(name, Entry(reader, None, preset or {}))
+    DATASETS.register(name, Entry(reader, preset=preset))
 
 
 def register_model(name: str, build) -> None:

@@ -4,11 +4,10 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 
 from semanticfl_ref.errors import UserError, unknown
 
-Choices = Collection[str] | Callable[[], Collection[str]]
 KINDS = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
 BOOLEANS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
@@ -20,7 +19,7 @@ def option(
     low=None,
     high=None,
     above=None,
-    choices: Choices | None = None,
+    choices: Collection[str] = (),
     source: str = "",
     unit: str = "",
 ):
@@ -31,7 +30,7 @@ def option(
         help: a noun phrase that stands alone.
         low, high: inclusive bounds.
         above: exclusive lower bound.
-        choices: the admissible names, or a function that returns them (for registries).
+        choices: the admissible names; a registry may grow.
         source: where the default comes from; the tags are explained in settings.py.
         unit: for numbers with one, for example "pixels".
     """
@@ -57,13 +56,27 @@ class Section:
     def __post_init__(self):
         section = type(self).__name__.removesuffix("Settings").lower()
         for field in dataclasses.fields(self):
-            _check(f"{section}.{field.name}", field, getattr(self, field.name))
+            name, value = f"{section}.{field.name}", getattr(self, field.name)
+            limits, choices = field.metadata, choices_of(field)
+            if type(value) is not field.type:
+                raise UserError(
+                    f"{name} = {value!r}: expected {KINDS[field.type]}, not {type(value).__name__}"
+                )
+            if choices and value not in choices:
+                raise unknown(name, value, choices)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"{name} = {value}: expected a finite number")
+            if limits["low"] is not None and value < limits["low"]:
+                raise UserError(f"{name} = {value}: must be at least {limits['low']}")
+            if limits["high"] is not None and value > limits["high"]:
+                raise UserError(f"{name} = {value}: must be at most {limits['high']}")
+            if limits["above"] is not None and value <= limits["above"]:
+                raise UserError(f"{name} = {value}: must be above {limits['above']}")
 
 
 def choices_of(field: dataclasses.Field) -> tuple[str, ...]:
     """The admissible names of a setting; empty if any value of its type is admissible."""
-    choices = field.metadata["choices"] or ()
-    return tuple(choices() if callable(choices) else choices)
+    return tuple(field.metadata["choices"])
 
 
 def convert(name: str, field: dataclasses.Field, value):
@@ -80,7 +93,7 @@ def convert(name: str, field: dataclasses.Field, value):
             return BOOLEANS[value.lower()] if kind is bool else kind(value)
         except (KeyError, ValueError):
             raise UserError(f"{name} = {value!r}: expected {KINDS[kind]}") from None
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    if kind is float and type(value) is int:
         return float(value)
     if isinstance(value, str):
         return next((c for c in choices_of(field) if _folded(c) == _folded(value)), value)
@@ -99,21 +112,3 @@ def toml_value(value) -> str:
 
 def _folded(name: str) -> str:
     return re.sub(r"[-_ ]", "", name).lower()
-
-
-def _check(name: str, field: dataclasses.Field, value) -> None:
-    limits = field.metadata
-    if type(value) is not field.type:
-        raise UserError(
-            f"{name} = {value!r}: expected {KINDS[field.type]}, not {type(value).__name__}"
-        )
-    if field.metadata["choices"] and value not in choices_of(field):
-        raise unknown(name, value, choices_of(field))
-    if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"{name} = {value}: expected a finite number")
-    if limits["low"] is not None and value < limits["low"]:
-        raise UserError(f"{name} = {value}: must be at least {limits['low']}")
-    if limits["high"] is not None and value > limits["high"]:
-        raise UserError(f"{name} = {value}: must be at most {limits['high']}")
-    if limits["above"] is not None and value <= limits["above"]:
-        raise UserError(f"{name} = {value}: must be above {limits['above']}")

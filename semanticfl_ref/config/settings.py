@@ -7,6 +7,8 @@ gives the reasons.
 
 import dataclasses
 import math
+import re
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -36,7 +38,7 @@ SMALLEST_IMAGE = 9  # pixels per side: below, the last stage would normalise ove
 
 @dataclass(frozen=True, kw_only=True)
 class DataSettings(Section):
-    name: str = option("digit-scenes", "data set", choices=lambda: tuple(DATASETS))
+    name: str = option("digit-scenes", "data set", choices=DATASETS)
     dir: str = option(
         "", "folder with the data files, or with class folders; empty: the download cache"
     )
@@ -68,7 +70,7 @@ class PartitionSettings(Section):
         "nid1",
         "how training images are partitioned across clients: iid; nid1, nid2, pathological (label "
         "skew); quantity (size skew)",
-        choices=lambda: tuple(SCENARIOS),
+        choices=SCENARIOS,
         source="S",
     )
     alpha: float = option(
@@ -204,9 +206,8 @@ class AnchorsSettings(Section):
 
     def __post_init__(self):
         super().__post_init__()
-        kind, sign, number = self.images.partition(":")
-        valid = sign and number.isascii() and number.isdigit() and int(number) > 0
-        if kind == "heldout" and not valid:
+        kind, _, number = self.images.partition(":")
+        if kind == "heldout" and not re.fullmatch("0*[1-9][0-9]*", number):
             raise UserError(
                 f"anchors.images = {self.images!r}: expected heldout:N with N images per class, "
                 f"for example heldout:20"
@@ -220,7 +221,7 @@ class AnchorsSettings(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings(Section):
-    name: str = option("resnet10", "client model", choices=lambda: tuple(MODELS), source="S")
+    name: str = option("resnet10", "client model", choices=MODELS, source="S")
     width: int = option(
         64,
         "channels of the first stage; features have 8 times as many",
@@ -239,7 +240,7 @@ class ModelSettings(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class FederationSettings(Section):
-    method: str = option("semanticfl", "federated method", choices=lambda: tuple(METHODS))
+    method: str = option("semanticfl", "federated method", choices=METHODS)
     rounds: int = option(100, "number of communication rounds", low=1, source="O")
     clients_per_round: int = option(5, "clients sampled per round", low=1, source="N")
     local_epochs: int = option(10, "local epochs per round", low=1, source="N")
@@ -328,14 +329,14 @@ def _default_method_settings() -> Mapping[str, Section]:
 class Config:
     """All settings of a run. `methods`: method name -> its own settings, of every method."""
 
-    data: DataSettings = field(default_factory=DataSettings)
-    partition: PartitionSettings = field(default_factory=PartitionSettings)
-    diffusion: DiffusionSettings = field(default_factory=DiffusionSettings)
-    anchors: AnchorsSettings = field(default_factory=AnchorsSettings)
-    model: ModelSettings = field(default_factory=ModelSettings)
-    federation: FederationSettings = field(default_factory=FederationSettings)
-    server: ServerSettings = field(default_factory=ServerSettings)
-    run: RunSettings = field(default_factory=RunSettings)
+    data: DataSettings = DataSettings()
+    partition: PartitionSettings = PartitionSettings()
+    diffusion: DiffusionSettings = DiffusionSettings()
+    anchors: AnchorsSettings = AnchorsSettings()
+    model: ModelSettings = ModelSettings()
+    federation: FederationSettings = FederationSettings()
+    server: ServerSettings = ServerSettings()
+    run: RunSettings = RunSettings()
     methods: Mapping[str, Section] = field(default_factory=_default_method_settings)
 
     def __post_init__(self):
@@ -361,8 +362,8 @@ class Config:
     @property
     def sections(self) -> dict[str, Section]:
         """name -> section, in the order of declaration."""
-        general = (f.name for f in dataclasses.fields(self) if f.name != "methods")
-        return {name: getattr(self, name) for name in general} | dict(self.methods)
+        general = {name: section for name, section in vars(self).items() if name != "methods"}
+        return {**general, **self.methods}
 
 
 def trimmed_clients(share: float, clients: int) -> int:
@@ -386,17 +387,14 @@ def from_flat(values: Mapping[str, object]) -> Config:
         UserError: an unknown name (the nearest is suggested), a wrong type, a value out of range.
     """
     fields = setting_fields()
-    given: dict[str, dict[str, object]] = {}
+    given = defaultdict(dict)
     for name, value in values.items():
         if name not in fields:
             raise unknown_setting(name, fields)
         section, _, key = name.partition(".")
-        given.setdefault(section, {})[key] = convert(name, fields[name], value)
-    made = {
-        section: type(default)(**given.get(section, {}))
-        for section, default in Config().sections.items()
-    }
-    methods = {name: made.pop(name) for name in list(made) if name in METHODS}
+        given[section][key] = convert(name, fields[name], value)
+    made = {name: type(default)(**given[name]) for name, default in Config().sections.items()}
+    methods = {name: made.pop(name) for name in METHODS if name in made}
     return Config(**made, methods=MappingProxyType(methods))
 
 
@@ -405,7 +403,7 @@ def to_flat(config: Config) -> dict[str, object]:
     return {
         f"{section}.{key}": value
         for section, values in config.sections.items()
-        for key, value in dataclasses.asdict(values).items()
+        for key, value in vars(values).items()
     }
 
 
@@ -413,8 +411,6 @@ def to_toml(config: Config) -> str:
     """The configuration as TOML that `resolve(file=...)` reads back to an equal one."""
     lines = []
     for section, values in config.sections.items():
-        lines.append(f"[{section}]")
-        for key, value in dataclasses.asdict(values).items():
-            lines.append(f"{key} = {toml_value(value)}")
-        lines.append("")
+        settings = [f"{key} = {toml_value(value)}" for key, value in vars(values).items()]
+        lines += [f"[{section}]", *settings, ""]
     return "\n".join(lines)

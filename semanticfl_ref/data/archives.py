@@ -59,16 +59,16 @@ def members(path: Path, wanted: Callable[[str], bool]) -> Members:
         ) from None
 
 
-def decode_image(content: bytes, where: str, size: int | None) -> np.ndarray:
+def decode_image(content: bytes, where: str, size: int) -> np.ndarray:
     """The pixels of an image file.
 
     Args:
         content: of the file.
         where: names the file in messages.
-        size: side of the square that the image is scaled to cover and cropped to; None leaves it.
+        size: side of the square that the image is scaled to cover and cropped to.
 
     Returns:
-        uint8 [H, W, 3].
+        uint8 [size, size, 3].
 
     Raises:
         DataError: not an image, damaged, too large, or of more than 8 bits per channel.
@@ -89,9 +89,7 @@ def decode_image(content: bytes, where: str, size: int | None) -> np.ndarray:
         raise DataError(
             f"{where} is not a readable image ({error}): replace or remove it"
         ) from None
-    if size is not None and image.size != (size, size):
-        image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
-    return np.asarray(image)
+    return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC))
 
 
 def _folder_members(path: Path, wanted: Callable[[str], bool]) -> Members:

@@ -48,21 +48,18 @@ def network_input(
     """
     if augment:
         images = _flip_and_crop(images, generator)
-    # NHWC bytes viewed as NCHW are channels_last already: the conversion is the only copy.
-    x_B3HW = images.permute(0, 3, 1, 2).to(torch.float32)
-    x_B3HW = x_B3HW.contiguous(memory_format=torch.channels_last)
+    x_B3HW = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.channels_last)
     return x_B3HW.div_(127.5).sub_(1)
 
 
 def _flip_and_crop(images: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
-    """One gather for the whole batch: a flip is a crop whose columns run backwards."""
+    """One gather for the whole batch, from a view of all crops of every image."""
     B, H, W, _ = images.shape
     device = images.device
     top_B, left_B = torch.randint(0, 2 * MARGIN + 1, (2, B), generator=generator).to(device)
     flip_B = torch.randint(0, 2, (B,), generator=generator).to(device).bool()
-    rows_BH = top_B[:, None] + torch.arange(H, device=device)
-    across_W = torch.arange(W, device=device)
-    columns_BW = left_B[:, None] + torch.where(flip_B[:, None], across_W.flip(0), across_W)
     padded = F.pad(images, (0, 0, MARGIN, MARGIN, MARGIN, MARGIN))
-    image_B = torch.arange(B, device=device)
-    return padded[image_B[:, None, None], rows_BH[:, :, None], columns_BW[:, None, :]]
+    crops = padded.unfold(1, H, 1).unfold(2, W, 1)  # [B, top, left, 3, H, W]
+    crops_B3HW = crops[torch.arange(B, device=device), top_B, left_B]
+    crops_B3HW = torch.where(flip_B[:, None, None, None], crops_B3HW.flip(3), crops_B3HW)
+    return crops_B3HW.permute(0, 2, 3, 1)

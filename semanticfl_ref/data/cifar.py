@@ -20,28 +20,21 @@ class Layout(NamedTuple):
     prefix: str  # of the keys "labels" and "label_names"
 
 
-CIFAR10 = Layout(
-    classes=10,
-    train=tuple(f"data_batch_{i}" for i in range(1, 6)),
-    test="test_batch",
-    names="batches.meta",
-    prefix="",
-)
-CIFAR100 = Layout(classes=100, train=("train",), test="test", names="meta", prefix="fine_")
+LAYOUTS = {
+    "cifar10": Layout(
+        classes=10,
+        train=tuple(f"data_batch_{i}" for i in range(1, 6)),
+        test="test_batch",
+        names="batches.meta",
+        prefix="",
+    ),
+    "cifar100": Layout(classes=100, train=("train",), test="test", names="meta", prefix="fine_"),
+}
 
 
-def read_cifar10(options: ReadOptions) -> Parts:
-    """CIFAR-10: 50 000 training and 10 000 test images of 10 classes, 32x32."""
-    return _read(options, CIFAR10)
-
-
-def read_cifar100(options: ReadOptions) -> Parts:
-    """CIFAR-100 with its 100 fine classes: 50 000 training and 10 000 test images, 32x32."""
-    return _read(options, CIFAR100)
-
-
-def _read(options: ReadOptions, layout: Layout) -> Parts:
-    path = download.locate(options)
+def read(options: ReadOptions) -> Parts:
+    """50 000 training and 10 000 test images, 32x32, of 10 classes or of 100 fine classes."""
+    path, layout = download.locate(options), LAYOUTS[options.settings.name]
     folder = download.ARCHIVES[options.settings.name].folder
     files = {f"{folder}/{file}": file for file in (*layout.train, layout.test, layout.names)}
     found = {}
@@ -63,7 +56,8 @@ def _part(values: dict, layout: Layout, where: str) -> Labelled:
     is_bytes = isinstance(rows, np.ndarray) and rows.dtype == np.uint8
     if not is_bytes or rows.shape[1:] != (3072,) or len(rows) == 0:
         raise DataError(f"{where} has no data of shape [N, 3072] in bytes: not a CIFAR archive")
-    key, labels = f"{layout.prefix}labels", values.get(f"{layout.prefix}labels")
+    key = f"{layout.prefix}labels"
+    labels = values.get(key)
     if isinstance(labels, np.ndarray):
         labels = labels.tolist()
     is_list = isinstance(labels, list) and len(labels) == len(rows)
@@ -77,7 +71,8 @@ def _part(values: dict, layout: Layout, where: str) -> Labelled:
 
 
 def _class_names(values: dict, layout: Layout, where: str) -> tuple[str, ...]:
-    key, names = f"{layout.prefix}label_names", values.get(f"{layout.prefix}label_names")
+    key = f"{layout.prefix}label_names"
+    names = values.get(key)
     is_list = isinstance(names, list) and len(names) == layout.classes
     if not is_list or not all(isinstance(name, str | bytes) for name in names):
         raise DataError(f"{where} has no {layout.classes} {key}: not a CIFAR archive")

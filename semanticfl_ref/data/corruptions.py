@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from semanticfl_ref.data.dataset import Dataset, content_sha256
+from semanticfl_ref.data.dataset import Dataset, content_sha256, transformed
 from semanticfl_ref.data.partition import Partition
 from semanticfl_ref.errors import unknown
 from semanticfl_ref.randomness import generator
@@ -18,7 +18,6 @@ from semanticfl_ref.randomness import generator
 LUMA = (0.299, 0.587, 0.114)  # of red, green, blue: ITU-R BT.601
 CAST = (1.0, 0.75, 0.5)  # gains of the three colours, in a random order
 NOISE = 25.0  # standard deviation, of 255
-CHUNK = 1000  # images at a time
 
 
 def apply_partition(dataset: Dataset, partition: Partition, seed: int) -> tuple[Dataset, Partition]:
@@ -62,11 +61,10 @@ def corrupted(corruption: str, images: torch.Tensor, source: torch.Generator) ->
     """
     gain = torch.tensor(CAST)[torch.randperm(3, generator=source)].view(3, 1, 1)
     luma = torch.tensor(LUMA).view(3, 1, 1)
-    size = tuple(images.shape[1:3])
 
     def low_resolution(x: torch.Tensor) -> torch.Tensor:
         half = F.interpolate(x, scale_factor=0.5, mode="area")
-        return F.interpolate(half, size=size, mode="bilinear")
+        return F.interpolate(half, size=x.shape[2:], mode="bilinear")
 
     apply = {
         "grey": lambda x: (x * luma).sum(1, keepdim=True).expand_as(x),
@@ -77,8 +75,4 @@ def corrupted(corruption: str, images: torch.Tensor, source: torch.Generator) ->
     }
     if corruption not in apply:
         raise unknown("corruption", corruption, apply)
-    out = []
-    for chunk in images.split(CHUNK):
-        values = apply[corruption](chunk.permute(0, 3, 1, 2).float())
-        out.append(values.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1))
-    return torch.cat(out) if out else images
+    return transformed(images, apply[corruption], torch.empty_like(images))

@@ -9,6 +9,7 @@ Letters: N images, C classes.
 """
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ from semanticfl_ref.config.settings import DataSettings
 from semanticfl_ref.errors import DataError
 from semanticfl_ref.randomness import generator
 
-CHUNK = 1000  # images resized at a time
+CHUNK = 1000  # images transformed at a time
 
 
 class Labelled(NamedTuple):
@@ -136,25 +137,46 @@ def stratified(
     """
     part_N = torch.empty_like(labels)
     for c in labels.unique():
-        (own,) = torch.where(labels == c)
-        own = own[torch.randperm(len(own), generator=source)]
+        own = shuffled_class(labels, c, source)
         # From the last part to the first: each takes all that the parts before it leave.
         for part in reversed(range(len(shares))):
             part_N[own[: max(1, round(sum(shares[: part + 1]) * len(own)))]] = part
     return tuple(torch.where(part_N == part)[0] for part in range(len(shares)))
 
 
+def shuffled_class(labels: torch.Tensor, c: int, source: torch.Generator) -> torch.Tensor:
+    """The indices of the images of class c, in random order."""
+    (own,) = torch.where(labels == c)
+    return own[torch.randperm(len(own), generator=source)]
+
+
 def resized(images: torch.Tensor, size: int) -> torch.Tensor:
     """Images uint8 [N, H, W, 3] -> [N, size, size, 3], bicubic; size 0 leaves them."""
     if size == 0 or images.shape[1:3] == (size, size):
         return images
-    out = torch.empty(len(images), size, size, 3, dtype=torch.uint8)
-    for start in range(0, len(images), CHUNK):
-        chunk = images[start : start + CHUNK].permute(0, 3, 1, 2).float()
-        scaled = F.interpolate(
-            chunk, size=(size, size), mode="bicubic", antialias=True, align_corners=False
-        )
-        out[start : start + CHUNK] = scaled.round().clamp(0, 255).permute(0, 2, 3, 1)
+
+    def scaled(x: torch.Tensor) -> torch.Tensor:
+        return F.interpolate(x, size=(size, size), mode="bicubic", antialias=True)
+
+    return transformed(images, scaled, images.new_empty(len(images), size, size, 3))
+
+
+def transformed(
+    images: torch.Tensor, transform: Callable[[torch.Tensor], torch.Tensor], out: torch.Tensor
+) -> torch.Tensor:
+    """Apply a function of float32 [n, 3, H, W] in 0 ... 255 to images, a chunk at a time.
+
+    Args:
+        images: uint8 [N, H, W, 3].
+        transform: the function.
+        out: uint8, takes the rounded results.
+
+    Returns:
+        `out`.
+    """
+    for chunk, part in zip(images.split(CHUNK), out.split(CHUNK), strict=True):
+        x = transform(chunk.permute(0, 3, 1, 2).float())
+        part.copy_(x.round().clamp(0, 255).permute(0, 2, 3, 1))
     return out
 
 

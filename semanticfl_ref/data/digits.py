@@ -4,7 +4,6 @@ Letters: N images.
 """
 
 import hashlib
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -25,26 +24,9 @@ SCENES_PER_DIGIT = {"train": 1, "validation": 2, "test": 1}
 SEED = 20240  # of the split and of the scenes, which the run's seed does not affect
 
 
-def read_digits(options: ReadOptions) -> Parts:
-    """1 797 digits as grey 32x32 images."""
-    return _read(options, lambda masks, part: [plain(masks)])
-
-
-def read_scenes(options: ReadOptions) -> Parts:
-    """The same digits in the same parts as scenes, with different random numbers for each part."""
-
-    def render(masks: torch.Tensor, part: str) -> list[torch.Tensor]:
-        sources = (
-            generator(SEED, f"digit-scenes-{part}", repeat)
-            for repeat in range(SCENES_PER_DIGIT[part])
-        )
-        return [scenes(masks, source, light_on_dark=True) for source in sources]
-
-    return _read(options, render)
-
-
-def _read(options: ReadOptions, render: Callable[[torch.Tensor, str], list[torch.Tensor]]) -> Parts:
-    """The parts; `render` makes float images [N, 3, 32, 32] of a part's masks, once or more."""
+def read(options: ReadOptions) -> Parts:
+    """1 797 digits as grey 32x32 images; or, as `digit-scenes`, the same digits in the same parts
+    as scenes, with different random numbers for each part."""
     settings = options.settings
     if settings.dir or settings.sha256:
         raise UserError(
@@ -54,11 +36,16 @@ def _read(options: ReadOptions, render: Callable[[torch.Tensor, str], list[torch
     if hashlib.sha256(content).hexdigest() != SHA256:
         raise DataError(f"{FILE} is missing or damaged: reinstall the package")
     stored = load(content)
-    masks, labels = stored["masks"], stored["labels"].long()
+    labels = stored["labels"].long()
     split = stratified(labels, tuple(SHARES.values()), generator(SEED, "digits-split"))
     parts = {}
     for part, indices in zip(SHARES, split, strict=True):
-        rendered = render(masks[indices], part)
+        masks = stored["masks"][indices]
+        rendered = [plain(masks)]
+        if settings.name == "digit-scenes":
+            numbers = range(SCENES_PER_DIGIT[part])
+            sources = [generator(SEED, f"digit-scenes-{part}", number) for number in numbers]
+            rendered = [scenes(masks, source, light_on_dark=True) for source in sources]
         images = (torch.cat(rendered) * 255).round().to(torch.uint8)
         images = images.permute(0, 2, 3, 1).contiguous()
         parts[part] = Labelled(images, labels[indices].repeat(len(rendered)))

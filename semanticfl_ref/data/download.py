@@ -139,12 +139,11 @@ def download(name: str, archive: Archive, path: Path) -> Path:
             for url in urls:
                 try:
                     _from_mirror(url, archive, file, last=len(reasons) == len(urls) - 1)
+                    os.fsync(file.fileno())
+                    os.replace(part, path)
+                    return path
                 except _MirrorError as error:
                     reasons.append(f"{url}: {error}")
-                    continue
-                os.fsync(file.fileno())
-                os.replace(part, path)
-                return path
     except OSError as error:
         raise DownloadError(
             f"cannot write {error.filename or part}: {error.strerror}; free space there or set "
@@ -198,11 +197,7 @@ def _local(archive: Archive, folder: Path, accepted: str) -> Path:
 
 
 class _MirrorError(Exception):
-    """Why a mirror did not serve the archive; with `retry`, another attempt may succeed."""
-
-    def __init__(self, reason: str, *, retry: bool = False):
-        super().__init__(reason)
-        self.retry = retry
+    """Why a mirror did not serve the archive."""
 
 
 def _from_mirror(url: str, archive: Archive, file: BinaryIO, *, last: bool) -> None:
@@ -212,74 +207,77 @@ def _from_mirror(url: str, archive: Archive, file: BinaryIO, *, last: bool) -> N
         _MirrorError: the archive is not served, or has the wrong content.
         OSError: the file cannot be written.
     """
-    for attempt in range(ATTEMPTS):
+    for _ in range(ATTEMPTS):
         size = file.seek(0, os.SEEK_END)
-        if size > archive.size:
-            size = file.truncate(0)
-        try:
-            if size < archive.size:
-                _append(url, archive, file, size, last=last)
+        reason = _append(url, archive, file, size, last=last)
+        if not reason:
             file.seek(0)
             actual = hashlib.file_digest(file, "sha256").hexdigest()
             if actual == archive.sha256:
                 return
+            reason = f"content has SHA-256 {actual[:16]}..., published is {archive.sha256[:16]}..."
             file.truncate(0)
-            # What was there before may be what is wrong.
-            raise _MirrorError(
-                f"content has SHA-256 {actual[:16]}..., published is {archive.sha256[:16]}...",
-                retry=size > 0,
-            )
-        except _MirrorError as error:
-            if not error.retry or attempt == ATTEMPTS - 1:
-                raise
+            if size == 0:
+                break
+            # Once more, since what was there before may be what is wrong.
         time.sleep(PAUSE_SECONDS)
+    raise _MirrorError(reason)
 
 
-def _append(url: str, archive: Archive, file: BinaryIO, size: int, *, last: bool) -> None:
-    """One connection: append what the partial file, now of this size, lacks."""
+def _append(url: str, archive: Archive, file: BinaryIO, size: int, *, last: bool) -> str:
+    """One connection: append what the partial file, now of this size, lacks.
+
+    Returns:
+        Why another attempt is needed; "" if the file has its full size.
+
+    Raises:
+        _MirrorError: the mirror does not answer, or is too slow and not the last.
+    """
+    if size >= archive.size:
+        return ""
+    response = _connect(url, size)
+    if size and not response.headers.get("Content-Range", "").startswith(f"bytes {size}-"):
+        size = file.truncate(0)  # the mirror does not resume
+        response = _connect(url, size)
+    begun, resumed_at = time.monotonic(), size
     with (
-        _connect(url, size) as response,
+        response,
         tqdm(
-            total=archive.size, desc=archive.filename, unit="B", unit_scale=True, leave=False
+            total=archive.size,
+            initial=size,
+            desc=archive.filename,
+            unit="B",
+            unit_scale=True,
+            leave=False,
         ) as bar,
     ):
-        if response.status != 206:  # the whole file follows
-            size = file.truncate(0)
-        bar.update(size)
-        begun, resumed_at = time.monotonic(), size
         while size < archive.size:
             try:
                 chunk = response.read1(min(CHUNK_BYTES, archive.size - size))
                 if not chunk:
                     raise ConnectionError("connection closed")
             except (OSError, http.client.HTTPException) as error:
-                raise _MirrorError(
-                    f"interrupted at {size} of {archive.size} bytes: {error}", retry=True
-                ) from None
+                return f"interrupted at {size} of {archive.size} bytes: {error}"
             size += file.write(chunk)
             bar.update(len(chunk))
             seconds = time.monotonic() - begun
             rate = (size - resumed_at) / max(seconds, 1)
             if not last and seconds > SLOW_SECONDS and rate < SLOW_BYTES_PER_SECOND:
                 raise _MirrorError(f"too slow: {rate / 1000:.1f} kB/s")
+    return ""
 
 
 def _connect(url: str, size: int) -> http.client.HTTPResponse:
-    """A response with the bytes from `size` on, then of status 206, or with the whole file."""
+    """The response to a request for the bytes from `size` on; with the whole file if refused."""
     headers = {"User-Agent": "semanticfl_ref"}
     if size:
         headers["Range"] = f"bytes={size}-"
     try:
         request = urllib.request.Request(url, headers=headers)
-        response = urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS)
+        return urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS)
     except urllib.error.HTTPError as error:
         if size and error.code == 416:
             return _connect(url, 0)
         raise _MirrorError(f"HTTP {error.code}") from None
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise _MirrorError(str(getattr(error, "reason", None) or error)) from None
-    resumes = response.headers.get("Content-Range", "").startswith(f"bytes {size}-")
-    if size and response.status == 206 and not resumes:
-        response.close()
-        return _connect(url, 0)
-    return response

@@ -12,9 +12,7 @@ from semanticfl_ref.randomness import generator
 
 SIDE = 32  # pixels per side, without data.image_size
 TEST_SHARE = 0.2  # of each class, without a test/ folder
-SUFFIXES = {
-    *(".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"),
-}
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
 
 
 def read(options: ReadOptions) -> Parts:
@@ -34,7 +32,16 @@ def read(options: ReadOptions) -> Parts:
         raise DataError(
             f"{folder} has only one of train/ and test/: give both, or only class folders"
         )
-    if not train_folder.is_dir():
+    if train_folder.is_dir():
+        names, train = _class_folders(train_folder, size)
+        test_names, test = _class_folders(test_folder, size)
+        if names != test_names:
+            differing = ", ".join(sorted(set(names) ^ set(test_names))[:5])
+            raise DataError(
+                f"{folder}: train/ and test/ have different class folders ({differing}): give both "
+                f"the same"
+            )
+    else:
         names, images = _class_folders(folder, size)
         train, test = hold_out(images, TEST_SHARE, generator(options.seed, "folder-test"))
         if len(test.labels) == 0:
@@ -42,15 +49,6 @@ def read(options: ReadOptions) -> Parts:
                 f"{folder} has too few images to set {TEST_SHARE:.0%} of each class aside for the "
                 f"test: add some, or give train/ and test/"
             )
-        return Parts(class_names=names, train=train, test=test)
-    names, train = _class_folders(train_folder, size)
-    test_names, test = _class_folders(test_folder, size)
-    if names != test_names:
-        differing = ", ".join(sorted(set(names) ^ set(test_names))[:5])
-        raise DataError(
-            f"{folder}: train/ and test/ have different class folders ({differing}): give both the "
-            f"same"
-        )
     return Parts(class_names=names, train=train, test=test)
 
 
@@ -58,11 +56,12 @@ def _class_folders(folder: Path, size: int) -> tuple[tuple[str, ...], Labelled]:
     """The names of the class folders, sorted, and the images below them."""
     images, labels = [], []
     try:
-        classes = sorted(path for path in folder.iterdir() if path.is_dir() and _visible(path))
+        visible = [path for path in folder.iterdir() if not path.name.startswith(".")]
+        classes = sorted(path for path in visible if path.is_dir())
         if len(classes) < 2:
             raise DataError(f"{folder} holds {len(classes)} class folders: at least 2 are needed")
         for label, class_folder in enumerate(classes):
-            files = sorted(file for file in class_folder.rglob("*") if _is_image(file))
+            files = sorted(file for file in class_folder.rglob("[!.]*") if _is_image(file))
             if not files:
                 raise DataError(f"class folder {class_folder} holds no image: fill or remove it")
             images += [decode_image(file.read_bytes(), str(file), size) for file in files]
@@ -74,8 +73,4 @@ def _class_folders(folder: Path, size: int) -> tuple[tuple[str, ...], Labelled]:
 
 
 def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES and path.is_file() and _visible(path)
-
-
-def _visible(path: Path) -> bool:
-    return not path.name.startswith(".")
+    return path.suffix.lower() in SUFFIXES and path.is_file()

@@ -6,7 +6,6 @@ Letters: M clients in all, C classes, N images.
 """
 
 import hashlib
-import heapq
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,8 +14,8 @@ import torch
 
 from semanticfl_ref.config.registry import SCENARIOS
 from semanticfl_ref.config.settings import PartitionSettings
-from semanticfl_ref.data import scenarios
 from semanticfl_ref.data.partition_file import read_assignment
+from semanticfl_ref.data.scenarios import Assignment, long_tail
 from semanticfl_ref.errors import DataError, UserError
 from semanticfl_ref.randomness import generator
 
@@ -30,7 +29,7 @@ class Partition:
     """Which client holds which training images, and how clients differ otherwise.
 
     Attributes:
-        scenario, seed, alpha: how it was made.
+        scenario, seed, alpha: how it was made; alpha is None where the scenario has none.
         indices: M ascending int64 tensors, the images that each client trains on.
         held_out: M ascending int64 tensors, the images of each client's own test set. All these
             tensors are disjoint; together they are all images but the `dropped` ones.
@@ -38,6 +37,7 @@ class Partition:
         histograms: M rows of C image counts, of `indices`.
         skew: mean over clients of the total-variation distance between the client's and the global
             label distribution, 0 ... 1.
+        kl: mean over clients of KL(client's label distribution || global one), in nats.
         sha256: of the indices.
         dropped: C counts of unused images (outside the long tail, or in no list of a file); empty
             if there are none.
@@ -47,12 +47,13 @@ class Partition:
 
     scenario: str
     seed: int
-    alpha: float
+    alpha: float | None
     indices: tuple[torch.Tensor, ...]
     held_out: tuple[torch.Tensor, ...]
     sizes: tuple[int, ...]
     histograms: tuple[tuple[int, ...], ...]
     skew: float
+    kl: float
     sha256: str
     dropped: tuple[int, ...] = ()
     corruptions: tuple[str, ...] = ()
@@ -67,14 +68,6 @@ class Partition:
     def used(self) -> torch.Tensor:
         """The images that some client holds, ascending int64."""
         return torch.cat([*self.indices, *self.held_out]).sort().values
-
-    @property
-    def kl(self) -> float:
-        """Mean over clients of KL(client's label distribution || global one), in nats."""
-        table_MC = torch.tensor(self.histograms, dtype=torch.float64)
-        client_MC = table_MC / table_MC.sum(1, keepdim=True)
-        global_C = (table_MC.sum(0) / table_MC.sum()).clamp(min=1e-300)
-        return float(torch.xlogy(client_MC, client_MC / global_C).sum(1).mean())
 
     def among_used(self) -> "Partition":
         """The same partition of the data set that has the used images only."""
@@ -91,12 +84,9 @@ class Partition:
 
     def manifest(self) -> dict:
         """All but the indices, which the SHA-256 stands for; plain JSON values."""
-        values = {k: v for k, v in vars(self).items() if k not in ("indices", "held_out")}
-        values["clients"] = len(self.indices)
-        values["held_out_sizes"] = [len(own) for own in self.held_out]
-        values["kl"] = self.kl
-        if self.scenario not in ("nid1", "quantity"):
-            values["alpha"] = None
+        held_out_sizes = [len(own) for own in self.held_out]
+        values = {**vars(self), "clients": len(self.indices), "held_out_sizes": held_out_sizes}
+        del values["indices"], values["held_out"]
         return json.loads(json.dumps(values))  # tuples become lists
 
 
@@ -125,27 +115,24 @@ def make_partition(
             another data set.
     """
     labels = labels.cpu()
-    source = generator(seed, "long-tail")
-    kept = scenarios.long_tail(labels, classes, settings.imbalance, source)
+    kept = long_tail(labels, classes, settings.imbalance, generator(seed, "long-tail"))
+    client_N = torch.full_like(labels, -1)  # unused
     if settings.file:
-        client_N = read_assignment(Path(settings.file), len(labels), settings.clients, data_sha256)
-        kept = kept[client_N[kept] >= 0]
-        client_N = client_N[kept]
-        _refuse_short(client_N, settings, minimum)
+        listed_N = read_assignment(Path(settings.file), len(labels), settings.clients, data_sha256)
+        client_N[kept] = listed_N[kept]
     else:
-        source = generator(seed, f"partition-{settings.scenario}")
-        assignment = scenarios.Assignment(
+        assignment = Assignment(
             labels=labels[kept],
             classes=classes,
             settings=settings,
             minimum=minimum,
-            generator=source,
+            generator=generator(seed, f"partition-{settings.scenario}"),
         )
-        client_N = _assign(assignment)
-    return _partition(client_N, kept, labels, settings, classes=classes, seed=seed)
+        client_N[kept] = _assign(assignment)
+    return _partition(client_N, labels, settings, classes=classes, seed=seed, minimum=minimum)
 
 
-def _assign(a: scenarios.Assignment) -> torch.Tensor:
+def _assign(a: Assignment) -> torch.Tensor:
     """The client of every image, int64 [N], by the scenario; every client gets its minimum."""
     name, images, needed = a.settings.scenario, len(a.labels), a.clients * a.minimum
     if images < needed:
@@ -163,75 +150,71 @@ def _assign(a: scenarios.Assignment) -> torch.Tensor:
     return _repair(client_N, a)
 
 
-def _repair(client_N: torch.Tensor, a: scenarios.Assignment) -> torch.Tensor:
+def _repair(client_N: torch.Tensor, a: Assignment) -> torch.Tensor:
     """Every client its minimum: one image at a time from the largest, at most M * minimum moves."""
-    sizes = torch.bincount(client_N, minlength=a.clients).tolist()
-    short = [m for m, size in enumerate(sizes) for _ in range(a.minimum - size)]
-    if not short:
-        return client_N
-    order = torch.randperm(len(client_N), generator=a.generator)
-    of_client = order[client_N[order].argsort(stable=True)].split(sizes)
-    stock = {m: of_client[m].tolist() for m, size in enumerate(sizes) if size > a.minimum}
-    largest = [(-len(images), m) for m, images in stock.items()]
-    heapq.heapify(largest)
-    for m in short:
-        size, giver = heapq.heappop(largest)
-        client_N[stock[giver].pop()] = m
-        if -size - 1 > a.minimum:
-            heapq.heappush(largest, (size + 1, giver))
+    sizes_M = torch.bincount(client_N, minlength=a.clients).numpy()
+    order_N = torch.randperm(len(client_N), generator=a.generator)
+    images_M = order_N[client_N[order_N].argsort(stable=True)].split(sizes_M.tolist())
+    for m in range(a.clients):
+        while sizes_M[m] < a.minimum:
+            largest = sizes_M.argmax()
+            sizes_M[largest] -= 1
+            client_N[images_M[largest][sizes_M[largest]]] = m
+            sizes_M[m] += 1
     return client_N
-
-
-def _refuse_short(client_N: torch.Tensor, settings: PartitionSettings, minimum: int) -> None:
-    """Raise DataError if a file gives a client fewer images than the minimum."""
-    fewest = torch.bincount(client_N, minlength=settings.clients).min(0)
-    if fewest.values < minimum:
-        left = ", of those that partition.imbalance leaves" if settings.imbalance > 1 else ""
-        raise DataError(
-            f"partition.file = {settings.file}: client {int(fewest.indices)} has "
-            f"{int(fewest.values)} images{left}; at least {minimum} are needed"
-        )
 
 
 def _partition(
     client_N: torch.Tensor,
-    kept: torch.Tensor,
     labels: torch.Tensor,
     settings: PartitionSettings,
     *,
     classes: int,
     seed: int,
+    minimum: int,
 ) -> Partition:
-    """The partition that gives the kept images to these clients."""
-    counts = torch.bincount(client_N, minlength=settings.clients)
-    assert len(counts) == settings.clients and counts.min() > 0 and counts.sum() == len(kept)
+    """The partition that gives every image to this client, or to none (-1)."""
+    counts = torch.bincount(client_N + 1, minlength=settings.clients + 1).tolist()
+    totals = counts[1:]
+    if min(totals) < minimum:  # by a file only, since scenarios are repaired
+        left = ", of those that partition.imbalance leaves" if settings.imbalance > 1 else ""
+        raise DataError(
+            f"partition.file = {settings.file}: client {totals.index(min(totals))} has "
+            f"{min(totals)} images{left}; at least {minimum} are needed"
+        )
     # A stable sort keeps the images of a client ascending.
-    whole = kept[client_N.argsort(stable=True)].split(counts.tolist())
+    unused, *whole = client_N.argsort(stable=True).split(counts)
     pairs = [_hold_out(own, settings, seed, client) for client, own in enumerate(whole)]
     indices, held_out = zip(*pairs, strict=True)
-    sizes_M = torch.tensor([len(own) for own in indices])
     table_MC = torch.stack([torch.bincount(labels[own], minlength=classes) for own in indices])
+    sizes_M = table_MC.sum(1)
+    client_MC = table_MC.double() / sizes_M[:, None]
     global_C = table_MC.sum(0).double() / sizes_M.sum()
-    distance_M = (table_MC.double() / sizes_M[:, None] - global_C).abs().sum(1) / 2
-    unused_C = torch.bincount(labels, minlength=classes)
-    unused_C -= torch.bincount(labels[kept], minlength=classes)
+    distance_M = (client_MC - global_C).abs().sum(1) / 2
+    kl_M = torch.xlogy(client_MC, client_MC / global_C.clamp(min=1e-300)).sum(1)
+    unused_C = torch.bincount(labels[unused], minlength=classes)
     everything = sizes_M.numpy().tobytes() + torch.cat([*indices, *held_out]).numpy().tobytes()
-    # "cameras" is an earlier name: another one would change published results.
-    corruptions = _in_turn(CORRUPTIONS, settings.clients, generator(seed, "cameras"))
-    modalities = _in_turn(MODALITIES, settings.clients, generator(seed, "modalities"))
+    corruptions = modalities = ()
+    if settings.feature_shift == "corruption":
+        # "cameras" is an earlier name: another one would change published results.
+        corruptions = _in_turn(CORRUPTIONS, settings.clients, generator(seed, "cameras"))
+    if settings.modality == "mixed":
+        modalities = _in_turn(MODALITIES, settings.clients, generator(seed, "modalities"))
+    scenario = "file" if settings.file else settings.scenario
     return Partition(
-        scenario="file" if settings.file else settings.scenario,
+        scenario=scenario,
         seed=seed,
-        alpha=settings.alpha,
+        alpha=settings.alpha if scenario in ("nid1", "quantity") else None,
         indices=indices,
         held_out=held_out,
         sizes=tuple(sizes_M.tolist()),
         histograms=tuple(tuple(row) for row in table_MC.tolist()),
         skew=float(distance_M.mean()),
+        kl=float(kl_M.mean()),
         sha256=hashlib.sha256(everything).hexdigest(),
-        dropped=tuple(unused_C.tolist()) if unused_C.any() else (),
-        corruptions=corruptions if settings.feature_shift == "corruption" else (),
-        modalities=modalities if settings.modality == "mixed" else (),
+        dropped=tuple(unused_C.tolist()) if len(unused) else (),
+        corruptions=corruptions,
+        modalities=modalities,
     )
 
 

@@ -32,7 +32,7 @@ def load_plain(content: bytes, where: str) -> dict[str, object]:
         DataError: any other name or opcode, a value that is not a dict, or damaged bytes.
     """
     try:
-        value = _Unpickler(io.BytesIO(content), encoding="bytes").load()
+        value = _Unpickler(content).load()
         if not isinstance(value, dict):
             raise DataError(f"a pickle of a {type(value).__name__}, not of a dict: refused")
         return {key: v.values if isinstance(v, _Array) else v for key, v in value.items()}
@@ -107,29 +107,29 @@ class _Array:
 class _Unpickler(pickle._Unpickler):
     """The unpickler in Python: the one in C allocates memory for any memo index that is named."""
 
-    def __init__(self, *arguments, **options):
-        super().__init__(*arguments, **options)
+    def __init__(self, content: bytes):
+        super().__init__(io.BytesIO(content), encoding="bytes")
         self.dispatch = _Opcodes(self.dispatch)
         # Each with a fixed number of arguments: a longer tuple is refused instead of copied. None a
         # method of self: the memo, and all strings in it, would outlive this unpickler.
         self.callables = {
-            ("_codecs", "encode"): _Encode(),
-            ("__builtin__", "bytes"): lambda: b"",  # how protocol 2 writes empty bytes
-            ("numpy", "ndarray"): "ndarray",  # only ever an argument of _reconstruct
-            ("numpy", "dtype"): _Dtype,
+            "_codecs.encode": _Encode(),
+            "__builtin__.bytes": lambda: b"",  # how protocol 2 writes empty bytes
+            "numpy.ndarray": "ndarray",  # only ever an argument of _reconstruct
+            "numpy.dtype": _Dtype,
+            "numpy.core.multiarray._reconstruct": lambda kind, shape, code: _Array(),
+            "numpy.core.multiarray.scalar": _scalar,
+            "numpy.core.numeric._frombuffer": _from_buffer,
         }
-        for core in ("numpy.core", "numpy._core"):
-            self.callables |= {
-                (f"{core}.multiarray", "_reconstruct"): lambda kind, shape, code: _Array(),
-                (f"{core}.multiarray", "scalar"): _scalar,
-                (f"{core}.numeric", "_frombuffer"): _from_buffer,
-            }
 
     def find_class(self, module, name):
-        if (module, name) not in self.callables:
-            shown = f"{module}.{name}"[:NAME_LENGTH]
-            raise DataError(f"a pickle that names {shown!r}: refused, it may be hostile")
-        return self.callables[module, name]
+        full_name = f"{module}.{name}"
+        known_as = full_name.replace("numpy._core", "numpy.core", 1)  # NumPy 2, NumPy 1
+        if known_as not in self.callables:
+            raise DataError(
+                f"a pickle that names {full_name[:NAME_LENGTH]!r}: refused, it may be hostile"
+            )
+        return self.callables[known_as]
 
     def load_reduce(self):
         arguments = self.stack.pop()

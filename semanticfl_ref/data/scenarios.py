@@ -13,13 +13,13 @@ tail, which combines with any of them, is cut first: it decides which images the
 Letters: M clients in all, C classes, N images.
 """
 
-import heapq
 import math
 from dataclasses import dataclass
 
 import torch
 
 from semanticfl_ref.config.settings import PartitionSettings
+from semanticfl_ref.data.dataset import shuffled_class
 from semanticfl_ref.errors import UserError
 
 NID2_CLIENTS = 6  # five biased, one unbiased
@@ -50,14 +50,14 @@ class Assignment:
 
     def shuffled(self, c: int) -> torch.Tensor:
         """The indices of class c's images, in random order."""
-        return _shuffled(self.labels, c, self.generator)
+        return shuffled_class(self.labels, c, self.generator)
 
 
 def iid(a: Assignment) -> torch.Tensor:
     """Equal parts: sizes differ by one at most."""
     order_N = torch.randperm(len(a.labels), generator=a.generator)
     clients = torch.arange(len(a.labels)) % a.clients
-    return torch.empty_like(order_N).index_copy_(0, order_N, clients)
+    return clients[order_N.argsort()]
 
 
 def nid1(a: Assignment) -> torch.Tensor:
@@ -65,7 +65,7 @@ def nid1(a: Assignment) -> torch.Tensor:
 
     Source: the Dirichlet split with balancing that MOON's and FedDisco's experiments use.
     """
-    client_N = torch.empty(len(a.labels), dtype=torch.int64)
+    client_N = torch.empty_like(a.labels)
     sizes_M = torch.zeros(a.clients, dtype=torch.int64)
     for c in range(a.classes):
         own = a.shuffled(c)
@@ -100,7 +100,7 @@ def nid2(a: Assignment) -> torch.Tensor:
             f"scenario nid2 gives each of {biased} biased clients its own classes; this data set "
             f"has {a.classes} classes: use nid1"
         )
-    client_N = torch.empty(len(a.labels), dtype=torch.int64)
+    client_N = torch.empty_like(a.labels)
     for c in range(a.classes):
         own = a.shuffled(c)
         client_N[own] = c * biased // a.classes
@@ -120,8 +120,7 @@ def pathological(a: Assignment) -> torch.Tensor:
     Raises:
         UserError: fewer than M k shards are possible, or more than M k are needed.
     """
-    pieces_C = _shards_per_class(a)
-    left_C = torch.tensor(pieces_C).double()
+    left_C = _shards_per_class(a)
     holds_MC = torch.zeros(a.clients, a.classes, dtype=torch.bool)
     for m in range(a.clients):
         # The classes with most shards left, ties at random: never fails (Gale, Ryser 1957).
@@ -136,27 +135,24 @@ def pathological(a: Assignment) -> torch.Tensor:
     return client_N
 
 
-def _shards_per_class(a: Assignment) -> list[int]:
-    """Into how many shards each class is cut, M k in all."""
+def _shards_per_class(a: Assignment) -> torch.Tensor:
+    """Into how many shards each class is cut, float64 [C], M k in all."""
     k, clients = a.settings.classes_per_client, a.clients
-    counts = torch.bincount(a.labels, minlength=a.classes).tolist()
+    counts_C = torch.bincount(a.labels, minlength=a.classes).double()
+    pieces_C = counts_C.clamp(max=1)
     # k shards hold the minimum together, and a client takes at most one shard of a class.
-    most = [min(clients, max(1, n // -(-a.minimum // k))) if n else 0 for n in counts]
-    pieces = [min(1, n) for n in counts]
-    if not sum(pieces) <= clients * k <= sum(most):
+    most_C = pieces_C * (counts_C // -(-a.minimum // k)).clamp(1, clients)
+    fewest, most = int(pieces_C.sum()), int(most_C.sum())
+    if not fewest <= clients * k <= most:
         raise UserError(
             f"scenario pathological needs {clients * k} shards, {k} classes for each of {clients} "
-            f"clients; these {len(a.labels)} images of {sum(pieces)} classes allow {sum(pieces)} "
-            f"... {sum(most)}: change --clients or partition.classes_per_client"
+            f"clients; these {len(a.labels)} images of {fewest} classes allow {fewest} ... {most}: "
+            f"change --clients or partition.classes_per_client"
         )
-    largest = [(-counts[c], c) for c in range(a.classes) if most[c] > 1]
-    heapq.heapify(largest)
-    for _ in range(clients * k - sum(pieces)):
-        _, c = heapq.heappop(largest)
-        pieces[c] += 1
-        if pieces[c] < most[c]:
-            heapq.heappush(largest, (-counts[c] / pieces[c], c))
-    return pieces
+    for _ in range(clients * k - fewest):
+        size_C = torch.where(pieces_C < most_C, counts_C / pieces_C, 0)
+        pieces_C[size_C.argmax()] += 1
+    return pieces_C
 
 
 def quantity(a: Assignment) -> torch.Tensor:
@@ -170,7 +166,7 @@ def quantity(a: Assignment) -> torch.Tensor:
     sizes_M = _sizes(log_share_M, len(a.labels))
     order_N = torch.randperm(len(a.labels), generator=a.generator)
     clients = torch.repeat_interleave(torch.arange(a.clients), sizes_M)
-    return torch.empty_like(a.labels).index_copy_(0, order_N, clients)
+    return clients[order_N.argsort()]
 
 
 def long_tail(
@@ -187,24 +183,18 @@ def long_tail(
         return torch.arange(len(labels))
     kept = []
     for c in range(classes):
-        own = _shuffled(labels, c, source)
+        own = shuffled_class(labels, c, source)
         share = factor ** (-c / max(classes - 1, 1))
         kept.append(own[: max(1, int(len(own) * share + 1e-9))])
     return torch.cat(kept).sort().values
 
 
-def _shuffled(labels: torch.Tensor, c: int, source: torch.Generator) -> torch.Tensor:
-    (own,) = torch.where(labels == c)
-    return own[torch.randperm(len(own), generator=source)]
-
-
 def _sizes(log_share_M: torch.Tensor, n: int) -> torch.Tensor:
     """n images distributed by these logarithms of shares: int64 [M]."""
     bounds = (log_share_M.softmax(0).cumsum(0) * n).round().long().clamp_(max=n)
-    bounds[-1] = n
-    if log_share_M[-1] == -math.inf:
-        # The remainder of the rounding must not go to a client that is full.
-        bounds[int(torch.where(log_share_M > -math.inf)[0][-1]) :] = n
+    # The remainder of the rounding goes to the last client that is not full.
+    (open_clients,) = torch.where(log_share_M > -math.inf)
+    bounds[open_clients[-1] :] = n
     return bounds.diff(prepend=torch.zeros(1, dtype=torch.int64))
 
 

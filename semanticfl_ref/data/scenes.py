@@ -61,9 +61,9 @@ def scenes(
     angle, zoom = uniform(-ROTATION, ROTATION, n), uniform(*ZOOM, n)
     shift = uniform(-SHIFT, SHIFT, n, 2)
     cos, sin = angle.cos() * zoom, angle.sin() * zoom
-    rows = [torch.stack([cos, -sin, shift[:, 0]], 1), torch.stack([sin, cos, shift[:, 1]], 1)]
+    affine = torch.stack([cos, -sin, shift[:, 0], sin, cos, shift[:, 1]], 1).view(n, 2, 3)
     ink = plain(masks)[:, :1]
-    grid = F.affine_grid(torch.stack(rows, 1), list(ink.shape), align_corners=False)
+    grid = F.affine_grid(affine, list(ink.shape), align_corners=False)
     ink = F.grid_sample(ink, grid, align_corners=False)
 
     ground, figure = uniform(0, 1, n, 3, 1, 1), uniform(0, 1, n, 3, 1, 1)

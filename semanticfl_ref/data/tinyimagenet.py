@@ -21,9 +21,8 @@ CLASSES, TEST_IMAGES = 200, 50  # test images of each class
 def read(options: ReadOptions) -> Parts:
     """100 000 training and 10 000 test images of 200 classes, 64x64."""
     path = download.locate(options)
-    texts, images = _members(path, options.settings.image_size or SIDE)
     try:
-        lists = {name: content.decode() for name, content in texts.items()}
+        lists, images = _members(path, options.settings.image_size or SIDE)
         synsets = sorted(lists["wnids.txt"].split())
         words = dict(re.findall(r"(?m)^(.+?)\t(.*)", lists["words.txt"]))
         annotated = re.findall(r"(?m)^(.+?)\t(.+?)\t", lists["val/val_annotations.txt"])
@@ -50,7 +49,7 @@ def read(options: ReadOptions) -> Parts:
 
 def _members(
     path: Path, size: int
-) -> tuple[dict[str, bytes], dict[tuple[str, str], list[np.ndarray]]]:
+) -> tuple[dict[str, str], dict[tuple[str, str], list[np.ndarray]]]:
     """The lists by name, and the images by (part, synset or file name)."""
     root = download.ARCHIVES["tinyimagenet"].folder
     labelled = (f"{root}/train/", f"{root}/val/images/")
@@ -58,16 +57,16 @@ def _members(
     def wanted(name: str) -> bool:
         return name.endswith(".txt") or name.startswith(labelled)
 
-    texts, images = {}, defaultdict(list)
+    lists, images = {}, defaultdict(list)
     for member, content in archives.members(path, wanted):
         name = member.removeprefix(f"{root}/")
         part, *folders = name.split("/")
         if name.endswith(".txt"):
-            texts[name] = content
+            lists[name] = content.decode()
         elif name.lower().endswith(".jpeg") and len(folders) > 1:
             image = archives.decode_image(content, f"{path}: {member}", size)
             images[part, folders[0] if part == "train" else folders[-1]].append(image)
-    return texts, images
+    return lists, images
 
 
 def _stacked(pairs: list[tuple[np.ndarray, int]]) -> Labelled:

@@ -38,21 +38,13 @@ class Anchors:
         return self.visual[indices_B if self.per == "image" else labels_B]
 
 
-@dataclass(frozen=True, kw_only=True)
-class LabelledCache:
-    """The features of N images and the images' labels int64 [N]."""
-
-    cache: FeatureCache
-    labels: torch.Tensor
-
-
 def make_anchors(
-    source: LabelledCache,
+    source: FeatureCache,
     settings: AnchorsSettings,
     *,
     classes: int,
     seed: int,
-    text_source: LabelledCache | None = None,
+    text_source: FeatureCache | None = None,
 ) -> Anchors:
     """Distil features into anchors.
 
@@ -80,22 +72,24 @@ def make_anchors(
     Source: Choice: the aggregation. 256-128-128 over up-blocks and U-Net text anchors are
     FedDifRC's; the paper's "adaptive multimodal diffusion aggregation" is not published.
     """
-    layers = list(source.cache.widths)
+    layers = list(source.widths)
     widths = layer_widths(settings, layers)
-    projections = {
-        layer: _fit(source.cache, layer, width, settings.whiten)
+    projections = [
+        _fit(source, layer, width, settings.whiten)
         for layer, width in zip(layers, widths, strict=True)
-    }
-    levels = _project(projections, source.cache)
+    ]
+    levels = [project(source) for project in projections]
     strengths = None
     if settings.aggregation == "separability":
         strengths = _strengths(levels, source.labels, classes)
-    visual_ND = _side_by_side(levels, strengths)
-    if text_source is None:
-        text_CD = source.cache.text
-    else:
-        _check_text_source(text_source.cache, layers)
-        texts = _side_by_side(_project(projections, text_source.cache), strengths)
+    visual_ND, text_CD = _side_by_side(levels, strengths), source.text
+    if text_source is not None:
+        if list(text_source.widths) != layers or text_source.meta.get("condition") != "own-class":
+            raise UserError(
+                "anchors.text = unet needs features of the same layers, of images under their own "
+                "class's caption"
+            )
+        texts = _side_by_side([project(text_source) for project in projections], strengths)
         text_CD = class_means(texts, text_source.labels, classes)
     per = settings.per if settings.images == "train" else "class"
     visual, text = apply_control(
@@ -107,13 +101,11 @@ def make_anchors(
         "seed": seed,
         "image_count": len(source.labels),
         "widths": widths,
-        "layer_strengths": strengths,
-        "explained_variance": {
-            layer: round(projection.explained, 6) for layer, projection in projections.items()
-        },
-        "cache": source.cache.id,
-        "text_cache": text_source.cache.id if text_source else None,
-        **{key: source.cache.meta.get(key) for key in COPIED},
+        "layer_strengths": dict(zip(layers, strengths, strict=True)) if strengths else None,
+        "explained_variance": {project.layer: project.explained for project in projections},
+        "cache": source.id,
+        "text_cache": text_source.id if text_source else None,
+        **{key: source.meta.get(key) for key in COPIED},
     }
     return Anchors(visual.contiguous(), text.contiguous(), per, provenance)
 
@@ -147,16 +139,13 @@ def layer_widths(settings: AnchorsSettings, layers: list[str]) -> list[int]:
         )
     if aggregation in ("equal", "separability"):
         return [width // count + (i < width % count) for i in range(count)]
-    if not re.fullmatch(r"[1-9]\d*(-[1-9]\d*)*", aggregation):
-        raise UserError(
-            f"anchors.aggregation = {aggregation!r}: expected equal, separability, or the widths "
-            f"of the layers in order, such as 256-128-128"
-        )
-    widths = [int(part) for part in aggregation.split("-")]
+    widths = []
+    if re.fullmatch(r"[1-9]\d*(-[1-9]\d*)*", aggregation):
+        widths = [int(part) for part in aggregation.split("-")]
     if len(widths) != count or sum(widths) != width:
         raise UserError(
-            f"anchors.aggregation = {aggregation}: expected {count} widths (layers "
-            f"{', '.join(layers)}) that sum to anchors.width = {width}"
+            f"anchors.aggregation = {aggregation}: expected equal, separability, or {count} widths "
+            f"such as 256-128-128 (layers {', '.join(layers)}) that sum to anchors.width = {width}"
         )
     return widths
 
@@ -214,19 +203,20 @@ def fisher_ratio(values_ND: torch.Tensor, labels: torch.Tensor, classes: int) ->
 class _Projection:
     """A layer's affine map from pooled features to its part of an anchor."""
 
+    layer: str
     mean: torch.Tensor
     directions: torch.Tensor
     scale: torch.Tensor
     explained: float
 
-    def __call__(self, chunks: Iterable[torch.Tensor]) -> torch.Tensor:
-        mapped = [(chunk.double() - self.mean) @ self.directions / self.scale for chunk in chunks]
-        return torch.cat([part.float() for part in mapped])
+    def __call__(self, cache: FeatureCache) -> torch.Tensor:
+        centred = (chunk.double() - self.mean for chunk in cache.chunks(self.layer))
+        return torch.cat([(part @ self.directions / self.scale).float() for part in centred])
 
 
 def _fit(cache: FeatureCache, layer: str, width: int, whiten: bool) -> _Projection:
     mean, directions, variances = pca(lambda: cache.chunks(layer), width)
-    available = int((variances > 1e-10 * variances[0]).sum()) if variances[0] > 0 else 0
+    available = int((variances > 1e-10 * variances[0]).sum())
     if width > available:
         raise UserError(
             f"layer {layer}: only {available} PCA components available ({cache.meta.get('images')} "
@@ -235,33 +225,18 @@ def _fit(cache: FeatureCache, layer: str, width: int, whiten: bool) -> _Projecti
     kept = variances[:width]
     # Without whitening, one number per layer, so that no layer dominates by its scale.
     scale = kept.sqrt() if whiten else kept.mean().sqrt()
-    return _Projection(mean, directions, scale, float(kept.sum() / variances.sum()))
+    explained = round(float(kept.sum() / variances.sum()), 6)
+    return _Projection(layer, mean, directions, scale, explained)
 
 
-def _project(projections: dict[str, _Projection], cache: FeatureCache) -> dict[str, torch.Tensor]:
-    return {layer: project(cache.chunks(layer)) for layer, project in projections.items()}
+def _strengths(levels: list[torch.Tensor], labels: torch.Tensor, classes: int) -> list[float]:
+    """Each layer's share of an anchor's squared length, by separability; they sum to L."""
+    ratios = [fisher_ratio(level, labels, classes) for level in levels]
+    return [round(len(ratios) * ratio / sum(ratios), 6) for ratio in ratios]
 
 
-def _strengths(
-    levels: dict[str, torch.Tensor], labels: torch.Tensor, classes: int
-) -> dict[str, float]:
-    """layer -> its share of an anchor's squared length, by separability; they sum to L."""
-    ratios = {layer: fisher_ratio(level, labels, classes) for layer, level in levels.items()}
-    total = sum(ratios.values())
-    return {layer: round(len(ratios) * ratio / total, 6) for layer, ratio in ratios.items()}
-
-
-def _side_by_side(
-    levels: dict[str, torch.Tensor], strengths: dict[str, float] | None
-) -> torch.Tensor:
+def _side_by_side(levels: list[torch.Tensor], strengths: list[float] | None) -> torch.Tensor:
     if strengths is not None:
-        levels = {layer: level * strengths[layer] ** 0.5 for layer, level in levels.items()}
-    return torch.cat(list(levels.values()), dim=1)
-
-
-def _check_text_source(cache: FeatureCache, layers: list[str]) -> None:
-    if list(cache.widths) != layers or cache.meta.get("condition") != "own-class":
-        raise UserError(
-            "anchors.text = unet needs features of the same layers, of images under their own "
-            "class's caption"
-        )
+        pairs = zip(levels, strengths, strict=True)
+        levels = [level * strength**0.5 for level, strength in pairs]
+    return torch.cat(levels, dim=1)

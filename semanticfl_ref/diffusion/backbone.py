@@ -19,7 +19,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from semanticfl_ref.device import vae_precision
 from semanticfl_ref.diffusion.model_files import locate
@@ -29,8 +28,8 @@ from semanticfl_ref.diffusion.modules import (
     load_scheduler,
     load_vae_encoder,
     load_weights,
-    prune,
     unet_layers,
+    weights_behind,
 )
 from semanticfl_ref.diffusion.text import TextEncoder
 from semanticfl_ref.errors import NonFiniteError, UserError, unknown
@@ -59,52 +58,37 @@ class PassOptions:
     latent: str = "mean"
 
 
-@dataclass(kw_only=True, eq=False)
 class Backbone:
-    """A loaded model; `Backbone.load` makes one.
+    """A frozen model.
 
     Attributes:
         folder: of the model.
-        vae: without its decoder.
-        unet: pruned behind the deepest selected layer.
+        vae: its decoder has no storage.
+        unet: weights behind the deepest selected layer have no storage.
         scheduler: the noise schedule.
         device: where the model runs.
         precision: of the U-Net.
         layers: the selected layers.
-        deepest: the one that is computed last.
-        unet_parameters: number of the U-Net's parameters before it was pruned.
+        deepest: the one that is computed last, where a pass ends; None: at the U-Net's end, for
+            comparisons.
         batch: images per pass. Every pass has this many, the last one filled up: libraries choose
             their algorithm by the batch size, so a smaller pass would round differently.
-        stop_early: end a pass at the deepest layer; False is for comparisons.
     """
 
     SMALL_PASS = 64
     LARGE_PASS = 8  # of a large model, to save memory
 
-    folder: Path
-    vae: nn.Module
-    unet: nn.Module
-    scheduler: object
-    device: torch.device
-    precision: str
-    layers: tuple[str, ...]
-    deepest: str
-    unet_parameters: int
-    batch: int
-    stop_early: bool = True
-
-    @classmethod
-    def load(
-        cls,
-        source: str | Path = "tiny",
+    def __init__(
+        self,
+        source: str | Path,
         *,
         layers: Sequence[str],
         device: str | torch.device = "cpu",
         precision: str = "fp32",
         offline: bool = False,
-        pruned: bool = True,
-    ) -> "Backbone":
-        """Load a frozen model.
+        whole: bool = False,
+    ):
+        """Load a model.
 
         Args:
             source: "tiny" (the embedded model), a folder in diffusers' layout, or a hub id.
@@ -113,44 +97,34 @@ class Backbone:
             precision: of the U-Net: fp32, bf16 or fp16. The VAE overflows in fp16, see
                 `vae_precision`.
             offline: no network access.
-            pruned: leave out what lies behind the deepest layer; False is for comparisons.
+            whole: load also what lies behind the deepest layer, for comparisons.
 
         Raises:
             UserError: an unknown layer, or fp16 on a CPU.
             DataError: a part is missing or damaged.
             DownloadError: the weights are not on this machine and cannot be downloaded.
         """
-        device, dtype = torch.device(device), PRECISIONS[precision]
-        if dtype == torch.float16 and device.type == "cpu":
+        self.device, self.precision = torch.device(device), precision
+        dtype = PRECISIONS[precision]
+        if dtype == torch.float16 and self.device.type == "cpu":
             raise UserError(
                 "diffusion.precision = fp16 needs a CUDA device: on a CPU use fp32 or bf16"
             )
-        folder = locate(source, offline=offline)
-        vae = load_vae_encoder(folder, PRECISIONS[vae_precision(precision, device)], device)
-        unet = empty_unet(folder, vae.config.latent_channels)
-        names, unet_parameters = ["vae", *unet_layers(unet)], unet.num_parameters()
-        layers = resolve_layers(layers, names)
-        deepest = max(layers, key=names.index)
-        if pruned and deepest != "vae":
-            prune(unet, deepest)
-        if deepest != "vae" or not pruned:  # the latent needs no U-Net
-            load_weights(unet, folder, "unet", dtype, device)
-        if device.type == "cuda" or dtype == torch.bfloat16:
-            for module in (unet, vae):
+        self.folder = locate(source, offline=offline)
+        self.scheduler = load_scheduler(self.folder)
+        vae_dtype = PRECISIONS[vae_precision(precision, self.device)]
+        self.vae = load_vae_encoder(self.folder, vae_dtype, self.device)
+        self.unet = empty_unet(self.folder, self.vae.config.latent_channels)
+        names = ["vae", *unet_layers(self.unet)]
+        self.layers = resolve_layers(layers, names)
+        self.deepest = max(self.layers, key=names.index)
+        unused = () if whole else weights_behind(self.unet, self.deepest)
+        load_weights(self.unet, self.folder, "unet", dtype, self.device, without=unused)
+        if self.device.type == "cuda" or dtype == torch.bfloat16:
+            for module in (self.unet, self.vae):
                 module.to(memory_format=torch.channels_last)
-        small = unet.config.block_out_channels[-1] <= 256
-        return cls(
-            folder=folder,
-            vae=vae,
-            unet=unet,
-            scheduler=load_scheduler(folder),
-            device=device,
-            precision=precision,
-            layers=layers,
-            deepest=deepest,
-            unet_parameters=unet_parameters,
-            batch=cls.SMALL_PASS if small else cls.LARGE_PASS,
-        )
+        small = self.unet.config.block_out_channels[-1] <= 256
+        self.batch = self.SMALL_PASS if small else self.LARGE_PASS
 
     @torch.no_grad()
     def features(
@@ -168,8 +142,8 @@ class Backbone:
 
         Args:
             images: uint8 [B, H, W, 3].
-            prompt_embedding: float32 [T, D] for all images or [B, T, D], see `TextEncoder.encode`;
-                None: the empty caption.
+            prompt_embedding: float32 [T, D] or [1, T, D] for all images, or [B, T, D], see
+                `TextEncoder.encode`; None: the empty caption.
             first: number of the first image, for messages.
             options: the fields of `PassOptions`.
 
@@ -185,15 +159,19 @@ class Backbone:
         options = PassOptions(**options)
         self._check(options, height, width)
         prompts = self.null_prompt if prompt_embedding is None else prompt_embedding
-        if prompts.ndim == 2:
-            prompts = prompts.expand(count, -1, -1)
+        prompts = prompts.expand(count, *prompts.shape[-2:])  # [B, T, D]
         passes = []
         for start in range(0, count, self.batch):
             # The last image again, where there is none.
             indices = torch.arange(start, start + self.batch).clamp(max=count - 1)
             pooled = self.pass_once(images[indices], prompts[indices.to(prompts.device)], options)
             pooled = {layer: values[: count - start].cpu() for layer, values in pooled.items()}
-            self._check_finite(pooled, first + start)
+            check_finite(
+                pooled,
+                first + start,
+                f"features are not finite in {self.precision}; use diffusion.precision=fp32, or "
+                f"check the weights",
+            )
             passes.append(pooled)
         return {layer: torch.cat([pooled[layer] for pooled in passes]) for layer in self.layers}
 
@@ -212,16 +190,15 @@ class Backbone:
         """
         pixels = scale_images(images.to(self.device), options.input_size)  # [B, 3, H, W]
         distribution = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
-        keys = [_content(image) for image in images]
         latent = distribution.mean.float()  # [B, 4, H / 8, W / 8] in Stable Diffusion
         if options.latent == "sample":
-            noise = _noise(keys, latent.shape[1:], options.seed, "vae-sample").to(self.device)
-            latent = latent + distribution.std.float() * noise
+            noise = image_noise(images, latent.shape[1:], options.seed, "vae-sample")
+            latent = latent + distribution.std.float() * noise.to(self.device)
         latent = latent * self.vae.config.scaling_factor
         pooled = {"vae": pool_cells(latent, options.pool)}
         if self.deepest == "vae":
             return pooled
-        noise = _noise(keys, latent.shape[1:], options.seed, f"noise/{options.timestep}")
+        noise = image_noise(images, latent.shape[1:], options.seed, f"noise/{options.timestep}")
         timesteps = torch.full((len(images),), options.timestep, device=self.device)
         noised_latent = self.scheduler.add_noise(latent, noise.to(self.device), timesteps)
         inputs = noised_latent.to(self.unet.dtype)
@@ -245,8 +222,8 @@ class Backbone:
 
     def memory(self) -> str:
         """A line for readers: how much of the U-Net is loaded."""
-        kept = 0 if self.deepest == "vae" else self.unet.num_parameters()
-        whole, size = self.unet_parameters, PRECISIONS[self.precision].itemsize
+        kept = sum(weight.numel() for weight in self.unet.parameters() if not weight.is_meta)
+        whole, size = self.unet.num_parameters(), PRECISIONS[self.precision].itemsize
         return (
             f"U-Net up to {self.deepest}: {kept / 1e6:.1f} of {whole / 1e6:.1f} M parameters, "
             f"{kept * size / 2**20:.0f} of {whole * size / 2**20:.0f} MiB in {self.precision}"
@@ -258,32 +235,21 @@ class Backbone:
             raise UserError(
                 f"diffusion.timestep = {options.timestep} is outside the scheduler's 0 ... {last}"
             )
-        assert options.latent in ("mean", "sample"), options.latent
         if options.input_size:
             height = width = options.input_size
-        shrink = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        shrink, side = 2 ** (len(self.vae.config.block_out_channels) - 1), min(height, width)
         if height % shrink or width % shrink:
             raise UserError(
                 f"images of {height}x{width} pixels do not fit the VAE: set diffusion.input_size "
                 f"to a multiple of {shrink}"
             )
-        halvings = len(self.unet.config.block_out_channels) - 1 if self.layers != ("vae",) else 0
-        smallest = -(-min(height, width) // (shrink * 2**halvings))  # odd sizes are rounded up
+        halvings = len(self.unet.config.block_out_channels) - 1 if self.deepest != "vae" else 0
+        smallest = -(-side // (shrink * 2**halvings))  # odd sizes are rounded up
         if not 1 <= options.pool <= smallest:
             raise UserError(
-                f"diffusion.pool = {options.pool}: at input size {min(height, width)} the smallest "
-                f"layer has {smallest} cells per side; choose 1 ... {smallest}"
+                f"diffusion.pool = {options.pool}: at input size {side} the smallest layer has "
+                f"{smallest} cells per side; choose 1 ... {smallest}"
             )
-
-    def _check_finite(self, pooled: dict[str, torch.Tensor], first: int) -> None:
-        """Name the first layer, in the order of computation, that is not finite."""
-        for layer, values in pooled.items():
-            bad = (~values.isfinite().all(1)).nonzero()
-            if len(bad):
-                raise NonFiniteError(
-                    f"image {first + int(bad[0])}, layer {layer}: features are not finite in "
-                    f"{self.precision}; use diffusion.precision=fp32, or check the weights"
-                )
 
     @contextlib.contextmanager
     def _hooks(self, pooled: dict[str, torch.Tensor], pool: int) -> Iterator[None]:
@@ -295,15 +261,15 @@ class Backbone:
         def keep(layer: str, _module, _inputs, output) -> None:
             values = output[0] if isinstance(output, tuple) else output
             pooled[layer] = pool_cells(values, pool)
-            if layer == self.deepest and self.stop_early:
+            if layer == self.deepest:
                 raise _DeepestLayerReached
 
         modules = unet_layers(self.unet)
-        with contextlib.ExitStack() as stack, contextlib.suppress(_DeepestLayerReached):
+        with contextlib.ExitStack() as hooks, contextlib.suppress(_DeepestLayerReached):
             for layer in self.layers:
                 if layer != "vae":
-                    handle = modules[layer].register_forward_hook(partial(keep, layer))
-                    stack.callback(handle.remove)
+                    hook = modules[layer].register_forward_hook(partial(keep, layer))
+                    hooks.enter_context(hook)
             yield
 
 
@@ -347,18 +313,43 @@ def pool_cells(values_BCHW: torch.Tensor, pool: int) -> torch.Tensor:
     return F.adaptive_avg_pool2d(values_BCHW.float(), pool).flatten(1)
 
 
+def image_noise(
+    images: torch.Tensor, shape: Sequence[int], seed: int, purpose: str
+) -> torch.Tensor:
+    """Standard normal numbers float32 [B, *shape], on the CPU.
+
+    Every image has a generator of its own, keyed by the SHA-256 of its shape and bytes.
+
+    Args:
+        images: uint8 [B, H, W, 3].
+        shape: of the numbers of an image.
+        seed: of the noise.
+        purpose: what the noise is for; other purposes get other numbers.
+    """
+    noise = []
+    for image in images.cpu():
+        content = f"{tuple(image.shape)}".encode() + image.numpy().tobytes()
+        key = f"{purpose}/{hashlib.sha256(content).hexdigest()}"
+        noise.append(torch.randn(shape, generator=generator(seed, key)))
+    return torch.stack(noise)
+
+
+def check_finite(features: dict[str, torch.Tensor], first: int, problem: str) -> None:
+    """Check that all features are finite.
+
+    Args:
+        features: layer -> [B, D], in the order of computation.
+        first: number of the first image.
+        problem: what is wrong otherwise, and how to fix it.
+
+    Raises:
+        NonFiniteError: names the first layer that is not, and the first such image.
+    """
+    for layer, values in features.items():
+        bad = (~values.isfinite().all(1)).nonzero()
+        if len(bad):
+            raise NonFiniteError(f"image {first + int(bad[0])}, layer {layer}: {problem}")
+
+
 class _DeepestLayerReached(Exception):
     """Ends a U-Net pass from inside the hook of the deepest selected layer."""
-
-
-def _content(image: torch.Tensor) -> str:
-    """SHA-256 of an image's shape and bytes."""
-    pixels = image.cpu().contiguous().numpy().tobytes()
-    return hashlib.sha256(f"{tuple(image.shape)}".encode() + pixels).hexdigest()
-
-
-def _noise(keys: list[str], shape: Sequence[int], seed: int, purpose: str) -> torch.Tensor:
-    """Standard normal numbers float32 [B, *shape]; every image has a generator of its own."""
-    return torch.stack(
-        [torch.randn(shape, generator=generator(seed, f"{purpose}/{key}")) for key in keys]
-    )

@@ -66,14 +66,14 @@ def apply_control(
         other[present] = present[_derangement(len(present), source)]
         return visual[_rows_of_others(owners, other, source)], text_CD[other]
     if control == "random":
-        random_visual = torch.randn(visual.shape, generator=source)
-        random_text = torch.randn(text_CD.shape, generator=source)
-        return _with_norms_of(visual, random_visual), _with_norms_of(text_CD, random_text)
-    if control == "onehot":
-        codes = _orthogonal_codes(classes, visual.shape[1], source)[owners]
-        text_codes = _orthogonal_codes(classes, text_CD.shape[1], source)
-        return _with_norms_of(visual, codes), _with_norms_of(text_CD, text_codes)
-    raise unknown("control", control, CONTROLS)
+        rows = torch.randn(visual.shape, generator=source)
+        text_rows = torch.randn(text_CD.shape, generator=source)
+    elif control == "onehot":
+        rows = _orthogonal_codes(classes, visual.shape[1], source)[owners]
+        text_rows = _orthogonal_codes(classes, text_CD.shape[1], source)
+    else:
+        raise unknown("control", control, CONTROLS)
+    return _with_norms_of(visual, rows), _with_norms_of(text_CD, text_rows)
 
 
 def class_means(values_ND: torch.Tensor, labels: torch.Tensor, classes: int) -> torch.Tensor:

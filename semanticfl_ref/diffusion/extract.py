@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from semanticfl_ref.diffusion.backbone import Backbone
+from semanticfl_ref.diffusion.backbone import Backbone, check_finite
 from semanticfl_ref.diffusion.feature_cache import (
     MANIFEST,
     SHARD,
@@ -23,7 +23,7 @@ from semanticfl_ref.diffusion.feature_cache import (
 )
 from semanticfl_ref.diffusion.model_files import fingerprint
 from semanticfl_ref.diffusion.text import TextEncoder, captions
-from semanticfl_ref.errors import DataError, NonFiniteError
+from semanticfl_ref.errors import DataError
 from semanticfl_ref.formatting import format_bytes
 from semanticfl_ref.storage import (
     Damaged,
@@ -75,7 +75,7 @@ def build_cache(plan: CachePlan, say: Say, *, rebuild: bool = False) -> None:
         if rebuild:
             # The manifest first: the files that it names are deleted next.
             with write_errors(plan.path, REMEDY):
-                for file in (plan.path / MANIFEST, plan.path / TEXT, *plan.shard_files):
+                for file in (plan.path / MANIFEST, *plan.files):
                     file.unlink(missing_ok=True)
         if not plan.complete:
             _build(plan, say)
@@ -84,7 +84,7 @@ def build_cache(plan: CachePlan, say: Say, *, rebuild: bool = False) -> None:
 def complete_files(plan: CachePlan) -> dict[Path, str]:
     """The complete files of a cache that is being built, and their SHA-256."""
     found = {}
-    for file in (*plan.shard_files, plan.path / TEXT):
+    for file in plan.files:
         try:
             _, about, recorded = load_tensors(file)
         except (Damaged, DataError):
@@ -94,14 +94,9 @@ def complete_files(plan: CachePlan) -> dict[Path, str]:
     return found
 
 
-def images_in(plan: CachePlan, shard: Path) -> int:
-    """Number of images in a shard."""
-    return min(SHARD, len(plan.images) - _first_image(shard))
-
-
 def _build(plan: CachePlan, say: Say) -> None:
     digests, text_file = complete_files(plan), plan.path / TEXT
-    missing = [file for file in plan.shard_files if file not in digests]
+    missing = {file: part for file, part in plan.shards.items() if file not in digests}
     if missing or text_file not in digests:
         hidden, text = _captions(plan)
         if text_file not in digests:
@@ -109,7 +104,7 @@ def _build(plan: CachePlan, say: Say) -> None:
             digests[text_file] = save_tensors(text_file, {"text": text}, about, REMEDY)
     if missing:
         digests |= _extract(plan, hidden, missing, say)
-    _, about, _ = load_tensors(plan.shard_files[0])
+    _, about, _ = load_tensors(plan.files[0])
     manifest = {
         "meta": plan.meta,
         "widths": about["widths"],
@@ -139,34 +134,39 @@ def _captions(plan: CachePlan) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _extract(
-    plan: CachePlan, hidden: torch.Tensor, missing: list[Path], say: Say
+    plan: CachePlan, hidden: torch.Tensor, missing: dict[Path, torch.Tensor], say: Say
 ) -> dict[Path, str]:
     """Write the missing shards; returns their SHA-256."""
     meta, digests = plan.meta, {}
-    backbone = Backbone.load(
+    backbone = Backbone(
         plan.model, layers=meta["layers"], device=plan.device, precision=meta["precision"]
     )
     assert SHARD % backbone.batch == 0, "a shard must end where a pass ends"
     widths = backbone.widths(meta["pool"])
-    done = len(plan.images) - sum(images_in(plan, file) for file in missing)
+    done = len(plan.images) - sum(map(len, missing.values()))
     _announce(plan, done, 2 * sum(widths.values()), say)
     say(backbone.memory())
     options = {k: meta[k] for k in ("timestep", "seed", "pool", "input_size", "latent")}
     with tqdm(
         total=len(plan.images), initial=done, desc="diffusion features", unit=" images"
     ) as bar:
-        for file in missing:
-            first, count = _first_image(file), images_in(plan, file)
-            part = slice(first, first + count)
-            embedding = hidden[0]
+        for file, part in missing.items():
+            embedding, first = hidden, int(part[0])
             if meta["condition"] == "own-class":
                 embedding = hidden[plan.labels[part].to(hidden.device)]
             features = backbone.features(
                 plan.images[part], prompt_embedding=embedding, first=first, **options
             )
+            stored = {layer: values.half() for layer, values in features.items()}
+            check_finite(
+                stored,
+                first,
+                "a value does not fit the cache's fp16 (above 65504); leave this layer out of "
+                "diffusion.layers",
+            )
             about = {"cache": plan.id, "file": file.name, "widths": list(widths.items())}
-            digests[file] = save_tensors(file, _as_stored(features, first), about, REMEDY)
-            bar.update(count)
+            digests[file] = save_tensors(file, stored, about, REMEDY)
+            bar.update(len(part))
     return digests
 
 
@@ -188,21 +188,3 @@ def _announce(plan: CachePlan, done: int, bytes_per_image: int, say: Say) -> Non
     say(f"feature cache of {count} images{note}: {size} at {plan.path}")
     if plan.meta["condition"] == "own-class":
         say("each image has its own class's caption, so its features contain its label")
-
-
-def _as_stored(features: dict[str, torch.Tensor], first: int) -> dict[str, torch.Tensor]:
-    """float32 features as fp16."""
-    stored = {layer: values.half() for layer, values in features.items()}
-    for layer, values in stored.items():
-        bad = (~values.isfinite().all(1)).nonzero()
-        if len(bad):
-            raise NonFiniteError(
-                f"image {first + int(bad[0])}, layer {layer}: "
-                f"{features[layer].abs().max():.3g} does not fit the cache's fp16; leave this "
-                f"layer out of diffusion.layers"
-            )
-    return stored
-
-
-def _first_image(shard: Path) -> int:
-    return SHARD * int(shard.stem.removeprefix("shard-"))

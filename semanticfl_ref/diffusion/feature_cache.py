@@ -10,9 +10,8 @@ Letters: N images, C classes, D width of a vector.
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -36,24 +35,27 @@ class FeatureCache:
 
     Attributes:
         text: float32 [C, D], one vector per class from the model's text encoder.
+        labels: int64 [N], the images' classes.
         id: names the cache; SHA-256 of `meta`.
         meta: everything that made it, plain JSON values.
-        shards: functions from a layer's name to float16 [n, D], in the images' order; each reads
-            when it is called.
+        shards: files of layers, float16 [n, D], in the images' order.
         widths: layer -> D, in the order of the layers.
     """
 
     text: torch.Tensor
+    labels: torch.Tensor
     id: str
     meta: dict
-    shards: Sequence[Callable[[str], torch.Tensor]]
+    shards: list[Path]
     widths: dict[str, int]
 
     def chunks(self, layer: str, rows: int = 4096) -> Iterator[torch.Tensor]:
         """The layer's vectors, float16 [rows, D] at a time."""
         held: list[torch.Tensor] = []
-        for shard in self.shards:
-            held.append(shard(layer))
+        for path in self.shards:
+            with safe_open(path, framework="pt") as opened:
+                # Not a page of the file, which may be deleted.
+                held.append(opened.get_tensor(layer).clone())
             if sum(map(len, held)) > rows:
                 *complete, rest = torch.cat(held).split(rows)
                 yield from complete
@@ -93,10 +95,15 @@ class CachePlan:
         return (self.path / MANIFEST).is_file()
 
     @property
-    def shard_files(self) -> list[Path]:
-        """The files that hold, or will hold, the images' features."""
-        count = -(-len(self.images) // SHARD)
-        return [self.path / f"shard-{number:05d}.safetensors" for number in range(count)]
+    def shards(self) -> dict[Path, torch.Tensor]:
+        """The files of the images' features -> the indices of their images, int64."""
+        parts = torch.arange(len(self.images)).split(SHARD)
+        return {self.path / f"shard-{i:05d}.safetensors": part for i, part in enumerate(parts)}
+
+    @property
+    def files(self) -> list[Path]:
+        """All files but the manifest; the last one is that of the texts."""
+        return [*self.shards, self.path / TEXT]
 
 
 def plan_cache(
@@ -171,18 +178,25 @@ def open_cache(plan: CachePlan) -> FeatureCache:
             f"the feature cache {plan.path} was made from other images, weights or options than "
             f"its name says; {plan.remedy}"
         )
-    files = manifest["files"]
-    for path in (*plan.shard_files, plan.path / TEXT):  # of the last, the tensors are kept
-        tensors = _verified(path, files.get(path.name), plan.remedy)
-    shards = [partial(_read_layer, path) for path in plan.shard_files]
+    for path in plan.files:
+        try:
+            tensors, _, recorded = load_tensors(path)
+        except (Damaged, DataError) as error:
+            raise MismatchError(
+                f"the feature cache's {path} is damaged: {error}; {plan.remedy}"
+            ) from None
+        if recorded != manifest["files"].get(path.name):
+            raise MismatchError(
+                f"the feature cache's {path} is not the file that was written; {plan.remedy}"
+            )
     return FeatureCache(
-        tensors["text"], plan.id, manifest["meta"], shards, dict(manifest["widths"])
+        text=tensors["text"],  # of the last file
+        labels=plan.labels,
+        id=plan.id,
+        meta=manifest["meta"],
+        shards=list(plan.shards),
+        widths=dict(manifest["widths"]),
     )
-
-
-def _read_layer(path: Path, layer: str) -> torch.Tensor:
-    with safe_open(path, framework="pt") as opened:
-        return opened.get_tensor(layer).clone()  # not a page of the file, which may be deleted
 
 
 def _manifest(plan: CachePlan) -> dict:
@@ -191,7 +205,7 @@ def _manifest(plan: CachePlan) -> dict:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         recorded = manifest.pop("sha256")
-        intact = set(manifest) == {"meta", "widths", "files"} and recorded == sha256_of(manifest)
+        intact = recorded == sha256_of(manifest)
     except FileNotFoundError:
         raise DataError(
             f"there is no complete feature cache at {plan.path}; {plan.remedy}"
@@ -203,19 +217,6 @@ def _manifest(plan: CachePlan) -> dict:
     if not intact:
         raise MismatchError(f"the feature cache {plan.path} is damaged ({MANIFEST}); {plan.remedy}")
     return manifest
-
-
-def _verified(path: Path, expected: str | None, remedy: str) -> dict[str, torch.Tensor]:
-    """The tensors of a file, every byte checked against the manifest."""
-    try:
-        tensors, _, recorded = load_tensors(path)
-    except (Damaged, DataError) as error:
-        raise MismatchError(f"the feature cache's {path} is damaged: {error}; {remedy}") from None
-    if recorded != expected:
-        raise MismatchError(
-            f"the feature cache's {path} is not the file that was written; {remedy}"
-        )
-    return tensors
 
 
 def _id_of(meta: dict) -> str:

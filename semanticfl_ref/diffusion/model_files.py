@@ -34,11 +34,10 @@ DESCRIBED_BY = {
 DESCRIPTIONS = ["model_index.json", "scheduler/*.json", "tokenizer/*"]
 DESCRIPTIONS += [f"{part}/config.json" for part in WEIGHTS]
 # Patterns of the files to download: the fp16 variant, or the full one.
-HALF_FILES = DESCRIPTIONS + [f"{part}/{stem}.fp16*.safetensors" for part, stem in WEIGHTS.items()]
-FULL_FILES = [
-    *DESCRIPTIONS,
-    *(f"{part}/{stem}.safetensors" for part, stem in WEIGHTS.items()),
-    *(f"{part}/{stem}-*-of-*.safetensors" for part, stem in WEIGHTS.items()),
+STEMS = [f"{part}/{stem}" for part, stem in WEIGHTS.items()]
+HALF_FILES = DESCRIPTIONS + [f"{stem}.fp16*.safetensors" for stem in STEMS]
+FULL_FILES = DESCRIPTIONS + [
+    f"{stem}{shard}.safetensors" for shard in ("", "-*-of-*") for stem in STEMS
 ]
 # Ids that many examples still name -> where the same weights are now.
 WITHDRAWN = {
@@ -87,38 +86,48 @@ def fetch_command(name: str) -> str:
     return f"hf download {name} {patterns}"
 
 
-def list_files(folder: Path) -> tuple[list[Path], dict[str, list[Path]]]:
-    """The files that make a model.
-
-    Returns:
-        All of them, sorted, and the weight files by part: the fp16 variant if there is one.
+def list_files(folder: Path) -> list[Path]:
+    """All files that make a model, sorted.
 
     Raises:
         DataError: a part is missing or has no safetensors.
     """
-    files, weights = [], {}
-    for part, stem in WEIGHTS.items():
+    files = []
+    for part in WEIGHTS:
         description = folder / part / "config.json"
         if not description.is_file():
             raise DataError(
                 f"the model folder {folder} lacks {part}/config.json: it must hold "
                 f"{', '.join(WEIGHTS)}, tokenizer and scheduler, as diffusers saves them"
             )
-        found = sorted((folder / part).iterdir())
-        weights[part] = _weight_files(found, stem, ".fp16") or _weight_files(found, stem, None)
-        if not weights[part]:
-            raise DataError(
-                f"the model folder {folder} lacks {part}/{stem}.safetensors or some of its shards: "
-                f"only safetensors are read, since a pickled .bin can run code"
-            )
-        files += [description, *weights[part]]
+        files += [description, *weight_files(folder, part)]
     for part, names in DESCRIBED_BY.items():
         if not any((folder / part / name).is_file() for name in names):
             raise DataError(
                 f"the model folder {folder} lacks {part}/{names[-1]}: download it again"
             )
         files += [f for f in (folder / part).iterdir() if f.suffix in (".json", ".txt")]
-    return sorted(files), weights
+    return sorted(files)
+
+
+def weight_files(folder: Path, part: str) -> list[Path]:
+    """A part's weights, in the fp16 variant if there is one: a single file, or all shards.
+
+    Raises:
+        DataError: there are neither.
+    """
+    stem = WEIGHTS[part]
+    for name in (f"{stem}.fp16", stem):
+        whole = folder / part / f"{name}.safetensors"
+        if whole.is_file():
+            return [whole]
+        shards = sorted(whole.parent.glob(f"{name}-*-of-*.safetensors"))
+        if shards and shards[-1].stem == f"{name}-{len(shards):05d}-of-{len(shards):05d}":
+            return shards
+    raise DataError(
+        f"the model folder {folder} lacks {part}/{stem}.safetensors or some of its shards: "
+        f"only safetensors are read, since a pickled .bin can run code"
+    )
 
 
 def fingerprint(folder: Path, known: Path | None = None) -> str:
@@ -135,9 +144,12 @@ def fingerprint(folder: Path, known: Path | None = None) -> str:
         DataError: a file in the hub's cache, where a file's name is its SHA-256, has another
             content; or see `list_files`.
     """
-    digests = {} if known is None else _read_known(known)
-    before, total = dict(digests), hashlib.sha256()
-    for file in list_files(folder)[0]:
+    digests, total = {}, hashlib.sha256()
+    if known is not None:
+        with contextlib.suppress(OSError, ValueError, TypeError):  # damaged: as if it were empty
+            digests = dict(json.loads(known.read_text(encoding="utf-8")))
+    before = dict(digests)
+    for file in list_files(folder):
         status = file.stat()
         key = f"{file.resolve()}|{status.st_size}|{status.st_mtime_ns}"
         digest = digests.get(key) or _file_sha256(file)
@@ -191,17 +203,6 @@ def _from_hub(name: str, offline: bool) -> Path:
         ) from error
 
 
-def _weight_files(files: list[Path], stem: str, variant: str | None) -> list[Path]:
-    """The weight files of a variant: a single file, or all shards; empty if there are neither."""
-    shards = {}
-    for file in files:
-        match = re.fullmatch(rf"{stem}(\.fp16)?(?:-\d+-of-(\d+))?\.safetensors", file.name)
-        if match and match[1] == variant:
-            shards[file] = match[2]
-    whole = [file for file, count in shards.items() if count is None]
-    return whole or [file for file, count in shards.items() if int(count) == len(shards)]
-
-
 def _file_sha256(file: Path) -> str:
     """SHA-256 of a file; of one in the hub's cache, checked against its name."""
     with file.open("rb") as opened:
@@ -214,11 +215,3 @@ def _file_sha256(file: Path) -> str:
             f"{blob.name[:16]}...; delete {blob} and download it again"
         )
     return digest
-
-
-def _read_known(known: Path) -> dict[str, str]:
-    """The known SHA-256 values; a missing or damaged file counts as empty."""
-    try:
-        return dict(json.loads(known.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return {}

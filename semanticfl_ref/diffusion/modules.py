@@ -1,29 +1,31 @@
 """The parts of a model folder as modules; only what the selected layers need is ever in memory.
 
-A module is laid out without storage, what is not needed is cut off, and the weights of the rest are
-read one tensor at a time, in their final precision. diffusers and transformers take seconds to
-import: they are imported here only, inside functions.
+A module is laid out without storage, on torch's device "meta". The weights that are needed are then
+read one tensor at a time, in their final precision; the others stay without storage. diffusers and
+transformers take seconds to import: they are imported here only, inside functions.
 """
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from torch import nn
 
-from semanticfl_ref.diffusion.model_files import list_files
+from semanticfl_ref.diffusion.model_files import weight_files
 from semanticfl_ref.errors import DataError
 
 # Names of the VAE's attention in files from before 2023, such as Stable Diffusion 1.5's.
 RENAMED = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+OLD_NAME = re.compile(r"(?<=\.attentions\.0\.)(query|key|value|proj_attn)(?=\.)")
 
 
 def empty_unet(folder: Path, latent_channels: int) -> nn.Module:
-    """The whole U-Net without storage, on torch's device "meta".
+    """The whole U-Net without storage.
 
     Raises:
         DataError: its configuration cannot be read, or needs other inputs (inpainting, SDXL).
@@ -52,11 +54,11 @@ def unet_layers(unet: nn.Module) -> dict[str, nn.Module]:
     blocks |= {f"up.{i}": block for i, block in enumerate(unet.up_blocks)}
     layers = {}
     for name, block in blocks.items():
-        attentions = dict(enumerate(getattr(block, "attentions", ())))
-        for i, resnet in enumerate(getattr(block, "resnets", ())):
+        pairs = zip_longest(block.resnets, getattr(block, "attentions", ()))
+        for i, (resnet, attention) in enumerate(pairs):
             layers[f"{name}.resnets.{i}"] = resnet
-            if attentions.get(i) is not None:
-                layers[f"{name}.attentions.{i}"] = attentions[i]
+            if attention is not None:
+                layers[f"{name}.attentions.{i}"] = attention
         layers[name] = block
     return layers
 
@@ -66,58 +68,61 @@ def block_of(layer: str) -> str:
     return re.match(r"vae|mid|(?:down|up)\.\d+", layer)[0]
 
 
-def prune(unet: nn.Module, deepest: str) -> None:
-    """Cut off every block behind that of the layer `deepest`, and the output convolution.
-
-    The lists of blocks keep their lengths: diffusers treats the last of `up_blocks` differently at
-    odd sizes.
-    """
-    blocks = [name for name in unet_layers(unet) if name == block_of(name)]
-    for name in blocks[blocks.index(block_of(deepest)) + 1 :]:
-        kind, _, index = name.partition(".")
-        if kind == "mid":
-            unet.mid_block = nn.Identity()
-        else:
-            getattr(unet, f"{kind}_blocks")[int(index)] = nn.Identity()
-    unet.conv_norm_out = None
-    unet.conv_act = None
-    unet.conv_out = nn.Identity()
+def weights_behind(unet: nn.Module, deepest: str) -> tuple[str, ...]:
+    """Prefixes of the names of weights that a pass up to the layer `deepest` does not use."""
+    if deepest == "vae":
+        return ("",)  # the latent needs no U-Net
+    blocks = [layer for layer in unet_layers(unet) if layer == block_of(layer)]
+    behind = blocks[blocks.index(block_of(deepest)) + 1 :]
+    # mid is mid_block, up.1 is up_blocks.1.
+    return "conv_norm_out.", "conv_out.", *(name.replace(".", "_blocks.") for name in behind)
 
 
 def load_weights(
-    module: nn.Module, folder: Path, part: str, dtype: torch.dtype, device: torch.device
+    module: nn.Module,
+    folder: Path,
+    part: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    without: tuple[str, ...] = (),
 ) -> nn.Module:
-    """Give a module without storage its weights; of the files, only its own tensors are read.
+    """Give a module without storage its weights; no other tensor of the files is read.
+
+    Args:
+        module: on the device "meta".
+        folder: of the model.
+        part: of the model: vae or unet.
+        dtype: of the weights.
+        device: of the weights.
+        without: prefixes of the names of weights that are not needed; these get no storage.
 
     Raises:
         DataError: a file is damaged or lacks a weight.
     """
-    wanted, tensors = module.state_dict(), {}
-    for file in list_files(folder)[1][part]:
+    shapes = {
+        name: list(value.shape)
+        for name, value in module.state_dict().items()
+        if not name.startswith(without)
+    }
+    tensors = {}
+    for file in weight_files(folder, part):
         with _reading(folder, part), safe_open(file, framework="pt") as opened:
             for stored in opened.keys():  # noqa: SIM118 (not a dict)
-                name = _current_name(stored) if part == "vae" else stored
-                if name in wanted:
+                name = OLD_NAME.sub(lambda old: RENAMED[old[0]], stored)
+                if opened.get_slice(stored).get_shape() == shapes.get(name):
                     # A copy, not a page of the file, which may change.
                     tensors[name] = opened.get_tensor(stored).to(device, dtype, copy=True)
-    absent = [
-        name
-        for name, value in wanted.items()
-        if name not in tensors or tensors[name].shape != value.shape
-    ]
-    _refuse_absent(absent, folder, part)
-    module.load_state_dict(tensors, assign=True)
+    _refuse_absent(shapes.keys() - tensors.keys(), folder, part)
+    module.load_state_dict(tensors, strict=False, assign=True)
     return module.eval().requires_grad_(False)
 
 
 def load_vae_encoder(folder: Path, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """The `AutoencoderKL` without its decoder, of which nothing is read."""
+    """The `AutoencoderKL`; its decoder is not read."""
     from diffusers import AutoencoderKL
 
-    vae = _laid_out(AutoencoderKL, folder, "vae")
-    vae.decoder = None
-    vae.post_quant_conv = None
-    return load_weights(vae, folder, "vae", dtype, device)
+    vae, decoder = _laid_out(AutoencoderKL, folder, "vae"), ("decoder.", "post_quant_conv.")
+    return load_weights(vae, folder, "vae", dtype, device, without=decoder)
 
 
 def load_scheduler(folder: Path):
@@ -131,7 +136,7 @@ def load_text_encoder(folder: Path, device: torch.device) -> tuple:
     """The tokenizer, and the text encoder in fp32."""
     from transformers import CLIPTextModel, CLIPTokenizer
 
-    half = ".fp16" in list_files(folder)[1]["text_encoder"][0].name
+    half = ".fp16" in weight_files(folder, "text_encoder")[0].name
     encoder, report = _pretrained(
         CLIPTextModel,
         folder,
@@ -147,12 +152,6 @@ def load_text_encoder(folder: Path, device: torch.device) -> tuple:
     return _pretrained(CLIPTokenizer, folder, "tokenizer"), encoder
 
 
-def _current_name(stored: str) -> str:
-    """Today's name of a weight of the VAE."""
-    old = r"(?<=\.attentions\.0\.)(query|key|value|proj_attn)(?=\.)"
-    return re.sub(old, lambda found: RENAMED[found[0]], stored)
-
-
 def _laid_out(cls, folder: Path, part: str) -> nn.Module:
     with _reading(folder, part), torch.device("meta"):
         return cls.from_config(cls.load_config(folder / part, local_files_only=True))
@@ -164,7 +163,7 @@ def _pretrained(cls, folder: Path, part: str, **options):
         return cls.from_pretrained(folder / part, local_files_only=True, **options)
 
 
-def _refuse_absent(absent: list[str], folder: Path, part: str) -> None:
+def _refuse_absent(absent: Collection[str], folder: Path, part: str) -> None:
     if absent:
         raise DataError(
             f"{part} of the model folder {folder} lacks {len(absent)} of its weights, such as "

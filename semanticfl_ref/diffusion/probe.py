@@ -34,7 +34,7 @@ def describe_layer(
     """All five numbers of a layer.
 
     Args:
-        features, test_features: [N, D] of any floating dtype.
+        features, test_features: [N, D] of any real dtype.
         labels, test_labels: int64 [N] in 0 ... C-1.
         classes: C.
         text_CD: the classes' texts; None if there are none.
@@ -76,7 +76,7 @@ def linear_probe(
         labels, test_labels: int64 [N].
         penalty: weight of the sum of squared weights beside the mean cross-entropy.
     """
-    classes = int(torch.cat([labels, test_labels]).max()) + 1
+    classes = int(labels.max()) + 1
     weight = torch.zeros(train_ND.shape[1], classes, requires_grad=True)
     bias = torch.zeros(classes, requires_grad=True)
     optimizer = torch.optim.LBFGS(
@@ -103,7 +103,7 @@ def nearest_neighbours(
     `linear_probe`.
     """
     train_ND, test_ND = F.normalize(train_ND, dim=1), F.normalize(test_ND, dim=1)
-    classes = int(torch.cat([labels, test_labels]).max()) + 1
+    classes = int(labels.max()) + 1
     correct = 0
     for part, truth in zip(test_ND.split(CHUNK), test_labels.split(CHUNK), strict=True):
         cosines, indices = (part @ train_ND.T).topk(min(NEIGHBOURS, len(train_ND)), dim=1)

@@ -31,19 +31,13 @@ class TextEncoder:
             pooled: one vector per caption, the text anchors; float32 [C, D], on the CPU.
         """
         length = min(self.tokenizer.model_max_length, self.model.config.max_position_embeddings)
-        hidden, pooled = [], []
-        for start in range(0, len(texts), self.BATCH):
-            tokens = self.tokenizer(
-                texts[start : start + self.BATCH],
-                padding="max_length",
-                max_length=length,
-                truncation=True,
-                return_tensors="pt",
-            )
-            output = self.model(tokens.input_ids.to(self.device))
-            hidden.append(output.last_hidden_state)
-            pooled.append(output.pooler_output.cpu())
-        return torch.cat(hidden), torch.cat(pooled)
+        tokens = self.tokenizer(
+            texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        )
+        batches = tokens.input_ids.to(self.device).split(self.BATCH)
+        outputs = [self.model(batch) for batch in batches]
+        hidden = torch.cat([output.last_hidden_state for output in outputs])
+        return hidden, torch.cat([output.pooler_output for output in outputs]).cpu()
 
 
 def captions(template: str, class_names: Iterable[str]) -> list[str]:

@@ -29,8 +29,8 @@ def average_selected(selected: Sequence[SelectedModel], drift: Drift) -> torch.T
     for cohort in cohorts(len(selected)):
         models, last = selected[cohort], cohort.stop == len(selected)
         params_SP = torch.stack([model.params_P for model in models]).to(device)
-        weights_S = torch.tensor([model.weight for model in models], dtype=torch.float64)
-        weights_S = weights_S.to(device)
+        weights = [model.weight for model in models]
+        weights_S = torch.tensor(weights, dtype=torch.float64, device=device)
         average = weighted_average(params_SP, weights_S, drift.start_P, average, final=last)
         for model, params_P, norm in zip(models, params_SP, average.squared_norm_S, strict=True):
             drift.add(model.client, params_P, norm, model.weight)

@@ -8,11 +8,10 @@ import copy
 import torch
 from torch import nn
 
-from semanticfl_ref.config.registry import METHODS
 from semanticfl_ref.data.batches import epoch_batches, network_input
 from semanticfl_ref.federated.flat import load_params, with_parameters
 from semanticfl_ref.federated.losses import cross_entropy
-from semanticfl_ref.federated.methods.method import LocalBatch, LocalUpdate, Method, Terms
+from semanticfl_ref.federated.methods.method import LocalBatch, LocalUpdate, Terms
 from semanticfl_ref.federated.report import ClientReport, first_batch
 from semanticfl_ref.randomness import generator
 
@@ -31,7 +30,7 @@ def train_client(update: LocalUpdate) -> ClientReport:
         tests/federated/test_method_equations.py::test_scaffold_over_two_rounds
     """
     context, model, settings = update.context, update.model, update.config.federation
-    method, data = METHODS[settings.method], context.dataset
+    method, data = context.method, context.dataset
     indices = context.partition.indices[update.client]
     optimizer = torch.optim.SGD(
         model.parameters(),
@@ -49,12 +48,13 @@ def train_client(update: LocalUpdate) -> ClientReport:
     model.train()
     for epoch in range(settings.local_epochs):
         source = generator(update.config.run.seed, "batches", update.round, update.client, epoch)
-        epoch_loss, steps_before = 0.0, report.steps
-        for index_B in epoch_batches(indices, batch_size=settings.batch_size, generator=source):
+        batches = epoch_batches(indices, batch_size=settings.batch_size, generator=source)
+        epoch_loss = 0.0
+        for index_B in batches:
             images = network_input(
                 data.train_images[index_B], augment=update.config.data.augment, generator=source
             )
-            terms, features_BD = objective(update, method, references, images, index_B)
+            terms, features_BD = objective(update, references, images, index_B)
             loss = sum(weight * value for weight, value in terms.values())
             if report.first is None:
                 report.first = first_batch(index_B, terms, loss, features_BD)
@@ -65,17 +65,16 @@ def train_client(update: LocalUpdate) -> ClientReport:
                     parameter.grad.add_(correction)
             optimizer.step()
             report.steps += 1
-            report.loss = report.loss + loss.detach()
-            epoch_loss = epoch_loss + loss.detach()
+            report.loss += loss.detach()
+            epoch_loss += loss.detach()
             for name, (_, value) in terms.items():
-                report.terms[name] = report.terms.get(name, 0.0) + value.detach()
-        report.last_epoch_loss = epoch_loss / (report.steps - steps_before)
+                report.terms[name] += value.detach()
+        report.last_epoch_loss = epoch_loss / len(batches)
     return report
 
 
 def objective(
     update: LocalUpdate,
-    method: Method,
     references: dict[str, nn.Module],
     images: torch.Tensor,
     index_B: torch.Tensor,
@@ -88,7 +87,6 @@ def objective(
 
     Args:
         update: the client's local update.
-        method: the federated method.
         references: name -> reference model.
         images: float [B, 3, H, W].
         index_B: int64 [B], into the training images.
@@ -97,12 +95,10 @@ def objective(
         The terms, and features float32 [B, D].
     """
     context, model = update.context, update.model
-    labels_B, levels = context.dataset.train_labels[index_B], ()
+    method, labels_B = context.method, context.dataset.train_labels[index_B]
+    forward = model.forward_with_levels if method.needs_levels else model
     with context.autocast():
-        if method.needs_levels:
-            logits_BC, features_BD, levels = model.forward_with_levels(images)
-        else:
-            logits_BC, features_BD = model(images)
+        logits_BC, features_BD, *levels = forward(images)
         with torch.no_grad():
             of_references = {name: (other, other(images)[1]) for name, other in references.items()}
     visual_BD, text_CD = context.anchors_for(update.client, labels_B, index_B)

@@ -3,7 +3,6 @@
 Letters: B batch, C classes, P size of a flat vector.
 """
 
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,6 +15,7 @@ from semanticfl_ref.data.partition import Partition
 from semanticfl_ref.device import resolve_device, resolve_precision
 from semanticfl_ref.diffusion.anchors import Anchors
 from semanticfl_ref.federated.flat import FlatLayout, flat_layout
+from semanticfl_ref.federated.methods.method import Method
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +24,7 @@ class RunContext:
 
     Attributes:
         config, dataset, partition, anchors: `anchors` is None for a method without.
+        method: the federated method.
         model: the model that clients train, one after another.
         layout: of its flat vector.
         device: where it runs.
@@ -34,6 +35,7 @@ class RunContext:
     dataset: Dataset
     partition: Partition
     anchors: Anchors | None
+    method: Method
     model: nn.Module
     layout: FlatLayout
     device: torch.device
@@ -41,21 +43,20 @@ class RunContext:
 
     def autocast(self):
         """The context manager of a forward pass."""
-        if self.precision == "bf16":
-            return torch.autocast(self.device.type, torch.bfloat16)
-        return nullcontext()
+        enabled = self.precision == "bf16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
     def anchors_for(
         self, client: int, labels_B: torch.Tensor, index_B: torch.Tensor
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """A batch's visual anchors [B, D] and the text anchors [C, D_text]; None if the client does
         not receive them."""
-        visual_BD = text_CD = None
-        if self.anchors is not None and self.partition.receives(client, "visual"):
+        if self.anchors is None:
+            return None, None
+        receives, visual_BD = self.partition.receives, None
+        if receives(client, "visual"):
             visual_BD = self.anchors.visual_for(labels_B, index_B)
-        if self.anchors is not None and self.partition.receives(client, "text"):
-            text_CD = self.anchors.text
-        return visual_BD, text_CD
+        return visual_BD, self.anchors.text if receives(client, "text") else None
 
 
 def make_context(
@@ -69,15 +70,15 @@ def make_context(
     """
     device = resolve_device(config.run.device)
     method = METHODS[config.federation.method]
-    assert anchors is not None or not method.needs_anchors, "this method needs anchors"
-    if not method.needs_anchors:
+    if method.needs_anchors:
+        assert anchors is not None, "this method needs anchors"
+        visual, text = anchors.visual.to(device), anchors.text.to(device)
+        anchors = replace(anchors, visual=visual, text=text)
+    else:
         anchors = None
-    heads = method.heads(config, anchors, 8 * config.model.width)
-    if anchors is not None:
-        on_device = {"visual": anchors.visual.to(device), "text": anchors.text.to(device)}
-        anchors = replace(anchors, **on_device)
-    build = MODELS[config.model.name]
-    model = build(config.model.width, dataset.classes, **heads, seed=config.run.seed)
+    width, build = config.model.width, MODELS[config.model.name]
+    heads = method.heads(config, anchors, 8 * width)
+    model = build(width, dataset.classes, **heads, seed=config.run.seed)
     model = model.to(device, memory_format=torch.channels_last)
     tensors = {name: tensor.to(device) for name, tensor in dataset.tensors.items()}
     return RunContext(
@@ -85,6 +86,7 @@ def make_context(
         dataset=replace(dataset, **tensors),
         partition=partition,
         anchors=anchors,
+        method=method,
         model=model,
         layout=flat_layout(model),
         device=device,

@@ -23,7 +23,7 @@ def evaluate(model: nn.Module, context: RunContext) -> dict:
         the clients' own test images, None for a client without.
     """
     data, classes = context.dataset, context.dataset.classes
-    correct_N = is_correct(model, context, data.test_images, data.test_labels)
+    correct_N = predictions(model, context, data.test_images) == data.test_labels
     count_C = torch.bincount(data.test_labels, minlength=classes).double()
     correct_C = torch.bincount(data.test_labels, weights=correct_N.double(), minlength=classes)
     accuracy_C = correct_C / count_C.clamp(min=1)
@@ -34,10 +34,10 @@ def evaluate(model: nn.Module, context: RunContext) -> dict:
     client_M = (histogram_MC @ accuracy_C) / histogram_MC.sum(1).clamp(min=1)
     validation = None
     if len(data.validation_labels):
-        images, labels = data.validation_images, data.validation_labels
-        validation = is_correct(model, context, images, labels).double().mean().item()
+        predicted_N = predictions(model, context, data.validation_images)
+        validation = share(predicted_N == data.validation_labels)
     accuracies = {
-        "test_accuracy": correct_N.double().mean().item(),
+        "test_accuracy": share(correct_N),
         "validation_accuracy": validation,
         "class_accuracy": [
             accuracy if count else None
@@ -53,10 +53,10 @@ def evaluate(model: nn.Module, context: RunContext) -> dict:
 def own_accuracy(model: nn.Module, context: RunContext) -> list[float | None]:
     """Accuracy on each client's own test images, M values; None for a client without."""
     data, held_out = context.dataset, context.partition.held_out
-    all_N = torch.cat(held_out).to(data.train_images.device)
-    images, labels = data.train_images[all_N], data.train_labels[all_N]
-    per_client = is_correct(model, context, images, labels).cpu().split([len(i) for i in held_out])
-    return [own.double().mean().item() if len(own) else None for own in per_client]
+    index_N = torch.cat(held_out)
+    predicted_N = predictions(model, context, data.train_images[index_N])
+    correct_N = (predicted_N == data.train_labels[index_N]).cpu()
+    return [share(own) for own in correct_N.split([len(own) for own in held_out])]
 
 
 def confusion(model: nn.Module, context: RunContext) -> list[list[int]]:
@@ -66,11 +66,9 @@ def confusion(model: nn.Module, context: RunContext) -> list[list[int]]:
     return torch.bincount(pairs_N, minlength=classes**2).view(classes, classes).tolist()
 
 
-def is_correct(
-    model: nn.Module, context: RunContext, images: torch.Tensor, labels_N: torch.Tensor
-) -> torch.Tensor:
-    """Which of images uint8 [N, H, W, 3] are classified correctly: bool [N]."""
-    return predictions(model, context, images) == labels_N
+def share(correct_N: torch.Tensor) -> float | None:
+    """The share of bool [N] that is true; None without any."""
+    return correct_N.double().mean().item() if len(correct_N) else None
 
 
 @torch.no_grad()

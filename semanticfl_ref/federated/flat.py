@@ -16,83 +16,72 @@ from semanticfl_ref.federated.model import HEADS
 
 @dataclass(frozen=True)
 class FlatLayout:
-    """Which part of a flat vector is which tensor.
+    """Which entries of a flat vector are what.
 
     Heads come last: models with and without them share the beginning.
 
     Attributes:
-        names, shapes: of the tensors, in order.
+        size: P.
         batch_norm: int64 indices of the entries that belong to BatchNorm layers.
         buffers: int64 indices of the buffers' entries (not optimised).
+        optimised: int64 indices of all other entries.
     """
 
-    names: tuple[str, ...]
-    shapes: tuple[torch.Size, ...]
+    size: int
     batch_norm: torch.Tensor
     buffers: torch.Tensor
-
-    @property
-    def size(self) -> int:
-        """P."""
-        return sum(shape.numel() for shape in self.shapes)
-
-    @property
-    def optimised(self) -> torch.Tensor:
-        """int64 indices of the entries that are not buffers."""
-        mask_P = torch.ones(self.size, dtype=torch.bool)
-        mask_P[self.buffers] = False
-        return mask_P.nonzero()[:, 0]
+    optimised: torch.Tensor
 
 
 def flat_layout(model: nn.Module) -> FlatLayout:
     """The layout of a model's flat vector."""
     tensors = _tensors(model)
-    modules = model.named_modules()
+    modules, buffers = model.named_modules(), dict(model.named_buffers())
     norms = tuple(f"{name}." for name, module in modules if isinstance(module, nn.BatchNorm2d))
-    buffers = {name for name, _ in model.named_buffers()}
 
     def indices(belongs) -> torch.Tensor:
         masks = [torch.full((t.numel(),), belongs(name)) for name, t in tensors.items()]
         return torch.cat(masks).nonzero()[:, 0]
 
     return FlatLayout(
-        names=tuple(tensors),
-        shapes=tuple(t.shape for t in tensors.values()),
+        size=sum(t.numel() for t in tensors.values()),
         batch_norm=indices(lambda name: name.startswith(norms)),
-        buffers=indices(buffers.__contains__),
+        buffers=indices(lambda name: name in buffers),
+        optimised=indices(lambda name: name not in buffers),
     )
 
 
 def flatten_params(model: nn.Module) -> torch.Tensor:
     """A new float32 vector [P] on the model's device."""
-    return torch.cat([t.detach().reshape(-1) for t in _tensors(model).values()])
+    return torch.cat([t.reshape(-1) for t in _tensors(model).values()])
 
 
-@torch.no_grad()
 def load_params(model: nn.Module, params_P: torch.Tensor) -> None:
     """Write a flat vector [P] into the model's parameters and buffers, in place."""
-    tensors = list(_tensors(model).values())
-    sizes = [t.numel() for t in tensors]
-    assert params_P.numel() == sum(sizes), "the flat vector belongs to another model"
-    for tensor, values in zip(tensors, params_P.split(sizes), strict=True):
-        tensor.copy_(values.view(tensor.shape))
+    tensors = model.state_dict()
+    for name, part in _parts(model, params_P).items():
+        tensors[name].copy_(part)
 
 
 def with_parameters(
     model: nn.Module, values_P: torch.Tensor
 ) -> list[tuple[nn.Parameter, torch.Tensor]]:
     """Each parameter of the model with its part of a flat vector (parameters, a gradient, ...)."""
-    tensors, parameters = _tensors(model), dict(model.named_parameters())
-    values_P = values_P.to(next(model.parameters()).device)
-    parts = values_P.split([t.numel() for t in tensors.values()])
-    return [
-        (parameters[name], part.view(tensor.shape))
-        for (name, tensor), part in zip(tensors.items(), parts, strict=True)
-        if name in parameters
-    ]
+    parts = _parts(model, values_P)
+    return [(w, parts[name].to(w.device)) for name, w in model.named_parameters()]
 
 
 def _tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Name -> parameter or buffer, without gradient, in the order of a flat vector."""
     state = {name: t for name, t in model.state_dict().items() if t.is_floating_point()}
     # A stable sort: only the heads move.
-    return dict(sorted(state.items(), key=lambda item: item[0].split(".")[0] in HEADS))
+    return dict(sorted(state.items(), key=lambda item: item[0].startswith(HEADS)))
+
+
+def _parts(model: nn.Module, values_P: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Name -> the tensor's part of a flat vector, in its shape."""
+    tensors = _tensors(model)
+    sizes = [t.numel() for t in tensors.values()]
+    assert len(values_P) == sum(sizes), "the flat vector belongs to another model"
+    parts = zip(tensors.items(), values_P.split(sizes), strict=True)
+    return {name: part.view(t.shape) for (name, t), part in parts}

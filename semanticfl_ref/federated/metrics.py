@@ -4,13 +4,11 @@ Letters: K clients of the round, M clients in all, P size of a flat vector.
 """
 
 import math
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
 
-from semanticfl_ref.config.registry import METHODS
 from semanticfl_ref.errors import NonFiniteError
 from semanticfl_ref.federated.context import RunContext
 from semanticfl_ref.federated.methods.method import LocalUpdate
@@ -35,7 +33,6 @@ class RoundMetrics:
 
     def __init__(self, context: RunContext, anchors_sent: torch.Tensor):
         self._context, self._anchors_sent = context, anchors_sent
-        self._down, self._up = Counter(), Counter()
         self._reports: dict[int, ClientReport] = {}
         self.dropped: list[int] = []
 
@@ -54,9 +51,10 @@ class RoundMetrics:
         Raises:
             NonFiniteError: a client returned NaN or infinity and `federation.non_finite` is stop.
         """
-        finite_S = finite_S & torch.tensor([r.finite for r in reports], device=finite_S.device)
+        losses_are_finite = [math.isfinite(report.loss) for report in reports]
+        finite_S = finite_S & torch.tensor(losses_are_finite, device=finite_S.device)
         for update, report, finite in zip(updates, reports, finite_S.tolist(), strict=True):
-            self.add(update.client, report)
+            self._reports[update.client] = report
             if finite:
                 continue
             if update.config.federation.non_finite == "stop":
@@ -68,52 +66,41 @@ class RoundMetrics:
             self.dropped.append(update.client)
         return finite_S
 
-    def add(self, client: int, report: ClientReport) -> None:
-        """Count a client's communication and keep its report."""
-        cost = communication_cost(self._context)
-        first_time = not self._anchors_sent[client]
-        self._down.update(cost["down"], anchors=self._anchor_bytes(client) if first_time else 0)
-        self._up.update(cost["up"], anchors=0)
-        self._reports[client] = report
-
     def line(self) -> dict:
         """The round's metrics; dropped clients count in steps and bytes, not in means."""
         kept = [report for client, report in self._reports.items() if client not in self.dropped]
-        gradients = [report.first.gradients for report in kept]
-        cosines = [
-            {name: g.cosine for name, g in found.items() if name != "cross_entropy"}
-            for found in gradients
-        ]
         terms = [
             {name: float(total) / report.steps for name, total in report.terms.items()}
             for report in kept
         ]
+        gradients = {}
+        for key in ("share", "norm", "cosine"):
+            values = [
+                {name: getattr(gradient, key) for name, gradient in report.first.gradients.items()}
+                for report in kept
+            ]
+            gradients[f"gradient_{key}"] = _means(values)
+        gradients["gradient_cosine"].pop("cross_entropy")  # with itself
+        sent = self._bytes()
         return {
             "loss": _mean(float(report.loss) / report.steps for report in kept),
             "terms": _means(terms),
-            "gradient_share": _means([{n: g.share for n, g in f.items()} for f in gradients]),
-            "gradient_norm": _means([{n: g.norm for n, g in f.items()} for f in gradients]),
-            "gradient_cosine": _means(cosines),
+            **gradients,
             "steps": sum(report.steps for report in self._reports.values()),
-            "bytes_down": self._down.total(),
-            "bytes_up": self._up.total(),
-            "bytes": {"down": dict(self._down), "up": dict(self._up)},
+            "bytes_down": sum(sent["down"].values()),
+            "bytes_up": sum(sent["up"].values()),
+            "bytes": sent,
             "dropped": self.dropped,
         }
 
-    def _anchor_bytes(self, client: int) -> int:
-        context, anchors = self._context, self._context.anchors
-        if anchors is None:
-            return 0
-        payload = METHODS[context.config.federation.method].payload(context.config)
-        total, receives = 0, context.partition.receives
-        if payload.visual and receives(client, "visual"):
-            per_image = anchors.per == "image"
-            rows = len(context.partition.indices[client]) if per_image else len(anchors.visual)
-            total += rows * anchors.visual.shape[1]
-        if payload.text and receives(client, "text"):
-            total += anchors.text.numel()
-        return FLOAT_BYTES * total
+    def _bytes(self) -> dict[str, dict[str, int]]:
+        clients, total = len(self._reports), {}
+        for way, cost in communication_cost(self._context).items():
+            total[way] = {kind: clients * count for kind, count in cost.items()} | {"anchors": 0}
+        for client in self._reports:
+            if not self._anchors_sent[client]:
+                total["down"]["anchors"] += anchor_bytes(self._context, client)
+        return total
 
 
 @dataclass
@@ -169,7 +156,7 @@ class Drift:
             |w_k - w|: 1 if all updates are equal, 1 / sqrt(K) if K updates of one length are
             orthogonal, 0 if they cancel; None if no client moved.
         """
-        one = torch.ones(1, dtype=torch.float64, device=aggregate_P.device)
+        one = aggregate_P.new_ones(1, dtype=torch.float64)
         measured = weighted_average(aggregate_P[None], one, self.start_P)
         norm = self._norm(aggregate_P, measured.squared_norm_S[0])
         alignment = norm * self.weight / self.weighted_norms if self.weighted_norms else None
@@ -180,6 +167,18 @@ class Drift:
         return math.sqrt(max(float(squared_norm) - float(outside.square().sum()), 0.0))
 
 
+def anchor_bytes(context: RunContext, client: int) -> int:
+    """Bytes of the anchors that a client receives once."""
+    anchors, partition = context.anchors, context.partition
+    payload, count = context.method.payload(context.config), 0
+    if payload.visual and partition.receives(client, "visual"):
+        rows = partition.sizes[client] if anchors.per == "image" else len(anchors.visual)
+        count += rows * anchors.visual.shape[1]
+    if payload.text and partition.receives(client, "text"):
+        count += anchors.text.numel()
+    return FLOAT_BYTES * count
+
+
 def communication_cost(context: RunContext) -> dict[str, dict[str, int]]:
     """Bytes that a client receives ("down") and returns ("up") per round, anchors aside.
 
@@ -188,8 +187,8 @@ def communication_cost(context: RunContext) -> dict[str, dict[str, int]]:
     """
     layout, config = context.layout, context.config
     own = len(layout.batch_norm) if config.model.batch_norm == "local" else 0
-    vectors = METHODS[config.federation.method].payload(config).vectors
-    controls = FLOAT_BYTES * vectors * (layout.size - len(layout.buffers))
+    vectors = context.method.payload(config).vectors
+    controls = FLOAT_BYTES * vectors * len(layout.optimised)
     return {
         "down": {"model": FLOAT_BYTES * (layout.size - own), "controls": controls},
         "up": {"model": FLOAT_BYTES * layout.size, "controls": controls},
@@ -198,8 +197,8 @@ def communication_cost(context: RunContext) -> dict[str, dict[str, int]]:
 
 def non_finite_part(report: ClientReport) -> str:
     """The first term that is not finite, or else the parameters, for messages."""
-    bad = [n for n, total in report.terms.items() if not torch.isfinite(torch.as_tensor(total))]
-    return f"the term {bad[0]!r}" if bad else "the parameters"
+    bad = (name for name, total in report.terms.items() if not math.isfinite(total))
+    return next((f"the term {name!r}" for name in bad), "the parameters")
 
 
 def _means(reports: list[dict[str, float]]) -> dict[str, float | None]:

@@ -5,7 +5,6 @@ paper's width).
 """
 
 import math
-from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +21,10 @@ class ResNet10(nn.Module):
     Args:
         width: channels of the first stage.
         classes: C.
-        visual_width, text_width: width of the anchors' spaces; 0: no head towards that space.
-        projection_width: output width of a projection head of two layers, for a contrast between
-            models; 0: none.
+        visual_width, text_width: width of the anchors' spaces, to which `visual_head` and
+            `text_head` map features; 0: no head towards that space, and the map is the identity.
+        projection_width: output width of `projection_head`, two layers for a contrast between
+            models; 0: the identity.
         seed: the initial weights come from (seed, "model"), those of the heads from (seed,
             "heads"): a method with heads and one without start from the same backbone, bitwise.
 
@@ -42,40 +42,35 @@ class ResNet10(nn.Module):
         seed: int = 0,
     ):
         super().__init__()
+        features = 8 * width
         # Layers draw from torch's global generator when they are made: it must not move.
         with torch.random.fork_rng(devices=[]):
-            self._make_backbone(width, classes)
-            features = 8 * width
-            self.visual_head = nn.Linear(features, visual_width) if visual_width else None
-            self.text_head = nn.Linear(features, text_width) if text_width else None
-            self.projection_head = None
+            self.stem = nn.Conv2d(3, width, 3, padding=1, bias=False)
+            self.stem_norm = nn.BatchNorm2d(width)
+            self.stages = nn.Sequential(
+                BasicBlock(width, width, stride=1),
+                BasicBlock(width, 2 * width, stride=2),
+                BasicBlock(2 * width, 4 * width, stride=2),
+                BasicBlock(4 * width, features, stride=2),
+            )
+            self.classifier = nn.Linear(features, classes)
+            self.visual_head = nn.Linear(features, visual_width) if visual_width else nn.Identity()
+            self.text_head = nn.Linear(features, text_width) if text_width else nn.Identity()
+            self.projection_head = nn.Identity()
             if projection_width:
                 self.projection_head = nn.Sequential(
                     nn.Linear(features, features), nn.ReLU(), nn.Linear(features, projection_width)
                 )
-        modules = [(name.split(".")[0] in HEADS, module) for name, module in self.named_modules()]
-        _initialise((m for in_head, m in modules if not in_head), generator(seed, "model"))
-        _initialise((m for in_head, m in modules if in_head), generator(seed, "heads"))
-
-    def _make_backbone(self, width: int, classes: int) -> None:
-        self.stem = nn.Conv2d(3, width, 3, padding=1, bias=False)
-        self.stem_norm = nn.BatchNorm2d(width)
-        self.stages = nn.Sequential(
-            BasicBlock(width, width, stride=1),
-            BasicBlock(width, 2 * width, stride=2),
-            BasicBlock(2 * width, 4 * width, stride=2),
-            BasicBlock(4 * width, 8 * width, stride=2),
-        )
-        self.classifier = nn.Linear(8 * width, classes)
+        backbone, heads = generator(seed, "model"), generator(seed, "heads")
+        for name, module in self.named_modules():
+            _initialise(module, heads if name.startswith(HEADS) else backbone)
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Images float [B, 3, H, W] -> logits float32 [B, C], features float32 [B, D]."""
         return self._classify(self.stages(F.relu(self.stem_norm(self.stem(images)))))
 
-    def forward_with_levels(
-        self, images: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
-        """The same logits and features, and the outputs of the stem and of every stage.
+    def forward_with_levels(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The same logits and features, then the outputs of the stem and of every stage.
 
         Each of these is float32 [B, width]: before the last ReLU, averaged over the image.
         """
@@ -84,19 +79,7 @@ class ResNet10(nn.Module):
         for stage in self.stages:
             before = stage.before_relu(F.relu(before))
             levels.append(before.float().mean((2, 3)))
-        return *self._classify(F.relu(before)), tuple(levels)
-
-    def to_visual(self, features_BD: torch.Tensor) -> torch.Tensor:
-        """Features in the space of the visual anchors."""
-        return features_BD if self.visual_head is None else self.visual_head(features_BD)
-
-    def to_text(self, features_BD: torch.Tensor) -> torch.Tensor:
-        """Features in the space of the text anchors."""
-        return features_BD if self.text_head is None else self.text_head(features_BD)
-
-    def project(self, features_BD: torch.Tensor) -> torch.Tensor:
-        """Features in the space in which models are contrasted."""
-        return features_BD if self.projection_head is None else self.projection_head(features_BD)
+        return *self._classify(F.relu(before)), *levels
 
     def _classify(self, maps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         features_BD = maps.float().mean((2, 3))
@@ -132,14 +115,13 @@ class BasicBlock(nn.Module):
         return self.norm2(self.conv2(y)) + skipped
 
 
-def _initialise(modules: Iterable[nn.Module], source: torch.Generator) -> None:
-    """Kaiming normal for convolutions, uniform in 1 / sqrt(D) for linear layers."""
-    for module in modules:
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(
-                module.weight, mode="fan_out", nonlinearity="relu", generator=source
-            )
-        elif isinstance(module, nn.Linear):
-            bound = 1 / math.sqrt(module.in_features)
-            nn.init.uniform_(module.weight, -bound, bound, generator=source)
-            nn.init.uniform_(module.bias, -bound, bound, generator=source)
+def _initialise(module: nn.Module, source: torch.Generator) -> None:
+    """Kaiming normal for a convolution, uniform in 1 / sqrt(D) for a linear layer."""
+    if isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(
+            module.weight, mode="fan_out", nonlinearity="relu", generator=source
+        )
+    elif isinstance(module, nn.Linear):
+        bound = 1 / math.sqrt(module.in_features)
+        nn.init.uniform_(module.weight, -bound, bound, generator=source)
+        nn.init.uniform_(module.bias, -bound, bound, generator=source)

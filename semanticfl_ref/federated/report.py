@@ -4,6 +4,7 @@ Letters: B batch, D feature width.
 """
 
 import math
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -57,13 +58,8 @@ class ClientReport:
     steps: int = 0
     loss: torch.Tensor | float = 0.0
     last_epoch_loss: torch.Tensor | float = 0.0
-    terms: dict[str, torch.Tensor] = field(default_factory=dict)
+    terms: Counter[str] = field(default_factory=Counter)
     first: FirstBatch | None = None
-
-    @property
-    def finite(self) -> bool:
-        """Whether the objective stayed finite."""
-        return bool(torch.isfinite(torch.as_tensor(self.loss)))
 
 
 def first_batch(

@@ -9,7 +9,6 @@ from dataclasses import replace
 
 import torch
 
-from semanticfl_ref.config.registry import METHODS
 from semanticfl_ref.config.settings import Config
 from semanticfl_ref.federated.aggregate import (
     COHORT,
@@ -42,16 +41,17 @@ def run_round(
         NonFiniteError: a client returned NaN or infinity and `federation.non_finite` is stop, or
             every client with a weight did.
     """
-    config, rule = context.config, context.config.federation.aggregation
-    method, metrics = METHODS[config.federation.method], RoundMetrics(context, state.anchors_sent)
-    drift, average = new_drift(state, context), None
-    # The round writes copies: whatever interrupts it, the state before it stays intact.
-    method_state = {name: value.clone() for name, value in state.method_state.items()}
-    batch_norm_MQ = state.batch_norm.clone()
+    config, method, layout = context.config, context.method, context.layout
+    rule, metrics = config.federation.aggregation, RoundMetrics(context, state.anchors_sent)
+    excluded = layout.batch_norm if len(state.batch_norm) else layout.buffers
+    drift, average = Drift(state.params, excluded), None
+    # The round writes into a copy: whatever interrupts it, the state before it stays intact.
+    after = state.successor()
 
     # 1. Server: sample clients; send them the global parameters and, the first time, their anchors.
-    sampled_K = sample_clients(config, state.round + 1)
-    weights_K = method.weights(participants(context, sampled_K)).to(context.device)
+    sampled_K = sample_clients(config, after.round)
+    histograms_KC = torch.tensor([context.partition.histograms[k] for k in sampled_K])
+    weights_K = method.weights(Participants(config, histograms_KC)).to(context.device)
 
     for cohort in cohorts(len(sampled_K), COHORT if rule == "mean" else len(sampled_K)):
         # 2. Clients: train locally; their parameters are the rows of a matrix.
@@ -67,34 +67,27 @@ def run_round(
             average = weighted_average(params_SP, weights_S, state.params, earlier, final=last)
         for s in finite_S.nonzero().flatten().tolist():
             drift.add(updates[s].client, params_SP[s], average.squared_norm_S[s], weights_S[s])
-            method.update_state(method_state, updates[s], params_SP[s], reports[s])
-            if len(batch_norm_MQ):
-                batch_norm_MQ[updates[s].client] = params_SP[s, context.layout.batch_norm]
-    drift.require_weight(state.round + 1)
+            method.update_state(after.method_state, updates[s], params_SP[s], reports[s])
+            if len(after.batch_norm):
+                after.batch_norm[updates[s].client] = params_SP[s, layout.batch_norm]
+    drift.require_weight(after.round)
     aggregate_P, norms = average.values_P, drift.norms
     if rule != "mean":
         aggregate_P = robust_aggregate(params_SP[finite_S], rule, config.server)
-    selected = method.select_models(context, method_state, list(norms), state.round + 1)
+    selected = method.select_models(context, after.method_state, list(norms), after.round)
     if selected is not None:
-        drift = new_drift(state, context)
+        drift = Drift(state.params, excluded)
         aggregate_P = average_selected(selected, drift)
-    params_P = server_step(config, context.layout, method_state, state.params, aggregate_P)
+    params_P = server_step(config, layout, after.method_state, state.params, aggregate_P)
 
     # 4. Server: evaluate the new global model, and record one line of metrics.
     load_params(context.model, params_P)
-    line = {"round": state.round + 1, "clients": sampled_K}
+    line = {"round": after.round, "clients": sampled_K}
     line |= evaluate(context.model, context) | metrics.line()
     line["drift"] = {"update_norm": [norms.get(client) for client in sampled_K]}
     line["drift"] |= drift.summary(aggregate_P)
-    state = replace(
-        state,
-        round=state.round + 1,
-        params=params_P,
-        anchors_sent=state.anchors_sent.index_fill(0, torch.tensor(sampled_K), True),
-        batch_norm=batch_norm_MQ,
-        method_state=method_state,
-    )
-    return state, line
+    after.anchors_sent[sampled_K] = True
+    return replace(after, params=params_P), line
 
 
 def sample_clients(config: Config, round: int) -> list[int]:
@@ -134,19 +127,3 @@ def train_cohort(
         params.append(flatten_params(update.model))
         observe(update, params[-1], reports[-1])
     return torch.stack(params), reports
-
-
-def participants(context: RunContext, clients: list[int]) -> Participants:
-    """The round's clients as the server weights them."""
-    partition = context.partition
-    return Participants(
-        config=context.config,
-        counts_K=torch.tensor([partition.sizes[k] for k in clients]),
-        histograms_KC=torch.tensor([partition.histograms[k] for k in clients]),
-    )
-
-
-def new_drift(state: FederatedState, context: RunContext) -> Drift:
-    """Drift from the global model; nothing counted yet."""
-    own = len(state.batch_norm) > 0
-    return Drift(state.params, context.layout.batch_norm if own else context.layout.buffers)

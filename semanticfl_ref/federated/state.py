@@ -3,18 +3,18 @@
 Letters: M clients in all, P size of a flat vector, Q entries of BatchNorm layers.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from semanticfl_ref.config.registry import METHODS
 from semanticfl_ref.errors import MismatchError
 from semanticfl_ref.federated.context import RunContext
 from semanticfl_ref.federated.flat import flatten_params
 from semanticfl_ref.federated.server_optimizer import init_optimizer
 from semanticfl_ref.storage import Damaged, load_tensors, save_tensors
 
+GENERAL = ("params", "anchors_sent", "batch_norm")  # tensors of every state, by name
 METHOD_STATE = "method_state."  # prefix of the method state's names in a checkpoint
 REMEDY = "the previous checkpoint is intact; free some disk space, then continue with --resume"
 
@@ -37,13 +37,23 @@ class FederatedState:
     params: torch.Tensor
     anchors_sent: torch.Tensor
     batch_norm: torch.Tensor
-    method_state: dict[str, torch.Tensor] = field(default_factory=dict)
+    method_state: dict[str, torch.Tensor]
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
         """Name in the checkpoint -> tensor."""
-        general = {name: getattr(self, name) for name in ("params", "anchors_sent", "batch_norm")}
+        general = {name: getattr(self, name) for name in GENERAL}
         return general | {METHOD_STATE + name: value for name, value in self.method_state.items()}
+
+    def successor(self) -> "FederatedState":
+        """A copy for the next round to write into; the global model is the same until then."""
+        return replace(
+            self,
+            round=self.round + 1,
+            anchors_sent=self.anchors_sent.clone(),
+            batch_norm=self.batch_norm.clone(),
+            method_state={name: value.clone() for name, value in self.method_state.items()},
+        )
 
     def to(self, device: torch.device) -> "FederatedState":
         """The same state with the global model on a device."""
@@ -53,17 +63,15 @@ class FederatedState:
 def initial_state(context: RunContext) -> FederatedState:
     """The state before the first round: initial parameters, no anchors sent."""
     config, params_P = context.config, flatten_params(context.model)
-    method, clients = METHODS[config.federation.method], config.partition.clients
+    clients = config.partition.clients
     with_own_batch_norm = clients if config.model.batch_norm == "local" else 0
+    method_state = context.method.init_state(config, params_P)
     return FederatedState(
         round=0,
         params=params_P,
         anchors_sent=torch.zeros(clients, dtype=torch.bool),
         batch_norm=params_P[context.layout.batch_norm].repeat(with_own_batch_norm, 1),
-        method_state={
-            **method.init_state(config, params_P),
-            **init_optimizer(config, params_P),
-        },
+        method_state=method_state | init_optimizer(config, params_P),
     )
 
 
@@ -89,23 +97,19 @@ def load_checkpoint(path: Path, identity: dict) -> FederatedState:
     """
     try:
         tensors, about, _ = load_tensors(path)
-    except Damaged:
-        tensors = about = {}
-    complete = {"params", "anchors_sent", "batch_norm"} <= set(tensors)
-    if not complete or set(about) != {"round", "identity"}:
-        raise MismatchError(f"the checkpoint {path} is damaged: delete it to restart the run")
-    theirs = about["identity"]
-    names = sorted({*theirs, *identity})
-    differing = [name for name in names if theirs.get(name) != identity.get(name)]
+        general = {name: tensors.pop(name) for name in GENERAL}
+        round, theirs = about["round"], about["identity"]
+    except (Damaged, KeyError):
+        raise MismatchError(
+            f"the checkpoint {path} is damaged: delete it to restart the run"
+        ) from None
+    differing = [
+        f"{name}: {theirs.get(name)!r} there, {identity.get(name)!r} here"
+        for name in sorted({*theirs, *identity})
+        if theirs.get(name) != identity.get(name)
+    ]
     if differing:
-        listed = "; ".join(
-            f"{name}: {theirs.get(name)!r} there, {identity.get(name)!r} here"
-            for name in differing[:8]
-        )
+        listed = "; ".join(differing[:8])
         raise MismatchError(f"the checkpoint {path} belongs to another run: {listed}")
-    method_state = {
-        name.removeprefix(METHOD_STATE): tensors.pop(name)
-        for name in sorted(tensors)
-        if name.startswith(METHOD_STATE)
-    }
-    return FederatedState(round=about["round"], method_state=method_state, **tensors)
+    method_state = {name.removeprefix(METHOD_STATE): tensors[name] for name in sorted(tensors)}
+    return FederatedState(round=round, method_state=method_state, **general)

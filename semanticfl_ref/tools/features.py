@@ -3,14 +3,11 @@
 Letters: N images, C classes.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
-
-import torch
 
 from semanticfl_ref.config.settings import Config
 from semanticfl_ref.data.dataset import Dataset, Labelled, hold_out, stratified
-from semanticfl_ref.diffusion.extract import Say, complete_files, images_in, open_or_build
+from semanticfl_ref.diffusion.extract import Say, complete_files, open_or_build
 from semanticfl_ref.diffusion.feature_cache import CachePlan, open_cache
 from semanticfl_ref.diffusion.probe import describe_layer
 from semanticfl_ref.errors import DataError
@@ -22,8 +19,9 @@ from semanticfl_ref.run.setup import (
     load_data,
     load_images,
     rebuild_command,
+    set_threads,
 )
-from semanticfl_ref.tools.report.drawing import COLOURS, new_figure
+from semanticfl_ref.tools.report.drawing import new_figure
 
 PANELS = ("linear_probe", "nearest", "fisher_ratio", "effective_rank", "text_alignment")
 # diffusion.condition -> what a reader must know.
@@ -36,44 +34,40 @@ NOTES = {
 }
 
 
-def build(config: Config, *, offline: bool, rebuild: bool, say: Say) -> dict:
-    """Build the feature caches of a configuration, or what is missing of them; check complete ones.
+def caches(config: Config, action: str, *, offline: bool, rebuild: bool = False, say: Say) -> dict:
+    """Build, check or look at the feature caches of a configuration.
 
     Args:
         config: the configuration with which `train` would use the caches.
+        action: "build" what is missing of them, and check complete ones; "verify" every byte;
+            "info": the bytes are not checked.
         offline: no network access.
-        rebuild: discard existing caches.
+        rebuild: discard existing caches before building.
         say: takes one line of progress.
 
     Returns:
-        See `info`.
-
-    Raises:
-        UserError: and its kinds, see errors.py.
-    """
-    return _each_cache(config, offline, lambda plan: open_or_build(plan, say, rebuild=rebuild))
-
-
-def info(config: Config, *, offline: bool) -> dict:
-    """What is known about a configuration's caches; the bytes of complete ones are not checked.
-
-    Returns:
-        caches: a dict per cache; command: the one that builds them.
-    """
-    return _each_cache(config, offline, lambda plan: None)
-
-
-def verify(config: Config, *, offline: bool) -> dict:
-    """Check every byte of a configuration's caches.
-
-    Returns:
-        See `info`; "verified" is true.
+        caches: a dict per cache; command: the one that builds them; verified: true, if they were.
 
     Raises:
         MismatchError: a cache is damaged; the message names the command that builds it again.
-        DataError: a cache is not complete.
+        DataError: a cache to verify is not complete, or see `open_or_build`.
     """
-    return {**_each_cache(config, offline, open_cache), "verified": True}
+    assert action in ("build", "verify", "info"), action
+    set_threads(config)
+    images = anchor_images(config, load_data(config, offline=offline))
+    plans = cache_plans(config, images, offline=offline)
+    for plan in plans.values():
+        if action == "build":
+            open_or_build(plan, say, rebuild=rebuild)
+        if action == "verify":
+            open_cache(plan)
+    document = {
+        "caches": [{**_described(plan), "use": use} for use, plan in plans.items()],
+        "command": rebuild_command(config).replace(" --rebuild", ""),
+    }
+    if action == "verify":
+        document["verified"] = True
+    return document
 
 
 def probe(
@@ -100,7 +94,7 @@ def probe(
     Raises:
         UserError: and its kinds, see errors.py.
     """
-    _set_threads(config)
+    set_threads(config)
     configs = [
         replace(config, diffusion=replace(config.diffusion, layers=layers, timestep=timestep))
         for timestep in timesteps or [config.diffusion.timestep]
@@ -109,19 +103,19 @@ def probe(
     fitted, evaluated, evaluated_part = split_for_probe(dataset, images, config.run.seed)
     labels = fitted.train_labels, evaluated.train_labels
 
-    def row(layer, features, timestep=None, text_CD=None) -> dict:
-        train, test = (part.float() for part in features)
-        numbers = describe_layer(train, labels[0], test, labels[1], dataset.classes, text_CD)
-        return {"timestep": timestep, "layer": layer, "width": train.shape[1], **numbers}
+    def numbers(train, test, text_CD) -> dict:
+        found = describe_layer(train, labels[0], test, labels[1], dataset.classes, text_CD)
+        return {"width": train.shape[1], **found}
 
-    rows = [row("pixels", (fitted.train_images.flatten(1), evaluated.train_images.flatten(1)))]
+    pixels = (part.train_images.flatten(1) for part in (fitted, evaluated))
+    rows = [{"timestep": None, "layer": "pixels", **numbers(*pixels, None)}]
     for probed in configs:
         plans = [cache_plan(probed, part, offline=offline) for part in (fitted, evaluated)]
         remedy = "delete its folder and probe again"
         train, test = (open_or_build(replace(plan, remedy=remedy), say) for plan in plans)
         for layer in train.widths:
-            features = train.read(layer), test.read(layer)
-            rows.append(row(layer, features, probed.diffusion.timestep, train.text))
+            row = {"timestep": probed.diffusion.timestep, "layer": layer}
+            rows.append(row | numbers(train.read(layer), test.read(layer), train.text))
     return {
         "dataset": dataset.name,
         "source": config.diffusion.source,
@@ -140,7 +134,6 @@ def probe_figure(document: dict):
     timesteps = dict.fromkeys(row["timestep"] for row in rows)
     for axes, name in zip(grid[0], PANELS, strict=True):
         axes.set_title(name.replace("_", " "))
-        axes.set_prop_cycle(color=COLOURS)
         for timestep in timesteps:
             shown = [row for row in rows if row["timestep"] == timestep]
             names, values = [row["layer"] for row in shown], [row[name] for row in shown]
@@ -172,32 +165,11 @@ def split_for_probe(dataset: Dataset, limit: int, seed: int) -> tuple[Dataset, D
             f"class is held out"
         )
     parts = []
-    for part in (fitted, evaluated):
-        share = limit / len(part.labels)
-        if share < 1:
-            kept, _ = stratified(part.labels, (share, 1 - share), generator(seed, "probe-subset"))
-            part = part.subset(kept)
-        parts.append(replace(dataset, train_images=part.images, train_labels=part.labels))
+    for images, labels in (fitted, evaluated):
+        share = min(1, limit / len(labels))
+        kept, _ = stratified(labels, (share, 1 - share), generator(seed, "probe-subset"))
+        parts.append(replace(dataset, train_images=images[kept], train_labels=labels[kept]))
     return *parts, name
-
-
-def _each_cache(config: Config, offline: bool, act: Callable[[CachePlan], object]) -> dict:
-    """Act on every cache of a configuration; returns their description."""
-    _set_threads(config)
-    images = anchor_images(config, load_data(config, offline=offline))
-    plans = cache_plans(config, images, offline=offline)
-    for plan in plans.values():
-        act(plan)
-    return {
-        "caches": [{**_described(plan), "use": use} for use, plan in plans.items()],
-        "command": rebuild_command(config).replace(" --rebuild", ""),
-    }
-
-
-def _set_threads(config: Config) -> None:
-    if config.run.threads:
-        # Features, like training, are bitwise reproducible for a fixed number of threads.
-        torch.set_num_threads(config.run.threads)
 
 
 def _described(plan: CachePlan) -> dict:
@@ -205,7 +177,7 @@ def _described(plan: CachePlan) -> dict:
     done = len(plan.images)
     if not plan.complete:
         complete = complete_files(plan)
-        done = sum(images_in(plan, file) for file in plan.shard_files if file in complete)
+        done = sum(len(part) for file, part in plan.shards.items() if file in complete)
     return {
         **plan.meta,
         "id": plan.id,

@@ -13,14 +13,14 @@ import pytest
 pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
 KNOWN = ["--modules", "compiled_examples"]
-# A variant of each kernel at the loop's shape, and the large one that has the most to lose: the
-# rest is heavy.
+# A variant of each kernel at the loop's shape, and the large one with most registers: the rest is
+# heavy.
 QUICK = [
-    "weighted_average/matrix-fp32",
-    "weighted_average/add-fp32",
-    "info_nce_small bfloat16 64x10x512",
-    "info_nce_forward bfloat16 *",
-    "info_nce_dk bfloat16 *",
+    "info_nce fp32 64x10x512",
+    "info_nce fp32 64x1000x768",
+    "weighted_average fp32, final",
+    "weighted_average bf16, running sum",
+    "weighted_average fp32, with diagnostics",
 ]
 USAGE = """
  Function mm:

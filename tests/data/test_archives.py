@@ -181,9 +181,10 @@ WIDE = png(Image.fromarray(np.tile(np.arange(40, dtype=np.uint8)[None, :, None],
 
 
 def test_images():
-    assert archives.decode_image(WIDE, "w", None).shape == (20, 40, 3)
     assert archives.decode_image(WIDE, "w", 8).shape == (8, 8, 3)
-    grey = archives.decode_image(png(Image.new("L", (8, 8), 7)), "g", None)
+    square = np.arange(192, dtype=np.uint8).reshape(8, 8, 3)
+    assert np.array_equal(archives.decode_image(png(Image.fromarray(square)), "s", 8), square)
+    grey = archives.decode_image(png(Image.new("L", (8, 8), 7)), "g", 8)
     assert grey.tolist() == np.full((8, 8, 3), 7).tolist()
     assert archives.decode_image(png(Image.new("LA", (8, 8))), "g", 4).shape == (4, 4, 3)
 
@@ -199,10 +200,10 @@ def test_images():
 )
 def test_images_that_are_refused(content, words):
     with pytest.raises(DataError, match=f"the file.*{words}"):
-        archives.decode_image(content, "the file", None)
+        archives.decode_image(content, "the file", 8)
 
 
 def test_an_image_of_too_many_pixels(monkeypatch):
     monkeypatch.setattr(archives, "IMAGE_PIXELS", 9999)
     with pytest.raises(DataError, match="100 x 100"):
-        archives.decode_image(png(Image.new("L", (100, 100))), "here", None)
+        archives.decode_image(png(Image.new("L", (100, 100))), "here", 8)

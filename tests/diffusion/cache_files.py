@@ -1,15 +1,18 @@
 """A small feature cache for the tests, its files, and what two caches have in common."""
 
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from semanticfl_ref.config.settings import DiffusionSettings
 from semanticfl_ref.data.dataset import Dataset
 from semanticfl_ref.diffusion import extract
 from semanticfl_ref.diffusion.feature_cache import FeatureCache
 
+FOLDER = tempfile.TemporaryDirectory()  # of the caches that `cache_of` makes
 LABELS, NAMES = torch.arange(12) % 3, ("one", "two", "three")
 SETTINGS = {"layers": "mid,down.1", "timestep": 50, "input_size": 0, "precision": "fp32"}
 
@@ -34,12 +37,18 @@ def dataset_of(images: torch.Tensor, labels: torch.Tensor, names: tuple[str, ...
     )
 
 
-def in_memory(
-    features: dict[str, torch.Tensor], text: torch.Tensor, id: str, meta: dict
+def cache_of(
+    features: dict[str, torch.Tensor],
+    text: torch.Tensor,
+    labels: torch.Tensor,
+    id: str,
+    meta: dict,
 ) -> FeatureCache:
-    """A cache of tensors: layer -> [N, D]."""
+    """A cache of one shard: layer -> [N, D]."""
+    shard = Path(tempfile.mkdtemp(dir=FOLDER.name)) / "shard.safetensors"
+    save_file(features, shard)
     widths = {layer: values.shape[1] for layer, values in features.items()}
-    return FeatureCache(text, id, meta, [features.__getitem__], widths)
+    return FeatureCache(text=text, labels=labels, id=id, meta=meta, shards=[shard], widths=widths)
 
 
 def contents(path: Path) -> dict[str, bytes]:

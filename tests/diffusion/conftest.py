@@ -73,7 +73,7 @@ def deep_folder(model_folder, tmp_path_factory):
 def loaded(model_folder):
     from semanticfl_ref.diffusion.backbone import Backbone
 
-    return Backbone.load(model_folder, layers=["vae", "down.1", "mid", "up.0"], offline=True)
+    return Backbone(model_folder, layers=["vae", "down.1", "mid", "up.0"], offline=True)
 
 
 @pytest.fixture(scope="session")

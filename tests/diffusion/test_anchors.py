@@ -1,11 +1,13 @@
 """PCA against closed forms, levels side by side, and the controls' promises."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from cache_files import in_memory
+from cache_files import cache_of
 
 from semanticfl_ref.config.settings import AnchorsSettings
-from semanticfl_ref.diffusion.anchors import LabelledCache, fisher_ratio, make_anchors, pca
+from semanticfl_ref.diffusion.anchors import fisher_ratio, make_anchors, pca
 from semanticfl_ref.diffusion.controls import apply_control
 from semanticfl_ref.errors import UserError
 
@@ -34,12 +36,12 @@ def cache():
         "dataset_sha256": "d",
         "images": N,
     }
-    return in_memory(features, draw(CLASSES, 16, seed=3), "cache-id", meta)
+    return cache_of(features, draw(CLASSES, 16, seed=3), LABELS, "cache-id", meta)
 
 
 def make(cache, *, labels=LABELS, text_source=None, seed=0, **options):
     return make_anchors(
-        LabelledCache(cache=cache, labels=labels),
+        replace(cache, labels=labels),
         AnchorsSettings(**{"width": 12, "aggregation": "equal", **options}),
         classes=CLASSES,
         seed=seed,
@@ -113,7 +115,7 @@ def own_class_source(cache, labels=LABELS[:25], **meta):
     """The first 25 images under their own class's caption, with other features."""
     features = {layer: cache.read(layer)[:25] * 2 + 1 for layer in cache.widths}
     meta = {**cache.meta, "condition": "own-class", **meta}
-    return LabelledCache(cache=in_memory(features, cache.text, "text-id", meta), labels=labels)
+    return cache_of(features, cache.text, labels, "text-id", meta)
 
 
 @pytest.mark.parametrize("aggregation", ["equal", "separability"])
@@ -121,7 +123,7 @@ def test_texts_from_the_unet_lie_in_the_visual_anchors_space(cache, aggregation)
     """A cache with the visual cache's features gives the class means of the visual anchors."""
     features = {layer: cache.read(layer) for layer in cache.widths}
     meta = {**cache.meta, "condition": "own-class"}
-    copy = LabelledCache(cache=in_memory(features, cache.text, "text-id", meta), labels=LABELS)
+    copy = cache_of(features, cache.text, LABELS, "text-id", meta)
     anchors = make(cache, text_source=copy, text="unet", aggregation=aggregation)
     assert anchors.text.shape == (CLASSES, 12)
     assert anchors.provenance["text"] == "unet" and anchors.provenance["text_cache"] == "text-id"
@@ -138,9 +140,9 @@ def test_a_text_cache_must_fit(cache):
     with pytest.raises(UserError, match="own class's caption"):
         make(cache, text_source=own_class_source(cache, condition="null"))
     features, meta = {"mid": cache.read("mid")}, {"condition": "own-class"}
-    fewer_layers = in_memory(features, cache.text, "id", meta)
+    fewer_layers = cache_of(features, cache.text, LABELS, "id", meta)
     with pytest.raises(UserError, match="same layers"):
-        make(cache, text_source=LabelledCache(cache=fewer_layers, labels=LABELS))
+        make(cache, text_source=fewer_layers)
     with pytest.raises(UserError, match="class 3 has no image"):
         make(cache, text_source=own_class_source(cache, LABELS[:25] % 3))
 
@@ -180,11 +182,12 @@ def test_a_width_that_the_levels_cannot_give_is_refused(cache):
     message = r"layer up\.0: only 20 PCA components available \(120 images\), 30 requested"
     with pytest.raises(UserError, match=message):
         make(cache, width=60)
-    constant = in_memory({"mid": torch.ones(N, 30).half()}, cache.text, "id", {"images": N})
+    ones = {"mid": torch.ones(N, 30).half()}
+    constant = cache_of(ones, cache.text, LABELS, "id", {"images": N})
     with pytest.raises(UserError, match="only 0 PCA components"):
         make(constant)
     features = {layer: cache.read("mid") for layer in ("mid", "up.0", "up.1")}
-    three_layers = in_memory(features, cache.text, "id", {"images": N})
+    three_layers = cache_of(features, cache.text, LABELS, "id", {"images": N})
     with pytest.raises(UserError, match="width = 2 is too small for 3 layers"):
         make(three_layers, width=2)
 

@@ -15,8 +15,7 @@ from semanticfl_ref.device import resolve_precision, vae_precision
 from semanticfl_ref.diffusion.backbone import (
     Backbone,
     PassOptions,
-    _content,
-    _noise,
+    image_noise,
     resolve_layers,
     scale_images,
 )
@@ -32,11 +31,12 @@ def hook_count(backbone):
 
 
 def noise_of(images, shape, purpose):
-    return _noise([_content(image) for image in images], shape, OPTIONS["seed"], purpose)
+    return image_noise(images, shape, OPTIONS["seed"], purpose)
 
 
 def parameters(module):
-    return sum(parameter.numel() for parameter in module.parameters())
+    """Number of the parameters that are in memory."""
+    return sum(parameter.numel() for parameter in module.parameters() if not parameter.is_meta)
 
 
 @pytest.mark.parametrize("size", [32, 40], ids=["even", "odd"])
@@ -61,9 +61,9 @@ def test_early_stop_behind_a_pruned_unet_is_bitwise_the_full_forward(
     """
     source = torch.Generator().manual_seed(2)
     images = torch.randint(0, 256, (2, size, size, 3), dtype=torch.uint8, generator=source)
-    early = Backbone.load(deep_folder, layers=layers, offline=True)
+    early = Backbone(deep_folder, layers=layers, offline=True)
     full = copy.copy(whole_unet)
-    full.stop_early = False
+    full.deepest = None
     expected = full.features(images, prompt_embedding=full.null_prompt, **OPTIONS)
     found = early.features(images, prompt_embedding=full.null_prompt, **OPTIONS)
     assert list(found) == layers
@@ -75,9 +75,9 @@ def test_early_stop_behind_a_pruned_unet_is_bitwise_the_full_forward(
 @pytest.fixture(scope="module")
 def whole_unet(deep_folder):
     """Every layer of the deep model selected, nothing cut off."""
-    latent_alone = Backbone.load(deep_folder, layers=["vae"], offline=True)
+    latent_alone = Backbone(deep_folder, layers=["vae"], offline=True)
     layers = ["vae", *unet_layers(latent_alone.unet)]
-    whole = Backbone.load(deep_folder, layers=layers, offline=True, pruned=False)
+    whole = Backbone(deep_folder, layers=layers, offline=True, whole=True)
     whole.null_prompt  # noqa: B018 (kept by every copy)
     return whole
 
@@ -99,25 +99,25 @@ def test_layers_are_named_in_the_order_in_which_they_end(whole_unet, images):
 def test_the_pruned_unet_is_smaller_by_what_lies_behind(deep_folder, whole_unet):
     sizes = {}
     for layer in ("down.0", "down.3", "mid", "up.0", "up.3"):
-        backbone = Backbone.load(deep_folder, layers=[layer], offline=True)
+        backbone = Backbone(deep_folder, layers=[layer], offline=True)
         sizes[layer] = parameters(backbone.unet)
-        assert backbone.unet_parameters == parameters(whole_unet.unet) > sizes[layer]
+        assert backbone.unet.num_parameters() == parameters(whole_unet.unet) > sizes[layer]
         assert f"U-Net up to {layer}: " in backbone.memory()
     assert list(sizes.values()) == sorted(sizes.values())
     blocks = {f"up.{i}": parameters(block) for i, block in enumerate(whole_unet.unet.up_blocks)}
     assert sizes["up.3"] - sizes["up.0"] == blocks["up.1"] + blocks["up.2"] + blocks["up.3"]
-    alone = Backbone.load(deep_folder, layers=["vae"], offline=True)
+    alone = Backbone(deep_folder, layers=["vae"], offline=True)
     assert all(parameter.is_meta for parameter in alone.unet.parameters())
     assert "0.0 of" in alone.memory()
 
 
 def test_early_stop_leaves_out_what_lies_beyond(model_folder, images):
-    backbone = Backbone.load(model_folder, layers=["mid"], offline=True, pruned=False)
+    backbone = Backbone(model_folder, layers=["mid"], offline=True, whole=True)
     backbone.unet.up_blocks[0].register_forward_pre_hook(
         lambda *_: pytest.fail("a block beyond the deepest layer ran")
     )
     assert backbone.features(images, **OPTIONS)["mid"].shape == (12, 112)
-    backbone = Backbone.load(model_folder, layers=["vae"], offline=True)
+    backbone = Backbone(model_folder, layers=["vae"], offline=True)
     backbone.unet.register_forward_pre_hook(
         lambda *_: pytest.fail("the latent alone needs no U-Net")
     )
@@ -270,7 +270,7 @@ def test_hooks_are_gone_after_an_exception(backbone, images, monkeypatch):
 
 @pytest.mark.parametrize("layer", ["vae", "down.0", "mid"])
 def test_a_non_finite_image_is_named_with_its_first_layer(model_folder, images, layer):
-    backbone = Backbone.load(model_folder, layers=["down.0", "mid"], offline=True)
+    backbone = Backbone(model_folder, layers=["down.0", "mid"], offline=True)
 
     def spoil(_module, _inputs, output):
         (output[0] if isinstance(output, tuple) else output)[4] = float("nan")
@@ -310,7 +310,7 @@ def test_text_is_the_pooled_output_of_the_caption(text_encoder):
 
 
 def test_bf16_is_near_fp32(model_folder, backbone, images):
-    in_bf16 = Backbone.load(model_folder, layers=["mid"], precision="bf16", offline=True)
+    in_bf16 = Backbone(model_folder, layers=["mid"], precision="bf16", offline=True)
     half = in_bf16.features(images, **OPTIONS)["mid"]
     full = backbone.features(images, **OPTIONS)["mid"]
     assert half.dtype == torch.float32
@@ -319,7 +319,7 @@ def test_bf16_is_near_fp32(model_folder, backbone, images):
 
 def test_loading_leaves_the_global_generator_alone(model_folder, images):
     before = torch.get_rng_state()
-    Backbone.load(model_folder, layers=["mid"], offline=True).features(images[:1], **OPTIONS)
+    Backbone(model_folder, layers=["mid"], offline=True).features(images[:1], **OPTIONS)
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -340,14 +340,14 @@ def test_options_out_of_range(backbone, images, options, message):
 
 def test_unknown_layer_and_prompt_without_a_place(model_folder):
     with pytest.raises(UserError, match="did you mean 'mid'"):
-        Backbone.load(model_folder, layers=["midd"], offline=True)
+        Backbone(model_folder, layers=["midd"], offline=True)
     with pytest.raises(UserError, match="each once"):
-        Backbone.load(model_folder, layers=["mid", "mid"], offline=True)
+        Backbone(model_folder, layers=["mid", "mid"], offline=True)
     with pytest.raises(UserError, match="no place for the class"):
         captions("a photo", ["one"])
     assert captions("a {class}, {}", ["sea_lion"]) == ["a sea lion, sea lion"]
     with pytest.raises(UserError, match="at least one"):
-        Backbone.load(model_folder, layers=[], offline=True)
+        Backbone(model_folder, layers=[], offline=True)
     names = ["vae", "down.0.resnets.0", "down.0", "mid.attentions.0", "mid"]
     assert resolve_layers(["all"], names) == ("vae", "down.0", "mid")
 
@@ -383,7 +383,7 @@ def test_pooling_is_the_mean_of_cells(backbone, images):
 )
 def test_half_precision_is_channels_last(model_folder, precision, layout):
     """fp32 on a CPU gains nothing by it."""
-    backbone = Backbone.load(model_folder, layers=["mid"], precision=precision, offline=True)
+    backbone = Backbone(model_folder, layers=["mid"], precision=precision, offline=True)
     for part in (backbone.unet, backbone.vae):
         kernels = [
             weight

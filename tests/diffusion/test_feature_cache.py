@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from cache_files import LABELS, NAMES, contents, in_memory, no_extraction, same
+from cache_files import LABELS, NAMES, cache_of, contents, no_extraction, same
 
 from semanticfl_ref.diffusion import feature_cache
 from semanticfl_ref.diffusion.backbone import Backbone
@@ -22,7 +22,7 @@ def test_a_cache_holds_the_backbones_features(built, model_folder, images, text_
         "text.safetensors",
         *(f"shard-0000{i}.safetensors" for i in range(3)),
     }
-    backbone = Backbone.load(model_folder, layers=["down.1", "mid"], offline=True)
+    backbone = Backbone(model_folder, layers=["down.1", "mid"], offline=True)
     features = backbone.features(images, timestep=50, seed=0)
     assert list(cache.widths.items()) == [("mid", 112), ("down.1", 112)], "in the order asked for"
     assert all(torch.equal(cache.read(layer), features[layer].half()) for layer in cache.widths)
@@ -39,7 +39,7 @@ def test_chunks_are_the_whole_in_pieces(built, rows):
     assert torch.equal(torch.cat(chunks), cache.read("mid"))
     rest = [12 % rows] if 12 % rows else []
     assert [len(chunk) for chunk in chunks] == [rows] * (12 // rows) + rest
-    whole = in_memory({"mid": cache.read("mid")}, cache.text, "id", {})
+    whole = cache_of({"mid": cache.read("mid")}, cache.text, LABELS, "id", {})
     assert [chunk.tolist() for chunk in whole.chunks("mid", rows)] == [
         chunk.tolist() for chunk in chunks
     ]
@@ -121,7 +121,7 @@ def test_own_class_depends_on_the_label(
     own = open_or_build(plan_for(tmp_path, condition="own-class"))
     assert not torch.equal(own.read("mid"), open_cache(built).read("mid"))
     hidden = text_encoder.encode([f"a photo of a {name}" for name in NAMES])[0]
-    backbone = Backbone.load(model_folder, layers=["mid"], offline=True)
+    backbone = Backbone(model_folder, layers=["mid"], offline=True)
     features = backbone.features(images, timestep=50, seed=0, prompt_embedding=hidden[LABELS])
     assert torch.equal(own.read("mid"), features["mid"].half())
 

@@ -41,7 +41,7 @@ def folder(model_folder, tmp_path):
 def test_withdrawn_ids_name_their_successor(name):
     message = r"withdrawn.*--sd (stable-diffusion-v1-5|sd2-community)/"
     with pytest.raises(UserError, match=message) as caught:
-        Backbone.load(name, layers=["mid"])
+        Backbone(name, layers=["mid"])
     assert caught.value.exit_code == 2
 
 
@@ -58,13 +58,13 @@ def test_missing_weights_offline_name_the_command_and_open_no_socket(monkeypatch
     forbid_sockets(monkeypatch)
     message = r"hf download somebody/model .*--include .unet/diffusion_pytorch_model.fp16"
     with pytest.raises(DownloadError, match=message) as caught:
-        Backbone.load("somebody/model", layers=["mid"], offline=True)
+        Backbone("somebody/model", layers=["mid"], offline=True)
     assert "--sd tiny" in str(caught.value) and caught.value.exit_code == 5
 
 
 def test_a_local_folder_opens_no_socket(model_folder, images, monkeypatch):
     forbid_sockets(monkeypatch)
-    Backbone.load(model_folder, layers=["mid"]).features(images[:1], **OPTIONS)
+    Backbone(model_folder, layers=["mid"]).features(images[:1], **OPTIONS)
 
 
 def test_no_network_is_a_download_error(monkeypatch, tmp_path):
@@ -76,7 +76,7 @@ def test_no_network_is_a_download_error(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
     message = r"could not be downloaded .Name or service not known.*: hf download somebody/model"
     with pytest.raises(DownloadError, match=message):
-        Backbone.load("somebody/model", layers=["mid"])
+        Backbone("somebody/model", layers=["mid"])
 
 
 @pytest.mark.parametrize(
@@ -93,14 +93,14 @@ def test_a_folder_without_a_part_is_named(folder, part):
     target = folder / part
     shutil.rmtree(target) if target.is_dir() else target.unlink()
     with pytest.raises(DataError, match=f"lacks {part}"):
-        Backbone.load(folder, layers=["mid"], offline=True)
+        Backbone(folder, layers=["mid"], offline=True)
 
 
 def test_a_pickled_weight_is_not_read(folder):
     file = folder / "unet" / "diffusion_pytorch_model.safetensors"
     file.rename(file.with_suffix(".bin"))
     with pytest.raises(DataError, match="only safetensors are read"):
-        Backbone.load(folder, layers=["mid"], offline=True)
+        Backbone(folder, layers=["mid"], offline=True)
 
 
 def test_damaged_or_partial_weights_are_refused(folder):
@@ -110,24 +110,24 @@ def test_damaged_or_partial_weights_are_refused(folder):
     save_file(stored, file, metadata={"format": "pt"})
     message = r"unet of the model folder .* lacks 1 of its weights, such as conv_in\.weight"
     with pytest.raises(DataError, match=message):
-        Backbone.load(folder, layers=["mid"], offline=True)
+        Backbone(folder, layers=["mid"], offline=True)
     file.write_bytes(file.read_bytes()[:-1000])
     with pytest.raises(DataError, match=r"unet of the model folder .* cannot be read"):
-        Backbone.load(folder, layers=["mid"], offline=True)
+        Backbone(folder, layers=["mid"], offline=True)
     (folder / "vae" / "config.json").write_text("{")
     with pytest.raises(DataError, match=r"vae of the model folder .* cannot be read"):
-        Backbone.load(folder, layers=["mid"], offline=True)
+        Backbone(folder, layers=["mid"], offline=True)
 
 
 def test_another_kind_of_unet_is_refused(folder):
     config = folder / "unet" / "config.json"
     config.write_text(config.read_text().replace('"in_channels": 4', '"in_channels": 9'))
     with pytest.raises(DataError, match="not a text-to-image Stable Diffusion"):
-        Backbone.load(folder, layers=["mid"], offline=True)
+        Backbone(folder, layers=["mid"], offline=True)
 
 
 def features_of(folder, images):
-    backbone = Backbone.load(folder, layers=["vae", "up.0"], offline=True)
+    backbone = Backbone(folder, layers=["vae", "up.0"], offline=True)
     return backbone.features(images[:3], **OPTIONS)
 
 
@@ -189,10 +189,10 @@ def test_nothing_of_the_decoder_or_behind_the_last_layer_is_read(folder, images)
         stored = load_file(file).items()
         kept = {name: value for name, value in stored if not name.startswith(cut)}
         save_file(kept, file, metadata={"format": "pt"})
-    backbone = Backbone.load(folder, layers=["down.1"], offline=True)
+    backbone = Backbone(folder, layers=["down.1"], offline=True)
     assert backbone.features(images[:1], **OPTIONS)["down.1"].shape == (1, 112)
     with pytest.raises(DataError, match=r"lacks .* of its weights, such as mid_block\."):
-        Backbone.load(folder, layers=["mid"], offline=True)
+        Backbone(folder, layers=["mid"], offline=True)
 
 
 def test_a_remembered_fingerprint_reads_no_weights(folder, tmp_path, monkeypatch):
@@ -322,4 +322,4 @@ def test_full_files_that_another_program_fetched_are_found_offline(folder, tmp_p
 
 def test_a_folder_that_is_not_there(tmp_path):
     with pytest.raises(DataError, match="does not exist"):
-        Backbone.load(tmp_path / "none", layers=["mid"])
+        Backbone(tmp_path / "none", layers=["mid"])

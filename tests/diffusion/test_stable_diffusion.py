@@ -120,14 +120,14 @@ def test_the_cache_holds_what_the_whole_forward_gives(built, sd, archive, as_man
     assert manifest["meta"]["weights_sha256"] == fingerprint(sd)
     assert manifest["meta"]["timestep"] == 150 and manifest["meta"]["input_size"] == INPUT
     stored = load_file(built[1] / "shard-00001.safetensors")
-    whole = Backbone.load(
+    whole = Backbone(
         sd,
         layers=["up.1", "up.2", "up.3"],
         precision=manifest["meta"]["precision"],
         offline=True,
-        pruned=False,
+        whole=True,
     )
-    whole.stop_early = False
+    whole.deepest = None
     seen = []
     encode = whole.vae.encode
 
@@ -144,7 +144,7 @@ def test_the_cache_holds_what_the_whole_forward_gives(built, sd, archive, as_man
     assert -1 <= seen[0].min() < -0.5 and 0.5 < seen[0].max() <= 1
     if SIZE == "sd15":
         parameters = sum(parameter.numel() for parameter in whole.unet.parameters())
-        assert whole.unet_parameters == parameters == 859_520_964
+        assert whole.unet.num_parameters() == parameters == 859_520_964
         assert [values.shape[1] for values in features.values()] == [1280, 640, 320]
     shuffled = whole.features(images.flip(0), **options)
     for layer, values in features.items():
@@ -158,8 +158,8 @@ import sys
 from pathlib import Path
 from semanticfl_ref.diffusion.backbone import Backbone
 pruned = sys.argv[2] == "pruned"
-backbone = Backbone.load(
-    sys.argv[1], layers=["mid"], precision="bf16", offline=True, pruned=pruned
+backbone = Backbone(
+    sys.argv[1], layers=["mid"], precision="bf16", offline=True, whole=not pruned
 )
 print(backbone.memory() if pruned else "U-Net whole")
 status = Path("/proc/self/status").read_text().splitlines()

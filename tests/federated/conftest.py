@@ -4,6 +4,7 @@ import pytest
 import torch
 from quadratic import TARGETS, Quadratic
 
+from semanticfl_ref.config.registry import METHODS
 from semanticfl_ref.config.resolve import resolve
 from semanticfl_ref.config.settings import PartitionSettings
 from semanticfl_ref.data.dataset import Dataset
@@ -108,14 +109,16 @@ def quadratic_context(monkeypatch):
             sizes=tuple(images),
             histograms=tuple(tuple(images[k] if c == k else 0 for c in range(3)) for k in range(3)),
             skew=1.0,
+            kl=0.0,
             sha256="0" * 64,
         )
-        model = Quadratic()
+        config, model = resolve_with(defaults, settings), Quadratic()
         return RunContext(
-            config=resolve_with(defaults, settings),
+            config=config,
             dataset=dataset,
             partition=partition,
             anchors=None,
+            method=METHODS[config.federation.method],
             model=model,
             layout=flat_layout(model),
             device=torch.device("cpu"),

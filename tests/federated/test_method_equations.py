@@ -12,8 +12,8 @@ import pytest
 import torch
 from quadratic import MEAN, TARGETS, assert_near, run_rounds
 
-from semanticfl_ref.config.methods import FedDiscoSettings, ScaffoldSettings
-from semanticfl_ref.federated.methods.fedcda import batches, least_divergent
+from semanticfl_ref.config.methods import FedCDASettings, FedDiscoSettings, ScaffoldSettings
+from semanticfl_ref.federated.methods.fedcda import FEDCDA, batches, least_divergent
 from semanticfl_ref.federated.methods.feddisco import discrepancy, discrepancy_weights
 from semanticfl_ref.federated.methods.fedprox import proximal
 from semanticfl_ref.federated.methods.fedrcl import divergence_penalty, supervised_contrast
@@ -189,7 +189,6 @@ def participants(histograms, a=0.5, b=0.1):
     histograms_KC = torch.tensor(histograms)
     return Participants(
         config=SimpleNamespace(method=SimpleNamespace(a=a, b=b)),  # b < 0 is no valid setting
-        counts_K=histograms_KC.sum(1),
         histograms_KC=histograms_KC,
     )
 
@@ -232,12 +231,24 @@ def test_fedcda_chooses_on_numbers():
     assert least_divergent(pair, [torch.zeros(1), torch.tensor([0.0, 10.0])], [3, 1], 2.0) == [0, 0]
 
 
-def test_fedcda_only_looks_at_parameters():
-    """Entry 0 favours the newest model, entry 1 the older one."""
-    models = [torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 9.0], [4.0, 0.0]])]
-    losses = [torch.zeros(1), torch.zeros(2)]
-    assert least_divergent(models, losses, [1, 1], 2.0, torch.tensor([0])) == [0, 0]
-    assert least_divergent(models, losses, [1, 1], 2.0, torch.tensor([1])) == [0, 1]
+@pytest.mark.parametrize(("parameter", "expected"), [(0, [0, 0]), (1, [0, 1])])
+def test_fedcda_only_looks_at_parameters(parameter, expected):
+    """Entry 0 favours the newest model, entry 1 the older one; the other entry is a buffer."""
+    settings = FedCDASettings(memory=2, warm_up=0, batches=1, smoothness=2.0)
+    context = SimpleNamespace(
+        config=SimpleNamespace(method=settings, run=SimpleNamespace(seed=0)),
+        partition=SimpleNamespace(sizes=(1, 1)),
+        layout=SimpleNamespace(optimised=torch.tensor([parameter])),
+    )
+    state = {
+        "fedcda.models": torch.tensor([[[0.0, 0.0], [0.0, 0.0]], [[0.0, 9.0], [4.0, 0.0]]]),
+        "fedcda.losses": torch.zeros(2, 2),
+        "fedcda.valid": torch.tensor([1, 2]),
+        "fedcda.selected": torch.tensor([0, 0]),
+    }
+    models = FEDCDA.select_models(context, state, [0, 1], 1)
+    assert state["fedcda.selected"].tolist() == expected
+    assert torch.equal(models[1].params_P, state["fedcda.models"][1, expected[1]])
 
 
 def test_fedcda_splits_the_round():

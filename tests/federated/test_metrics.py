@@ -101,12 +101,16 @@ def test_gradients_at_the_features_on_numbers():
 
 
 def test_the_line_averages_over_clients_and_holds_no_nan():
-    """Cosines 1/2 and, of a client whose term vanished, none; a third client's loss is NaN."""
+    """Cosines 1/2 and, of a client whose term vanished, none; a third client, whose loss is NaN, is
+    dropped."""
     context = SimpleNamespace(
+        method=METHODS["fedavg"],
         anchors=None,
-        layout=SimpleNamespace(size=5, buffers=[0], batch_norm=[0]),
+        partition=None,
+        layout=SimpleNamespace(size=5, optimised=[1, 2, 3, 4], batch_norm=[0]),
         config=SimpleNamespace(
-            federation=SimpleNamespace(method="fedavg"), model=SimpleNamespace(batch_norm="average")
+            federation=SimpleNamespace(non_finite="drop"),
+            model=SimpleNamespace(batch_norm="average"),
         ),
     )
     metrics = RoundMetrics(context, torch.zeros(3, dtype=torch.bool))
@@ -120,8 +124,12 @@ def test_the_line_averages_over_clients_and_holds_no_nan():
         terms = {"cross_entropy": (1.0, x[0, 0]), "other": (2.0, (x[0] * direction).sum())}
         first = FirstBatch(torch.arange(1), terms, torch.tensor(loss), feature_gradients(terms, x))
         summed = {"cross_entropy": torch.tensor(loss)}
-        metrics.add(client, ClientReport(steps=2, loss=loss, terms=summed, first=first))
+        update = SimpleNamespace(client=client, round=1, config=context.config)
+        report = ClientReport(steps=2, loss=loss, terms=summed, first=first)
+        finite = metrics.add_cohort([update], [report], torch.tensor([True]))
+        assert finite.tolist() == [math.isfinite(loss)]
     line = metrics.line()
+    assert line["dropped"] == [2]
     assert line["loss"] == 2.0
     assert line["terms"] == {"cross_entropy": 2.0}
     assert line["steps"] == 6

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from semanticfl_ref.federated.flat import flat_layout, flatten_params, load_params, with_parameters
@@ -14,11 +15,39 @@ def test_a_flat_vector_round_trips_and_leaves_counters_out():
     model = ResNet10(2, 3, 8, 6)
     layout, params_P = flat_layout(model), flatten_params(model)
     assert layout.size == len(params_P)
-    assert not any("num_batches_tracked" in name for name in layout.names)
-    assert all(name.startswith(("visual_head", "text_head")) for name in layout.names[-4:])
+    counters = [t for t in model.state_dict().values() if not t.is_floating_point()]
+    assert len(counters) == 12, "one for each BatchNorm layer"
+    assert layout.size == sum(t.numel() for t in model.state_dict().values()) - len(counters)
     other = ResNet10(2, 3, 8, 6, seed=1)
     load_params(other, params_P)
     assert torch.equal(flatten_params(other), params_P)
+
+
+class Longer(ResNet10):
+    """A layer more, after the heads."""
+
+    def __init__(self, *widths):
+        super().__init__(*widths)
+        self.more = torch.nn.Linear(2, 2)
+        torch.nn.init.ones_(self.more.weight)
+        torch.nn.init.ones_(self.more.bias)
+
+
+@pytest.mark.parametrize("build", [ResNet10, Longer])
+def test_heads_come_last(build):
+    """So models with and without them share the beginning."""
+    model, without_P = build(2, 3, 8, 6), flatten_params(build(2, 3))
+    heads = [
+        p.detach().flatten() for m in (model.visual_head, model.text_head) for p in m.parameters()
+    ]
+    assert len(heads) == 4
+    assert torch.equal(flatten_params(model), torch.cat([without_P, *heads]))
+
+
+def test_without_heads_features_stay_as_they_are():
+    model, features = ResNet10(2, 3), torch.ones(4, 16)
+    for head in (model.visual_head, model.text_head, model.projection_head):
+        assert head(features) is features
 
 
 def test_buffers_and_optimised_entries_are_all_there_is():
@@ -47,7 +76,7 @@ def test_levels_change_no_bit(small_context):
     model = small_context().model.eval()
     images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     logits, features = model(images)
-    again, same, levels = model.forward_with_levels(images)
+    again, same, *levels = model.forward_with_levels(images)
     assert torch.equal(logits, again)
     assert torch.equal(features, same)
     assert [level.shape[1] for level in levels] == [2, 2, 4, 8, 16]

@@ -1,5 +1,5 @@
-"""The average against numbers a reader redoes on paper, against exact arithmetic, and against its
-own other forms; in torch, and by the kernels.
+"""The average against numbers a reader redoes on paper, against exact arithmetic, and against
+itself in cohorts; by both implementations.
 """
 
 from fractions import Fraction
@@ -7,67 +7,51 @@ from fractions import Fraction
 import pytest
 import torch
 
-from semanticfl_ref.kernels.weighted_average import RunningAverage, weighted_average
+from semanticfl_ref.kernels import weighted_average as module
+from semanticfl_ref.kernels.dispatch import IMPORT_ERROR
+from semanticfl_ref.kernels.weighted_average import Average, weighted_average
 
+# NumPy's, where the interpreter meets a NaN that a test put there.
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+needs_triton = pytest.mark.skipif(IMPORT_ERROR is not None, reason="no Triton")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# (clients, entries): one entry, one whole block of columns, one entry more, a ragged end and more
-# rows than the loop unrolls.
+# (clients, entries): one entry, whole blocks of columns, one entry more, a ragged end and more rows
+# than the loop unrolls.
 SHAPES = [(1, 1), (2, 1024), (3, 1025), (9, 1500)]
 
 
-def rows_of(
-    clients: int, entries: int, dtype: torch.dtype, device: torch.device, seed: int = 0
-) -> torch.Tensor:
-    return (
-        torch.randn(clients, entries, generator=torch.Generator().manual_seed(seed))
-        .to(dtype)
-        .to(device)
-    )
-
-
-def counts(*shape: int, device: torch.device) -> torch.Tensor:
-    """Weights as counts of samples: their products with float32 entries are exact in fp64."""
-    return torch.randint(1, 1000, shape, generator=torch.Generator().manual_seed(1)).to(device)
-
-
-def streamed(rows: torch.Tensor, weights: list[float], impl: str) -> torch.Tensor:
-    average = RunningAverage(rows.shape[1], rows.device, impl)
-    for row, weight in zip(rows, weights, strict=True):
-        average.add(row, weight)
-    return average.finish(rows.dtype)
-
-
 def test_on_paper(impl, device):
-    rows = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 9.0]], device=device)
+    params = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 9.0]], device=device)
     weights = torch.tensor([1.0, 1.0, 2.0], device=device)
-    assert weighted_average(rows, weights, impl=impl).tolist() == [3.5, 6.0]
-    assert weighted_average(
-        rows, torch.stack([weights, torch.tensor([1.0, 0.0, 0.0], device=device)]), impl=impl
-    ).tolist() == [[3.5, 6.0], [1.0, 2.0]]
-    assert streamed(rows, weights.tolist(), impl).tolist() == [3.5, 6.0]
+    average = weighted_average(params, weights, impl=impl)
+    assert (average.values_P.tolist(), average.weight.item()) == ([3.5, 6.0], 4.0)
+    assert average.non_finite_S is None and average.squared_norm_S is None
 
 
-def test_diagnostics_on_paper(impl, device):
-    rows, weights, reference = (
-        torch.tensor([[2.0, 1.0], [4.0, 1.0]], device=device),
-        torch.tensor([1.0, 1.0], device=device),
-        torch.tensor([1.0, 1.0], device=device),
-    )
-    average, seen = weighted_average(
-        rows, weights, reference=reference, diagnostics=True, impl=impl
-    )
-    assert average.tolist() == [3.0, 1.0]  # updates (1, 0) and (3, 0); their average (2, 0)
-    assert (
-        seen.non_finite.tolist(),
-        seen.squared_update_norm.tolist(),
-        seen.dot_with_average.tolist(),
-    ) == ([0, 0], [1.0, 9.0], [2.0, 6.0])
+def test_cohorts_on_paper(impl, device):
+    params = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 9.0]], device=device)
+    weights = torch.tensor([1.0, 1.0, 2.0], device=device)
+    first = weighted_average(params[:2], weights[:2], final=False, impl=impl)
+    assert (first.values_P.tolist(), first.weight.item()) == ([4.0, 6.0], 2.0)
+    assert first.values_P.dtype == first.weight.dtype == torch.float64
+    average = weighted_average(params[2:], weights[2:], None, first, impl=impl)
+    assert (average.values_P.tolist(), average.weight.item()) == ([3.5, 6.0], 4.0)
+
+
+def test_comparison_on_paper(impl, device):
+    params = torch.tensor([[2.0, 1.0], [4.0, 1.0]], device=device)
+    ones = torch.ones(2, device=device)
+    average = weighted_average(params, ones, ones, impl=impl)
+    assert average.values_P.tolist() == [3.0, 1.0]  # updates (1, 0) and (3, 0)
+    assert average.non_finite_S.tolist() == [0, 0]
+    assert average.squared_norm_S.tolist() == [1.0, 9.0]
 
 
 def test_the_sum_is_in_fp64(impl, device):
     """In fp32 the 1 is lost beside 2**30, and the average is 0."""
-    rows = torch.tensor([[2.0**30], [1.0], [-(2.0**30)], [0.0]], device=device)
-    assert weighted_average(rows, torch.ones(4, device=device), impl=impl).item() == 0.25
+    params = torch.tensor([[2.0**30], [1.0], [-(2.0**30)], [0.0]], device=device)
+    average = weighted_average(params, torch.ones(4, device=device), impl=impl)
+    assert average.values_P.item() == 0.25
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -75,303 +59,324 @@ def test_one_rounding_of_the_exact_average(impl, device, dtype):
     """Exact fractions, rounded to fp32 and from there to the rows' dtype; no entry of these is near
     enough to a tie for fp64 to tell the difference.
     """
-    rows, weights = rows_of(7, 300, dtype, device), counts(7, device=device)
-    exact = [
-        sum(Fraction(w) * Fraction(x) for w, x in zip(weights.tolist(), column, strict=True))
-        / int(weights.sum())
-        for column in rows.T.tolist()
-    ]
-    expected = (
-        torch.tensor([float(value) for value in exact], dtype=torch.float64).float().to(dtype)
-    )
-    assert torch.equal(weighted_average(rows, weights, impl=impl).cpu(), expected)
+    params, weights = normal(7, 300, device=device, dtype=dtype), counts(7, device=device)
+    total, exact = int(weights.sum()), []
+    for column in params.T.tolist():
+        products = zip(weights.tolist(), column, strict=True)
+        exact.append(float(sum(Fraction(w) * Fraction(x) for w, x in products) / total))
+    expected = torch.tensor(exact, dtype=torch.float64).float().to(dtype)
+    assert torch.equal(weighted_average(params, weights, impl=impl).values_P.cpu(), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bit_rows_lose_nothing_against_averaging_in_fp32_and_rounding_once(impl, device, dtype):
-    rows, weights = rows_of(5, 1500, dtype, device), counts(5, device=device)
-    assert torch.equal(
-        weighted_average(rows, weights, impl=impl),
-        weighted_average(rows.float(), weights, impl=impl).to(dtype),
-    )
+    params, weights = normal(5, 1500, device=device, dtype=dtype), counts(5, device=device)
+    expected = weighted_average(params.float(), weights, impl=impl).values_P.to(dtype)
+    assert torch.equal(weighted_average(params, weights, impl=impl).values_P, expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("clients", "entries"), SHAPES)
-def test_every_form_is_the_matrix_form_bitwise(impl, device, dtype, clients, entries):
-    rows, weights = rows_of(clients, entries, dtype, device), counts(clients, device=device)
-    expected = weighted_average(rows, weights, impl=impl)
-    assert torch.equal(expected, weighted_average(rows, weights, impl="torch")), (
-        "and the two implementations agree"
-    )
-    assert torch.equal(weighted_average(list(rows), weights, impl=impl), expected)
-    assert torch.equal(weighted_average(rows, weights, diagnostics=True, impl=impl)[0], expected)
-    assert torch.equal(streamed(rows, weights.tolist(), impl), expected)
-    groups = torch.cat([counts(4, clients, device=device), weights[None]])
-    grouped = weighted_average(rows, groups, impl=impl)
-    assert torch.equal(grouped[4], expected)
-    assert torch.equal(grouped[1], weighted_average(rows, groups[1], impl=impl))
-    assert torch.equal(weighted_average(list(rows), groups, impl=impl), grouped)
+def test_cohorts_of_any_size_give_the_bits_of_all_at_once(impl, device, dtype, clients, entries):
+    params = normal(clients, entries, device=device, dtype=dtype)
+    reference = normal(entries, device=device, seed=1)
+    weights = counts(clients, device=device)
+    whole = weighted_average(params, weights, reference, impl=impl)
+    assert whole.values_P.dtype == dtype
+    plain = weighted_average(params, weights, reference, impl="torch")
+    assert torch.equal(whole.values_P, plain.values_P), "the two implementations agree"
+    alone = weighted_average(params, weights, impl=impl)
+    assert torch.equal(alone.values_P, whole.values_P), "a reference does not change the average"
+    for size in {1, 2, 4, clients}:
+        average, parts = in_cohorts(size, params, weights, reference, impl)
+        assert torch.equal(average.values_P, whole.values_P)
+        assert torch.equal(average.weight, whole.weight)
+        assert torch.equal(torch.cat([p.non_finite_S for p in parts]), whole.non_finite_S)
+        assert torch.equal(torch.cat([p.squared_norm_S for p in parts]), whole.squared_norm_S)
 
 
 def test_weights_that_are_not_integers_agree_between_the_forms(impl, device):
-    rows = rows_of(5, 1300, torch.float32, device)
-    weights = torch.rand(5, dtype=torch.float64, generator=torch.Generator().manual_seed(4)).to(
-        device
-    )
-    expected = weighted_average(rows, weights, impl=impl)
-    assert torch.equal(streamed(rows, weights.tolist(), impl), expected)
-    assert torch.equal(weighted_average(list(rows), weights, impl=impl), expected)
-    torch.testing.assert_close(
-        expected.double(), weights @ rows.double() / weights.sum(), rtol=2**-24, atol=1e-15
-    )
+    params = normal(5, 1300, device=device)
+    weights = uniform(5).to(device)
+    expected = weighted_average(params, weights, impl=impl).values_P
+    assert torch.equal(in_cohorts(2, params, weights, None, impl)[0].values_P, expected)
+    exact = weights @ params.double() / weights.sum()
+    torch.testing.assert_close(expected.double(), exact, rtol=2**-24, atol=1e-15)
 
 
 def test_uniform_weights_are_the_mean_and_one_client_is_its_row(impl, device):
-    rows = rows_of(4, 1100, torch.float32, device)
-    assert torch.equal(
-        weighted_average(rows, torch.full((4,), 3, device=device), impl=impl),
-        rows.double().mean(0).float(),
-    )
-    assert torch.equal(
-        weighted_average(rows[:1], torch.tensor([7.0], device=device), impl=impl), rows[0]
-    )
-    assert torch.equal(
-        weighted_average(
-            rows[:1].expand(3, -1), torch.tensor([0.1, 0.2, 0.7], device=device), impl=impl
-        ),
-        rows[0],
-    )
-
-
-def test_twice_the_same_bits(impl, device):
-    rows, weights = rows_of(6, 3000, torch.float32, device), counts(6, device=device)
-    first, again = (
-        weighted_average(rows, weights, reference=rows[0], diagnostics=True, impl=impl)
-        for _ in range(2)
-    )
-    assert torch.equal(first[0], again[0]) and all(
-        torch.equal(a, b) for a, b in zip(first[1], again[1], strict=True)
-    )
-
-
-def test_zero_weight_is_absence_even_of_nan(impl, device):
-    rows, weights = (
-        rows_of(3, 1030, torch.float32, device),
-        torch.tensor([1.0, 0.0, 3.0], device=device),
-    )
-    expected = weighted_average(rows[[0, 2]], 4 * weights[[0, 2]], impl=impl)
-    rows[1] = float("nan")
-    assert torch.equal(weighted_average(rows, weights, impl=impl), expected)
-    assert torch.equal(
-        weighted_average(list(rows), weights.repeat(2, 1), impl=impl), expected.repeat(2, 1)
-    )
+    params = normal(4, 1100, device=device)
+    uniform = weighted_average(params, torch.full((4,), 3, device=device), impl=impl)
+    assert torch.equal(uniform.values_P, params.double().mean(0).float())
+    alone = weighted_average(params[:1], torch.tensor([7.0], device=device), impl=impl)
+    assert torch.equal(alone.values_P, params[0])
+    weights = torch.tensor([0.1, 0.2, 0.7], device=device)
+    equal = weighted_average(params[:1].expand(3, -1), weights, impl=impl)
+    assert torch.equal(equal.values_P, params[0])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("as_list", [False, True])
-def test_diagnostics_against_plain_torch(impl, device, dtype, as_list):
-    rows, weights, reference = (
-        rows_of(5, 2700, dtype, device),
-        counts(5, device=device),
-        rows_of(1, 2700, torch.float32, device, seed=9)[0],
-    )
-    average, seen = weighted_average(
-        list(rows) if as_list else rows, weights, reference=reference, diagnostics=True, impl=impl
-    )
-    update, drift = (
-        rows.double() - reference.double(),
-        weights.double() @ rows.double() / weights.sum() - reference.double(),
-    )
-    torch.testing.assert_close(seen.squared_update_norm, update.square().sum(1), rtol=1e-12, atol=0)
-    torch.testing.assert_close(seen.dot_with_average, update @ drift, rtol=1e-11, atol=1e-9)
-    assert torch.equal(seen.non_finite, torch.zeros(5, dtype=torch.int64, device=device))
-    without = weighted_average(rows, weights, diagnostics=True, impl=impl)[1]
-    torch.testing.assert_close(
-        without.squared_update_norm, rows.double().square().sum(1), rtol=1e-12, atol=0
-    )
+def test_the_first_call_on_a_fresh_shape_and_a_second_give_the_same_bits(impl, device, dtype):
+    params, weights = normal(6, 3011, device=device, dtype=dtype), counts(6, device=device)
+    first, again = (weighted_average(params, weights, params[0], impl=impl) for _ in range(2))
+    assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+
+
+def test_clients_in_ascending_number_give_one_result_whoever_finished_first(impl, device):
+    """The caller sorts. In another order of the rows the last bits may differ, so sorting is what
+    makes the average repeatable.
+    """
+    params, weights, results = normal(6, 2000, device=device), uniform(6).to(device), []
+    for finished in ([0, 1, 2, 3, 4, 5], [5, 3, 1, 0, 4, 2], [2, 0, 1, 5, 4, 3]):
+        arrived = {client: (params[client], weights[client]) for client in finished}
+        rows, of_rows = zip(*(arrived[client] for client in sorted(arrived)), strict=True)
+        rows, of_rows = torch.stack(rows), torch.stack(of_rows)
+        results.append(weighted_average(rows, of_rows, final=False, impl=impl).values_P)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+def test_zero_weight_is_absence_even_of_nan(impl, device):
+    params = normal(3, 1030, device=device)
+    weights = torch.tensor([1.0, 0.0, 3.0], device=device)
+    present = weighted_average(params[[0, 2]], 4 * weights[[0, 2]], impl=impl)
+    params[1] = float("nan")
+    average = weighted_average(params, weights, params[0], impl=impl)
+    assert torch.equal(average.values_P, present.values_P)
+    assert average.non_finite_S.tolist() == [0, 1030, 0], "but its entries are counted"
+
+
+def test_weights_that_sum_to_zero_give_nan(impl, device):
+    params, zeros = normal(2, 1030, device=device), torch.zeros(2, device=device)
+    average = weighted_average(params, zeros, params[0], impl=impl)
+    assert average.values_P.isnan().all() and average.weight == 0
+    assert average.squared_norm_S.isfinite().all()
+    nothing = weighted_average(params, zeros, final=False, impl=impl)
+    ones = torch.ones(2, device=device)
+    average = weighted_average(params, ones, None, nothing, impl=impl)
+    assert torch.equal(average.values_P, weighted_average(params, ones, impl=impl).values_P)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_comparison_against_plain_torch(impl, device, dtype):
+    params, weights = normal(5, 2700, device=device, dtype=dtype), counts(5, device=device)
+    reference = normal(2700, device=device, seed=9)
+    average = weighted_average(params, weights, reference, impl=impl)
+    exact = (params.double() - reference.double()).square().sum(1)
+    torch.testing.assert_close(average.squared_norm_S, exact, rtol=1e-12, atol=0)
+    assert average.non_finite_S.dtype == torch.int64 and not average.non_finite_S.any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_non_finite_clients_are_named_and_dropped(impl, device, dtype):
-    rows, weights = rows_of(4, 2500, dtype, device), counts(4, device=device)
-    rows[1, 3], rows[1, 1024], rows[3, 2499] = float("nan"), float("inf"), -float("inf")
-    rows[2] = torch.finfo(dtype).max  # large, its fp32 sum overflows, and finite
-    seen = weighted_average(rows, weights, reference=rows[0], diagnostics=True, impl=impl)[1]
-    assert seen.non_finite.tolist() == [0, 2, 0, 1]
-    assert torch.isfinite(seen.squared_update_norm).tolist() == [True, False, True, False]
-    kept = weighted_average(rows, weights * (seen.non_finite == 0), impl=impl)
-    assert torch.equal(kept, weighted_average(rows[[0, 2]], weights[[0, 2]], impl=impl))
+    params, weights = normal(4, 2500, device=device, dtype=dtype), counts(4, device=device)
+    params[1, 3], params[1, 1024], params[3, 2499] = float("nan"), float("inf"), -float("inf")
+    params[1, 4], params[1, 5] = float("inf"), -float("inf")  # their sum is NaN, not 0
+    params[2] = torch.finfo(dtype).max  # large, its fp32 sum overflows, and finite
+    average = weighted_average(params, weights, params[0], impl=impl)
+    assert average.non_finite_S.tolist() == [0, 4, 0, 1]
+    assert average.squared_norm_S.isfinite().tolist() == [True, False, True, False]
+    kept = weighted_average(params, weights * (average.non_finite_S == 0), impl=impl)
+    expected = weighted_average(params[[0, 2]], weights[[0, 2]], impl=impl)
+    assert torch.equal(kept.values_P, expected.values_P)
+
+
+def test_large_finite_rows_are_averaged(impl, device):
+    huge = torch.full((1100,), torch.finfo(torch.float32).max, device=device)
+    params, ones = torch.stack([huge, huge, -huge]), torch.ones(3, device=device)
+    average = weighted_average(params, ones, torch.zeros_like(huge), impl=impl)
+    assert torch.equal(average.values_P, (huge.double() / 3).float())
+    assert not average.non_finite_S.any()
 
 
 @pytest.mark.parametrize("offset", [0, 1, 2, 4, 8])
 def test_rows_of_any_alignment_and_stride(impl, device, offset):
-    wide, weights = rows_of(3, 1050, torch.bfloat16, device), counts(3, device=device)
-    expected = weighted_average(wide[:, offset : offset + 1033].clone(), weights, impl=impl)
-    assert torch.equal(
-        weighted_average(wide[:, offset : offset + 1033], weights, impl=impl), expected
-    )
-    assert torch.equal(
-        weighted_average([row[offset : offset + 1033] for row in wide], weights, impl=impl),
-        expected,
-    )
+    wide, weights = normal(3, 1050, device=device, dtype=torch.bfloat16), counts(3, device=device)
+    view = wide[:, offset : offset + 1033]
+    expected = weighted_average(view.clone(), weights, impl=impl).values_P
+    assert torch.equal(weighted_average(view, weights, impl=impl).values_P, expected)
 
 
-def test_the_alignment_that_a_launch_promises():
+@needs_triton
+@pytest.mark.parametrize(
+    ("width", "offset", "expected"),
+    [(1048, 0, 16), (1048, 8, 16), (1048, 4, 8), (1048, 1, 2), (1052, 0, 8), (1050, 2, 4)],
+)
+def test_the_alignment_that_a_launch_promises(device, monkeypatch, width, offset, expected):
     """The interpreter takes any address: on a GPU a promise too large is a fault, one too small is
     slow.
     """
-    pytest.importorskip("triton")
-    from semanticfl_ref.kernels.weighted_average_triton import _alignment
 
-    for addresses, expected in [
-        ([4096, 16], 16),
-        ([4096, 24], 8),
-        ([4096, 2066], 2),
-        ([4100, 16], 4),
-        ([7], 1),
-        ([4096, 0], 16),
-    ]:
-        assert _alignment(addresses) == expected
+    class Recorder:
+        def __getitem__(self, grid):
+            return lambda **arguments: promises.append(arguments["ALIGNMENT"])
+
+    promises = []
+    monkeypatch.setattr(module, "weighted_average_kernel", Recorder())
+    buffer = torch.zeros(3 * width + 8, device=device, dtype=torch.bfloat16)
+    start = -buffer.data_ptr() // 2 % 8
+    params = buffer[start : start + 3 * width].view(3, width)[:, offset:]
+    module.launch(params, torch.ones(3, device=device), None, None, None, True)
+    assert promises == [expected]
 
 
 def test_inputs_that_are_not_contiguous(impl, device):
-    rows, weights, reference = (
-        rows_of(3, 1200, torch.float32, device),
-        counts(3, device=device),
-        rows_of(1, 1200, torch.float32, device)[0],
-    )
-    expected = weighted_average(rows, weights, reference=reference, diagnostics=True, impl=impl)
-    spread = [
-        tensor.repeat_interleave(2, dim=-1)[..., ::2] for tensor in (rows, weights, reference)
+    params, weights = normal(3, 1200, device=device), counts(3, device=device)
+    reference = normal(1200, device=device, seed=1)
+    first = weighted_average(params, weights, final=False, impl=impl)
+    expected = weighted_average(params, weights, reference, first, impl=impl)
+    strided = [
+        tensor.repeat_interleave(2, dim=-1)[..., ::2]
+        for tensor in (params, weights, reference, first.values_P)
     ]
-    for matrix in (rows.T.contiguous().T, spread[0], list(spread[0])):
-        average, seen = weighted_average(
-            matrix, spread[1], reference=spread[2], diagnostics=True, impl=impl
-        )
-        assert torch.equal(average, expected[0])
-        torch.testing.assert_close(
-            seen.squared_update_norm, expected[1].squared_update_norm, rtol=1e-12, atol=0
-        )
-    groups = counts(3, 2, device=device)
-    assert torch.equal(
-        weighted_average(rows, groups.T, impl=impl),
-        weighted_average(rows, groups.T.contiguous(), impl=impl),
-    )
-    average = RunningAverage(1200, device, impl)
-    for row, weight in zip(spread[0], weights.tolist(), strict=True):
-        seen = average.add(row, weight, spread[2])
-    assert torch.equal(average.finish(), expected[0])
-    torch.testing.assert_close(
-        seen.squared_update_norm, expected[1].squared_update_norm[2], rtol=1e-12, atol=0
-    )
+    earlier = first._replace(values_P=strided[3])
+    for matrix in (params.T.contiguous().T, strided[0]):
+        average = weighted_average(matrix, strided[1], strided[2], earlier, impl=impl)
+        assert torch.equal(average.values_P, expected.values_P)
+        norms = (average.squared_norm_S, expected.squared_norm_S)
+        torch.testing.assert_close(*norms, rtol=1e-12, atol=0)
 
 
 def test_no_entries(impl, device):
-    average, seen = weighted_average(
-        torch.empty(2, 0, device=device), torch.ones(2, device=device), diagnostics=True, impl=impl
-    )
-    assert average.shape == (0,) and seen.squared_update_norm.tolist() == [0.0, 0.0]
-    assert weighted_average(
-        [torch.empty(0, device=device)], torch.ones(3, 1, device=device), impl=impl
-    ).shape == (3, 0)
-    running = RunningAverage(0, device, impl)
-    assert running.add(torch.empty(0, device=device), 1.0).non_finite == 0
-    assert running.finish().shape == (0,)
+    params, ones = torch.empty(2, 0, device=device), torch.ones(2, device=device)
+    average = weighted_average(params, ones, params[0], impl=impl)
+    assert average.values_P.shape == (0,) and average.weight == 2
+    assert average.squared_norm_S.tolist() == [0.0, 0.0]
 
 
+@needs_triton
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("table", "groups", "diagnostics"),
-    [(False, 1, True), (True, 1, True), (False, 3, False), (True, 5, False)],
-)
-def test_kernels_stay_inside_their_buffers(device, guarded, dtype, table, groups, diagnostics):
+@pytest.mark.parametrize("compared", [False, True])
+@pytest.mark.parametrize(("continued", "final"), [(False, True), (True, True), (True, False)])
+def test_the_kernel_stays_inside_its_buffers(
+    device, guarded, request, dtype, compared, continued, final
+):
     """Inputs lie between NaN, outputs are NaN before the launch: nothing of either is left in the
     results.
     """
-    pytest.importorskip("triton")
-    from semanticfl_ref.kernels.weighted_average_triton import launch_average
-
-    rows, weights, reference = (
-        guarded(rows_of(3, 1029, dtype, device)),
-        guarded(counts(groups, 3, device=device).double()),
-        guarded(rows_of(1, 1029, dtype, device)[0]),
-    )
-    average = guarded(torch.full((groups, 1029), float("nan"), dtype=dtype, device=device))
-    statistics = guarded(
-        torch.full(
-            (3, 3) if diagnostics else (0,), float("nan"), dtype=torch.float64, device=device
-        )
-    )
-    launch_average(
-        [guarded(row) for row in rows] if table else [rows],
-        weights,
-        reference if diagnostics else None,
-        average,
-        statistics,
-    )
-    assert torch.equal(average, weighted_average(rows, weights, impl="torch"))
-    assert not statistics.isnan().any()
+    params, weights = normal(3, 1029, device=device, dtype=dtype), counts(3, device=device)
+    reference = normal(1029, device=device, dtype=dtype, seed=1) if compared else None
+    sums = normal(1029, device=device, dtype=torch.float64, seed=2) if continued else None
+    weight = torch.tensor(5.0, dtype=torch.float64, device=device) if continued else None
+    given = (params, weights.double(), reference, sums, weight)
+    expected = module.weighted_average_reference(*given, final)
+    given = [None if tensor is None else guarded(tensor) for tensor in given]
+    outputs = request.getfixturevalue("guarded_outputs")
+    values_P, total, non_finite_S, squared_norm_S = module.launch(*given, final)
+    assert len(outputs) == 6
+    assert torch.equal(values_P, expected[0]) and torch.equal(total, expected[1])
+    assert torch.equal(non_finite_S, expected[2])
+    torch.testing.assert_close(squared_norm_S, expected[3], rtol=1e-12, atol=0)
 
 
-def test_wrong_shapes_dtypes_and_scalars_are_named(impl, device):
-    rows, ones = torch.zeros(2, 3, device=device), torch.ones(2, device=device)
-    for arguments, options, said in [
-        ((rows, ones[:1]), {}, r"weights \(1,\) and 2 rows"),
-        ((rows, torch.ones(2, 3, device=device)), {}, r"weights \(2, 3\) and 2 rows"),
-        ((rows, torch.ones(0, 2, device=device)), {}, "G at least 1"),
-        ((rows[0], ones), {}, r"rows \(3,\)"),
-        (([rows[0], rows[0, :2]], ones), {}, r"\(2,\) and \(3,\)"),
-        (([rows, rows], ones), {}, r"K tensors \[P\]"),
-        (([], ones), {}, "at least one row"),
-        ((rows, [1.0, 2.0]), {}, "weights: list"),
-        ((rows.int(), ones), {}, "int32"),
-        (([rows[0], rows[0].half()], ones), {}, "float16, first row of torch.float32"),
-        ((rows, ones.to(torch.complex64)), {}, "complex64"),
-        ((rows, ones), {"reference": rows}, r"reference \(2, 3\)"),
-        ((rows, ones), {"reference": rows[0].long()}, "reference of torch.int64"),
-        ((rows, torch.ones(2, 2, device=device)), {"diagnostics": True}, "diagnostics"),
-        ((rows.clone().requires_grad_(), ones), {}, "requires_grad"),
-        ((rows, ones.to("meta")), {}, "weights on meta"),
-        ((rows, ones), {"impl": "cuda"}, "impl = 'cuda'"),
+def test_wrong_shapes_dtypes_and_options_are_named(impl, device):
+    params, ones = torch.zeros(2, 3, device=device), torch.ones(2, device=device)
+    weight = torch.ones((), dtype=torch.float64, device=device)
+    for arguments, options, message in [
+        ((params, ones[:1]), {}, r"weights \(1,\).*params \(2, 3\)"),
+        ((params, torch.ones(2, 2, device=device)), {}, r"weights \(2, 2\)"),
+        ((params[0], ones), {}, r"params \(3,\)"),
+        ((params[:0], ones[:0]), {}, "at least one client"),
+        ((params.int(), ones), {}, "int32"),
+        ((params, ones.to(torch.complex64)), {}, "complex64"),
+        ((params, ones, params), {}, r"reference \(2, 3\)"),
+        ((params, ones, params[0].long()), {}, "reference of torch.int64"),
+        ((params, ones, None, Average(params[0], weight, None, None)), {}, "earlier of .*float32"),
+        ((params, ones, None, Average(ones.double(), weight, None, None)), {}, r"earlier \(2,\)"),
+        ((params.clone().requires_grad_(), ones), {}, "requires_grad"),
+        ((params, ones.to("meta")), {}, "weights on meta"),
+        ((params, ones, params[0].to("meta")), {}, "reference on meta"),
+        ((params, ones), {"impl": "cuda"}, "impl = 'cuda'"),
     ]:
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             weighted_average(*arguments, **({"impl": impl} | options))
+
+
+def test_parameters_that_want_a_gradient_leave_no_graph(impl, device):
+    params, ones = torch.zeros(2, 3, device=device), torch.ones(2, device=device)
     with torch.no_grad():
-        assert weighted_average(rows.clone().requires_grad_(), ones, impl=impl).tolist() == [
-            0.0,
-            0.0,
-            0.0,
-        ]
+        average = weighted_average(params.requires_grad_(), ones, impl=impl).values_P
+    assert average.tolist() == [0.0, 0.0, 0.0] and not average.requires_grad
 
 
 @pytest.mark.parametrize(
-    ("weights", "said"),
+    ("weights", "message"),
     [
         ([-1.0, 2.0], r"weights\[0\] = -1.0"),
         ([1.0, float("nan")], r"weights\[1\] = nan"),
         ([0.0, float("inf")], "inf"),
-        ([0.0, 0.0], "zero"),
+        ([0.0, 0.0], "weights sum to 0"),
     ],
 )
-def test_wrong_values_are_named(impl, device, weights, said):
-    """On the CPU always; on a GPU on request."""
-    with pytest.raises(ValueError, match=said):
-        weighted_average(
-            torch.zeros(2, 3, device=device),
-            torch.tensor(weights, device=device),
-            validate=True,
-            impl=impl,
-        )
-    with pytest.raises(
-        ValueError, match=said.replace("weights", r"weights\[1\]") if "[" in said else said
-    ):
-        weighted_average(
-            torch.zeros(2, 3, device=device),
-            torch.tensor([[1.0, 1.0], weights], device=device),
-            validate=True,
-            impl=impl,
-        )
-    if device.type == "cpu":
-        with pytest.raises(ValueError, match=said):
-            weighted_average(torch.zeros(2, 3), torch.tensor(weights), impl=impl)
+def test_wrong_values_are_named_on_request(impl, device, weights, message):
+    params, weights = torch.zeros(2, 3, device=device), torch.tensor(weights, device=device)
+    with pytest.raises(ValueError, match=message):
+        weighted_average(params, weights, validate=True, impl=impl)
+    ones = torch.ones(2, device=device)
+    earlier = weighted_average(params, ones, final=False, validate=True, impl=impl)
+    zeros = torch.zeros(2, device=device)
+    weighted_average(params, zeros, None, earlier, validate=True, impl=impl)
+
+
+def test_float64_rows_are_left_to_torch(device):
+    row = normal(40, device=device).double()
+    average = weighted_average(row[None], torch.tensor([3.0], device=device))
+    assert torch.equal(average.values_P, 3.0 * row / 3.0)
+
+
+def test_long_rows_on_the_cpu_are_the_whole_row_formula_bitwise():
+    """Several chunks and a ragged end: the sum is `sum.add_(row, alpha=weight)` over the whole row,
+    entry by entry.
+    """
+    params, weights = normal(3, 400_003, device="cpu"), [0.1, 0.77, 1 / 3]
+    whole = torch.zeros(400_003, dtype=torch.float64)
+    for params_P, weight in zip(params, weights, strict=True):
+        whole.add_(params_P, alpha=weight)
+    weights = torch.tensor(weights, dtype=torch.float64)
+    average = weighted_average(params, weights, params[0], impl="torch")
+    assert torch.equal(average.values_P, (whole / (0.1 + 0.77 + 1 / 3)).float())
+    exact = (params.double() - params[0].double()).square().sum(1)
+    torch.testing.assert_close(average.squared_norm_S, exact, rtol=1e-12, atol=0)
+    params[1, 399_999] = float("nan")
+    average = weighted_average(params, weights, params[0], impl="torch")
+    assert average.non_finite_S.tolist() == [0, 1, 0]
+
+
+def test_the_number_of_threads_does_not_change_the_average():
+    params, weights = normal(3, 300_001, device="cpu"), torch.tensor([0.3, 0.3, 0.5])
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for number in (1, 6):
+            torch.set_num_threads(number)
+            results.append(weighted_average(params, weights, impl="torch").values_P)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*results)
+
+
+def normal(*shape: int, device, dtype=torch.float32, seed: int = 0) -> torch.Tensor:
+    source = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=source).to(dtype).to(device)
+
+
+def uniform(count: int) -> torch.Tensor:
+    """Weights that are not integers."""
+    source = torch.Generator().manual_seed(4)
+    return torch.rand(count, dtype=torch.float64, generator=source)
+
+
+def counts(*shape: int, device) -> torch.Tensor:
+    """Weights as numbers of samples: their products with float32 entries are exact in fp64."""
+    source = torch.Generator().manual_seed(1)
+    return torch.randint(1, 1000, shape, generator=source).to(device)
+
+
+def in_cohorts(size, params, weights, reference, impl) -> tuple[Average, list[Average]]:
+    """The average, `size` clients at a time, and the results of the passes."""
+    average, parts = None, []
+    for start in range(0, len(params), size):
+        cohort, last = slice(start, start + size), start + size >= len(params)
+        given = (params[cohort], weights[cohort], reference, average)
+        average = weighted_average(*given, final=last, impl=impl)
+        parts.append(average)
+    return average, parts

@@ -18,6 +18,7 @@ round, the models selected are old, and the average lags.
 """
 
 import itertools
+import math
 
 import torch
 
@@ -52,12 +53,14 @@ def keep_model(state: MethodState, update: LocalUpdate, params_P: torch.Tensor, 
     """The newest model replaces the oldest; it counts as selected until `select` decides."""
     if update.settings.memory == 1:
         return
-    client, loss = update.client, torch.as_tensor(report.last_epoch_loss)
-    for name, newest in (("fedcda.models", params_P), ("fedcda.losses", loss)):
-        kept = state[name][client][:-1]
-        state[name][client] = torch.cat([newest.detach().cpu()[None], kept])
-    valid = int(state["fedcda.valid"][client])
-    state["fedcda.valid"][client] = min(valid + 1, update.settings.memory)
+    client = update.client
+    newest = {"fedcda.models": params_P, "fedcda.losses": report.last_epoch_loss}
+    for name, value in newest.items():
+        kept = state[name][client]
+        kept[1:] = kept[:-1].clone()
+        kept[0] = value
+    valid = state["fedcda.valid"][client] + 1
+    state["fedcda.valid"][client] = valid.clamp(max=update.settings.memory)
     state["fedcda.selected"][client] = 0
 
 
@@ -78,21 +81,20 @@ def select(
         fixed = set(valid.nonzero()[:, 0].tolist()) - set(clients)
     source = generator(context.config.run.seed, "fedcda", round)
     for batch in batches(clients, settings.batches, settings.memory, source):
-        members = sorted([*fixed, *batch])
-        options = [
-            torch.arange(int(valid[k])) if k in batch else selected[k : k + 1] for k in members
-        ]
+        candidates = {
+            k: torch.arange(valid[k]) if k in batch else selected[k : k + 1]
+            for k in sorted([*fixed, *batch])
+        }
         picks = least_divergent(
-            [models[k, own] for k, own in zip(members, options, strict=True)],
-            [losses[k, own] for k, own in zip(members, options, strict=True)],
-            [float(images[k]) for k in members],
+            [models[k, own][:, context.layout.optimised] for k, own in candidates.items()],
+            [losses[k, own] for k, own in candidates.items()],
+            [images[k] for k in candidates],
             settings.smoothness,
-            context.layout.optimised,
         )
-        for k, own, pick in zip(members, options, picks, strict=True):
+        for (k, own), pick in zip(candidates.items(), picks, strict=True):
             selected[k] = own[pick]
         fixed |= set(batch)
-    return [SelectedModel(k, models[k, selected[k]], float(images[k])) for k in sorted(fixed)]
+    return [SelectedModel(k, models[k, selected[k]], images[k]) for k in sorted(fixed)]
 
 
 def batches(
@@ -100,9 +102,9 @@ def batches(
 ) -> list[list[int]]:
     """The clients in random order in `count` nearly equal batches, or in more, so that none has
     more than 4096 combinations."""
-    sizes = range(1, len(clients) + 1)
-    largest = max(size for size in sizes if size == 1 or memory**size <= MOST_COMBINATIONS)
-    count = min(len(clients), max(count, -(-len(clients) // largest)))
+    count = min(count, len(clients))
+    while memory ** math.ceil(len(clients) / count) > MOST_COMBINATIONS:
+        count += 1
     order = torch.randperm(len(clients), generator=source).tolist()
     return [[clients[i] for i in order[start::count]] for start in range(count)]
 
@@ -110,9 +112,8 @@ def batches(
 def least_divergent(
     models: list[torch.Tensor],
     losses: list[torch.Tensor],
-    images: list[float],
+    images: list[int],
     smoothness: float,
-    entries: torch.Tensor | None = None,
 ) -> list[int]:
     """The combination of one model per client that minimises mean loss + L/2 * variance.
 
@@ -121,16 +122,16 @@ def least_divergent(
     Test: tests/federated/test_method_equations.py::test_fedcda_chooses_on_numbers
 
     Args:
-        models: per client float32 [c, P], its candidates; one for a client whose model is fixed.
+        models: per client float32 [c, P], the parameters of its candidates; one for a client whose
+            model is fixed.
         losses: per client [c].
-        images: per client, its weight.
+        images: per client its training images, its weight.
         smoothness: L.
-        entries: int64, the entries that count; None: all.
 
     Returns:
         Per client the index of its candidate; the newest wins a tie.
     """
-    products_RR = _inner_products(torch.cat(models), entries)
+    products_RR = _inner_products(torch.cat(models))
     weights = torch.tensor([n / sum(images) for n in images], dtype=torch.float64)
     loss_R, starts = torch.cat(losses).double(), [0, *itertools.accumulate(map(len, models))]
 
@@ -143,15 +144,14 @@ def least_divergent(
     return list(min(itertools.product(*(range(len(m)) for m in models)), key=objective))
 
 
-def _inner_products(models_RP: torch.Tensor, entries: torch.Tensor | None) -> torch.Tensor:
+def _inner_products(models_RP: torch.Tensor) -> torch.Tensor:
     """Inner products float64 [R, R], relative to the first model.
 
     The variance does not depend on the origin, and a near one loses fewer digits.
     """
     products_RR = torch.zeros(len(models_RP), len(models_RP), dtype=torch.float64)
-    entries = torch.arange(models_RP.shape[1]) if entries is None else entries
-    for chunk in entries.split(CHUNK):
-        relative = models_RP[:, chunk].double()
+    for chunk in models_RP.split(CHUNK, dim=1):
+        relative = chunk.double()
         relative -= relative[0].clone()
         products_RR += relative @ relative.T
     return products_RR

@@ -40,11 +40,11 @@ def diffusion_terms(batch: LocalBatch) -> Terms:
     """
     s, model, terms = batch.settings, batch.model, {}
     if s.lambda_noise > 0 and batch.visual_BD is not None:
-        mapped_BD = model.to_visual(batch.features_BD)
+        mapped_BD = model.visual_head(batch.features_BD)
         value = consistency(mapped_BD, batch.visual_BD, "kl-unit", s.temperature)
         terms["noise_consistency"] = (s.lambda_noise, value)
     if s.lambda_text > 0 and batch.text_CD is not None:
-        mapped_BD = model.to_text(batch.features_BD)
+        mapped_BD = model.text_head(batch.features_BD)
         value = contrast(mapped_BD, batch.text_CD, batch.labels_B, s.tau)
         terms["text_contrast"] = (s.lambda_text, value)
     return terms

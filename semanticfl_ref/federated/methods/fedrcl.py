@@ -109,10 +109,9 @@ def divergence_penalty(
     Source: FedRCL (Seo et al. 2024), as in its public code.
     """
     similarity_BB, is_same_BB = _similarities(features_BD, labels_B)
-    count = len(labels_B)
-    is_other_BB = is_same_BB & ~torch.eye(count, dtype=torch.bool, device=is_same_BB.device)
+    is_other_BB = is_same_BB.fill_diagonal_(False)  # no image with itself
     candidates_BB = similarity_BB.masked_fill(~is_other_BB, torch.inf)
-    s_p = candidates_BB.topk(min(positives, count), largest=False).values
+    s_p = candidates_BB.topk(min(positives, len(labels_B)), largest=False).values
     s_p = s_p.masked_fill(~s_p.isfinite() | (s_p < threshold), ABSENT)
     return F.softplus(s_p.div(tau).logsumexp(1) - 1 / tau).mean()
 

@@ -76,7 +76,7 @@ class LocalBatch:
 
     update: LocalUpdate
     features_BD: torch.Tensor
-    levels: tuple[torch.Tensor, ...]
+    levels: list[torch.Tensor]
     references: dict[str, tuple[nn.Module, torch.Tensor]]
     labels_B: torch.Tensor
     visual_BD: torch.Tensor | None
@@ -93,19 +93,21 @@ class LocalBatch:
         return self.update.settings
 
 
-@dataclass(frozen=True, kw_only=True)
-class Participants:
+class Participants(NamedTuple):
     """The clients of a round, as the server weights them.
 
     Attributes:
         config: of the run.
-        counts_K: int64 [K], training images.
         histograms_KC: int64 [K, C], training images per class.
     """
 
     config: Config
-    counts_K: torch.Tensor
     histograms_KC: torch.Tensor
+
+    @property
+    def counts_K(self) -> torch.Tensor:
+        """int64 [K], training images."""
+        return self.histograms_KC.sum(1)
 
 
 class Payload(NamedTuple):

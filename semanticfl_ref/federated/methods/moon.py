@@ -48,7 +48,7 @@ def previous_models(config: Config, params_P: torch.Tensor) -> MethodState:
 def keep_model(state: MethodState, update: LocalUpdate, params_P: torch.Tensor, report) -> None:
     """The client's new model becomes its previous one."""
     if update.settings.mu > 0:
-        state[PREVIOUS][update.client] = params_P.cpu()
+        state[PREVIOUS][update.client] = params_P
 
 
 def received_and_previous(update: LocalUpdate) -> dict[str, torch.Tensor]:
@@ -64,13 +64,15 @@ def model_contrastive_term(batch: LocalBatch) -> Terms:
     s = batch.settings
     if s.mu == 0:
         return {}
-    with torch.no_grad():
-        received_BE, previous_BE = (
-            model.project(features_BD)
-            for model, features_BD in (batch.references["received"], batch.references["previous"])
-        )
-    z_BE = batch.model.project(batch.features_BD)
-    return {"model_contrast": (s.mu, model_contrast(z_BE, received_BE, previous_BE, s.tau))}
+    received, received_BD = batch.references["received"]
+    previous, previous_BD = batch.references["previous"]
+    value = model_contrast(
+        batch.model.projection_head(batch.features_BD),
+        received.projection_head(received_BD),
+        previous.projection_head(previous_BD),
+        s.tau,
+    )
+    return {"model_contrast": (s.mu, value)}
 
 
 def model_contrast(

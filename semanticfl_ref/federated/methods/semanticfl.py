@@ -39,13 +39,13 @@ def semantic_terms(batch: LocalBatch) -> Terms:
     """
     s, model, terms = batch.settings, batch.model, {}
     if s.lambda_kd > 0 and batch.visual_BD is not None:
-        mapped_BD = model.to_visual(batch.features_BD)
+        mapped_BD = model.visual_head(batch.features_BD)
         value = consistency(
             mapped_BD, batch.visual_BD, s.consistency, s.kd_temperature, s.kd_squared
         )
         terms["consistency"] = (s.lambda_kd, value)
     if s.lambda_con > 0 and batch.text_CD is not None:
-        mapped_BD = model.to_text(batch.features_BD)
+        mapped_BD = model.text_head(batch.features_BD)
         value = contrast(mapped_BD, batch.text_CD, batch.labels_B, s.tau)
         terms["contrast"] = (s.lambda_con, value)
     return terms

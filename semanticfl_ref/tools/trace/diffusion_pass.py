@@ -30,7 +30,7 @@ def diffusion_pass(
         [B, channels, height, width], or vectors [B, width]; and the statements.
     """
     images, meta = plan.images[index_B], plan.meta
-    backbone = Backbone.load(
+    backbone = Backbone(
         plan.model, layers=meta["layers"], device=plan.device, precision=meta["precision"]
     )
     prompts = None
