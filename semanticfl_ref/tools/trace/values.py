@@ -72,7 +72,8 @@ def _tensor(tensor: torch.Tensor) -> dict:
     if tensor.numel() > LONGEST:
         numbers = {name: number(value) for name, value in about.items()}
         text = "mean {mean} ± {std}, norm {norm}, {min} to {max}".format_map(numbers)
-    return {**about, "text": f"{dtype}{f' {shape}' if shape else ''}  {text}"}
+    kind = f"{dtype} {shape}" if shape else dtype
+    return {**about, "text": f"{kind}  {text}"}
 
 
 def _model(model: nn.Module) -> str:
