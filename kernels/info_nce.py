@@ -17,9 +17,10 @@ Two details keep d(query) accurate at small tau. The differences are formed as w
 positive has nearly all of the probability, p_by - 1 would lose its digits to cancellation. And
 q^ . g is the product with the g that was computed, so that its rounding errors along q go too.
 
-One launch gives the loss and d(query). A program owns BLOCK_B queries of one client and walks that
-client's keys in blocks. The logits of a block live in registers. Their exponentials are relative to
-the largest logit so far, and sums of them are rescaled when a larger one comes (online softmax);
+One launch gives d(query) and the loss of every BLOCK_B queries; a second, tiny one adds up these
+losses in a fixed order. A program owns BLOCK_B queries of one client and walks that client's keys
+in blocks. The logits of a block live in registers. Their exponentials are relative to the largest
+logit so far, and sums of them are rescaled when a larger one comes (online softmax);
 sum_n exp(x_bn) k^_n is carried along. Bytes of device memory per client, e to an entry:
 
     reads     (B + N) D e, and 8 B of labels (keys once; every program, and the gradient, reads them

@@ -20,7 +20,7 @@ from semanticfl_ref.federated.client import train_client
 from semanticfl_ref.federated.context import RunContext
 from semanticfl_ref.federated.evaluate import evaluate
 from semanticfl_ref.federated.flat import flatten_params, load_params
-from semanticfl_ref.federated.methods.method import LocalUpdate, Participants
+from semanticfl_ref.federated.methods.method import LocalUpdate, SampledClients
 from semanticfl_ref.federated.metrics import Drift, RoundMetrics
 from semanticfl_ref.federated.report import ClientReport
 from semanticfl_ref.federated.server_optimizer import server_step
@@ -51,7 +51,7 @@ def run_round(
     # 1. Server: sample clients; send them the global parameters and, the first time, their anchors.
     sampled_K = sample_clients(config, after.round)
     histograms_KC = torch.tensor([context.partition.histograms[k] for k in sampled_K])
-    weights_K = method.weights(Participants(config, histograms_KC)).to(context.device)
+    weights_K = method.weights(SampledClients(config, histograms_KC)).to(context.device)
 
     for cohort in cohorts(len(sampled_K), COHORT if rule == "mean" else len(sampled_K)):
         # 2. Clients: train locally; their parameters are the rows of a matrix.

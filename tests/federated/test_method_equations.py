@@ -17,7 +17,7 @@ from semanticfl_ref.federated.methods.fedcda import FEDCDA, batches, least_diver
 from semanticfl_ref.federated.methods.feddisco import discrepancy, discrepancy_weights
 from semanticfl_ref.federated.methods.fedprox import proximal
 from semanticfl_ref.federated.methods.fedrcl import divergence_penalty, supervised_contrast
-from semanticfl_ref.federated.methods.method import Participants
+from semanticfl_ref.federated.methods.method import SampledClients
 from semanticfl_ref.federated.methods.moon import model_contrast
 from semanticfl_ref.federated.methods.scaffold import effective_steps, update_controls
 from semanticfl_ref.federated.report import ClientReport
@@ -185,9 +185,9 @@ def test_relaxed_contrast_is_finite_with_its_gradient(labels):
         assert contrast.item() == 0
 
 
-def participants(histograms, a=0.5, b=0.1):
+def sampled(histograms, a=0.5, b=0.1):
     histograms_KC = torch.tensor(histograms)
-    return Participants(
+    return SampledClients(
         config=SimpleNamespace(method=SimpleNamespace(a=a, b=b)),  # b < 0 is no valid setting
         histograms_KC=histograms_KC,
     )
@@ -200,12 +200,12 @@ def test_feddisco_on_numbers():
     expected = torch.tensor([0.5, 0, 0.5], dtype=torch.float64)
     assert_near(discrepancy(torch.tensor(skewed)), expected)
     expected = torch.tensor([0.35, 0.35, 0.1], dtype=torch.float64)
-    assert_near(discrepancy_weights(participants(skewed)) / 16, expected)
-    weights = discrepancy_weights(participants(skewed, a=1.0, b=0.0)).tolist()
+    assert_near(discrepancy_weights(sampled(skewed)) / 16, expected)
+    weights = discrepancy_weights(sampled(skewed, a=1.0, b=0.0)).tolist()
     assert weights == [0.0, 4.0, 0.0], "ReLU"
-    weights = discrepancy_weights(participants(skewed, a=0.0, b=-1.0)).tolist()
+    weights = discrepancy_weights(sampled(skewed, a=0.0, b=-1.0)).tolist()
     assert weights == [8.0, 4.0, 4.0], "all weights vanish: sample counts"
-    weights = discrepancy_weights(participants([[2, 2], [3, 3]], a=5.0, b=0.0)).tolist()
+    weights = discrepancy_weights(sampled([[2, 2], [3, 3]], a=5.0, b=0.0)).tolist()
     assert weights == [4.0, 6.0], "all uniform: no discrepancy"
     assert (FedDiscoSettings().a, FedDiscoSettings().b) == (0.5, 0.1)
 

@@ -18,17 +18,17 @@ lowest weight.
 
 import torch
 
-from semanticfl_ref.federated.methods.method import Method, Participants
+from semanticfl_ref.federated.methods.method import Method, SampledClients
 
 
-def discrepancy_weights(participants: Participants) -> torch.Tensor:
+def discrepancy_weights(sampled: SampledClients) -> torch.Tensor:
     """The formula in units of images, n_k n instead of n_k: a = b = 0 gives sample counts, bitwise.
 
     Equation (feddisco-weights) [FedDisco]: p_k proportional to ReLU(n_k - a d_k + b)
     Test: tests/federated/test_method_equations.py::test_feddisco_on_numbers
     """
-    settings, counts_K = participants.config.method, participants.counts_K.double()
-    penalty_K = settings.a * discrepancy(participants.histograms_KC) - settings.b
+    settings, counts_K = sampled.config.method, sampled.counts_K.double()
+    penalty_K = settings.a * discrepancy(sampled.histograms_KC) - settings.b
     weights_K = (counts_K - counts_K.sum() * penalty_K).clamp(min=0)
     return weights_K if weights_K.sum() > 0 else counts_K
 

@@ -93,7 +93,7 @@ class LocalBatch:
         return self.update.settings
 
 
-class Participants(NamedTuple):
+class SampledClients(NamedTuple):
     """The clients of a round, as the server weights them.
 
     Attributes:
@@ -132,13 +132,13 @@ class SelectedModel(NamedTuple):
     weight: float
 
 
-def by_sample_count(participants: Participants) -> torch.Tensor:
+def by_sample_count(sampled: SampledClients) -> torch.Tensor:
     """Clients are weighted by their number of training images.
 
     Equation (sample-count) [S; FedAvg, Alg. 1]: w_k = n_k
     Test: tests/federated/test_method_equations.py::test_fedavg_weighs_by_images
     """
-    return participants.counts_K.double()
+    return sampled.counts_K.double()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +151,7 @@ class Method:
             copy of the state after a local update, in place.
         local_terms: (batch) -> terms that are added to the client's cross-entropy.
         correction: (update) -> a vector [P] that is added to every gradient, or None.
-        weights: (participants) -> aggregation weights [K], not normalised.
+        weights: (sampled) -> aggregation weights [K], not normalised.
         select_models: (context, the round's copy of the state, clients that returned, round) ->
             models to average instead of the round's own, in ascending client number; or None.
         heads: (config, anchors, feature width) -> widths of the model's heads besides the
@@ -169,7 +169,7 @@ class Method:
     )
     local_terms: Callable[[LocalBatch], Terms] = lambda batch: {}
     correction: Callable[[LocalUpdate], torch.Tensor | None] = lambda update: None
-    weights: Callable[[Participants], torch.Tensor] = by_sample_count
+    weights: Callable[[SampledClients], torch.Tensor] = by_sample_count
     select_models: Callable[
         ["RunContext", MethodState, list[int], int], list[SelectedModel] | None
     ] = lambda context, state, clients, round: None
