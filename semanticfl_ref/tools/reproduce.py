@@ -4,12 +4,14 @@ import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import fmean
 
 from semanticfl_ref.config.resolve import resolve
 from semanticfl_ref.config.settings import Config
 from semanticfl_ref.errors import DownloadError
+from semanticfl_ref.tools.compare.experiment import run_grid
 from semanticfl_ref.tools.compare.grid import Grid
+from semanticfl_ref.tools.compare.tables import mean_and_deviation
+from semanticfl_ref.tools.report.page import render
 
 FOLDER = Path(__file__).parent.parent / "configs" / "paper"
 Say = Callable[[str], None]
@@ -55,8 +57,6 @@ def reproduce(result: Published, grid: Grid, say: Say) -> dict:
     Raises:
         UserError: and its kinds, see errors.py.
     """
-    from semanticfl_ref.tools.compare.experiment import run_grid
-
     fetch(resolve({**grid.settings, "federation.method": "semanticfl"}), grid.offline, say)
     results = run_grid(grid, say).results[-len(grid.methods) :]
     return {**asdict(result), "ours": {own.method: asdict(own) for own in results}}
@@ -102,29 +102,5 @@ def side_by_side(document: dict) -> str:
     Args:
         document: as `reproduce` returns it, with the number of seeds and the changed settings.
     """
-    from semanticfl_ref.tools.compare.tables import mean_and_deviation
-
-    own = next(iter(document["ours"].values()))
-    lines = [
-        f"**{document['title']}**",
-        "",
-        f"| method | published | ours, last round | ours, mean of the last {own['averaged']} | "
-        f"difference |",
-        "|" + " --- |" * 5,
-    ]
-    for method, accuracy in document["accuracy"].items():
-        own = document["ours"][method]
-        last, mean = own["last"], own["mean_of_last"]
-        lines.append(
-            f"| {method} | {accuracy:.2f} | {mean_and_deviation(last)} | "
-            f"{mean_and_deviation(mean)} | {fmean(mean) - accuracy:+.2f} |"
-        )
-    lines += [
-        "",
-        f"Accuracy in %; ours: seeds {document['seeds']}, rounds {own['rounds']}, never the best "
-        f"round. The published numbers are from a second-hand summary.",
-        f"Not known of the published set-up: {'; '.join(document['unknown'])}.",
-    ]
-    if document["changed"]:
-        lines.append(f"Changed settings: {', '.join(document['changed'])}.")
-    return "\n".join(lines)
+    folder = Path(__file__).parent
+    return render(folder, "reproduce.md.jinja", spread=mean_and_deviation, **document)

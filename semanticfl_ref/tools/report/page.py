@@ -12,29 +12,31 @@ of pairs. Classes for a body:
     <div class=pictures> of <figure>s with images; <img class=paper> if dark on white
     <div class=figures> of <figure>s with SVG
     <div class=columns> of blocks side by side where there is room; <details>
+
+Markdown is rendered by the same function, from templates that end in .md.jinja.
 """
 
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader
+from jinja2 import Environment, FileSystemLoader, select_autoescape
 
 from semanticfl_ref.formatting import format_bytes, format_percent
 from semanticfl_ref.tools.report.drawing import COLOURS
 
 
-def render(folder: Path, template: str, title: str, **context) -> str:
-    """A whole HTML document.
+def render(folder: Path, template: str, title: str = "", **context) -> str:
+    """A whole document: HTML, in which text is escaped, or Markdown.
 
     Args:
         folder: of the template; base.html.jinja and parts.html.jinja are found from any.
         template: file name.
         title: plain text; also the heading.
-        context: what the template uses. Text is escaped. Filters beside jinja's own: `bytes`
-            (1536 is "1.5 KiB"), `percent` (a share in 0 ... 1), `number` (4 digits, None is empty).
+        context: what the template uses. Filters beside jinja's own: `bytes` (1536 is "1.5 KiB"),
+            `percent` (a share in 0 ... 1), `number` (4 digits, None is empty).
     """
     environment = Environment(
         loader=FileSystemLoader([folder, Path(__file__).parent]),
-        autoescape=True,
+        autoescape=select_autoescape(["html.jinja"]),
         trim_blocks=True,
         lstrip_blocks=True,
     )
