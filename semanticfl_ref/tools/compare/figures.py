@@ -4,12 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from semanticfl_ref.tools.colours import method_colour
 from semanticfl_ref.tools.compare.statistics import Comparison, Gain
-from semanticfl_ref.tools.report.drawing import new_figure, save_figure
-
-# A method has one colour; with several settings its lines differ.
-LINES = ("-", "--", ":", "-.", (0, (8, 2)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 4)))
+from semanticfl_ref.tools.report.drawing import STYLES, method_colour, new_figure, save_figure
 
 
 def draw_curves(comparison: Comparison, *paths: Path) -> None:
@@ -21,13 +17,14 @@ def draw_curves(comparison: Comparison, *paths: Path) -> None:
     for axis, (scenario, methods) in zip(axes[0], curves.items(), strict=True):
         drawn: list[str] = []
         for method, curve in methods.items():
-            colour = _colour(method)
-            line = LINES[drawn.count(colour) % len(LINES)]
+            colour = method_colour(method)
+            # A method has one colour; with several settings its lines differ in style.
+            style = STYLES[drawn.count(colour) % len(STYLES)]
             drawn.append(colour)
             mean = np.array(curve["mean"])
             deviation = np.array(curve["deviation"], dtype=float)  # NaN draws no band
             rounds = range(1, len(mean) + 1)
-            axis.plot(rounds, mean, label=method, color=colour, linestyle=line)
+            axis.plot(rounds, mean, label=method, color=colour, linestyle=style)
             low, high = mean - deviation, mean + deviation
             axis.fill_between(rounds, low, high, color=colour, alpha=0.08, linewidth=0)
         axis.set(title=scenario, xlabel="round")
@@ -54,7 +51,7 @@ def draw_gains(comparison: Comparison, *paths: Path) -> None:
     figure, axes = new_figure(1, len(panels), width=width, height=height, **shared)
     for axis, (scenario, gains) in zip(axes[0], panels.items(), strict=True):
         for method, gain in gains.items():
-            axis.barh(method, gain.mean, color=_colour(method), alpha=0.75, height=0.7)
+            axis.barh(method, gain.mean, color=method_colour(method), alpha=0.75, height=0.7)
             axis.plot(gain.values, [method] * len(gain.values), "k.", markersize=4, alpha=0.6)
             if gain.low is not None:
                 axis.plot([gain.low, gain.high], [method, method], "k-", linewidth=1.2)
@@ -64,7 +61,3 @@ def draw_gains(comparison: Comparison, *paths: Path) -> None:
         axis.grid(axis="x", alpha=0.25)
     axes[0, 0].invert_yaxis()
     save_figure(figure, *paths)
-
-
-def _colour(method: str) -> str:
-    return method_colour(method.partition("[")[0])

@@ -9,14 +9,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from semanticfl_ref.run.summary import names_in
-from semanticfl_ref.tools.colours import method_colour
-from semanticfl_ref.tools.report.drawing import COLOURS, new_figure
+from semanticfl_ref.tools.report.drawing import COLOURS, STYLES, method_colour, new_figure
 from semanticfl_ref.tools.report.runs import Run
 
 WIDTH, HEIGHT = 5.0, 3.3  # inches: two side by side on a desktop, one on a phone, still readable
 MOST_CLIENTS, MOST_CLASSES = 100, 2 * len(COLOURS)  # that stacked bars can show; else a map
 NAMED = 24  # rows of a map, or bars, that carry their names
-STYLES = ("-", "--", ":", "-.")  # of several lines in one colour
 PERCENT = "{x:.0%}"
 SHARES = {"vmin": 0, "vmax": 1, "format": PERCENT}  # of a map
 SENT = "sent so far, MiB"
@@ -124,7 +122,7 @@ def _accuracies(up: str, lines: list[tuple], across: str = "round", band=None):
         style = STYLES[methods.count(run.method) % len(STYLES)]
         methods.append(run.method)
         x = run.sent if across == SENT else run.rounds
-        axes.plot(x, values, style, color=method_colour(run.method), label=plain(label))
+        axes.plot(x, values, color=method_colour(run.method), linestyle=style, label=plain(label))
     if not methods:
         return None
     if band is not None:
@@ -226,14 +224,12 @@ def _percent_axis(axes) -> None:
 
 def _with_legend(axes):
     """The figure with a legend above; further lines of the legend make it higher."""
-    lines, labels = axes.get_legend_handles_labels()
+    labels = axes.get_legend_handles_labels()[1]
     for line in axes.lines:
         line.set_marker("o" if len(line.get_xdata()) == 1 else "")
     columns = 3 if max(map(len, labels)) <= 20 else 1
     axes.figure.set_figheight(HEIGHT + 0.2 * ((len(labels) - 1) // columns))
     axes.figure.legend(
-        lines,
-        labels,
         loc="outside upper left",
         ncols=columns,
         fontsize="small",

@@ -5,11 +5,11 @@ import io
 
 import pytest
 
-from semanticfl_ref.tools.colours import method_colour
 from semanticfl_ref.tools.compare import figures
 from semanticfl_ref.tools.compare.figures import draw_curves, draw_gains
 from semanticfl_ref.tools.compare.statistics import compare
 from semanticfl_ref.tools.compare.tables import csv_text, markdown
+from semanticfl_ref.tools.report.drawing import method_colour
 
 TWO = {
     "fedavg": {"iid": [[0.5] * 5, [0.6] * 5], "nid2": [[0.2] * 5, [0.3] * 5]},
