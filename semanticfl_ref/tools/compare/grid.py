@@ -56,7 +56,7 @@ class Grid:
     imports: Sequence[Path] = ()
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Run:
     """One run of a grid: its entries, its seed, its configuration and its folder."""
 
@@ -80,17 +80,15 @@ def plan(grid: Grid) -> list[Run]:
     for seed, scenario, method in product(range(grid.seeds), scenarios, grid.methods):
         own = scenario_settings(scenario) if grid.scenarios else {}
         config = resolve({**shared, **own, **method_settings(method), "run.seed": seed})
-        name = f"{_slug(method)}-{_slug(scenario)}-{config.federation.rounds}-seed{seed}"
-        folder = grid.out / "runs" / name
+        name = f"{method}-{scenario}-{config.federation.rounds}-seed{seed}"
+        folder = grid.out / "runs" / re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-")
         if folder in runs:
             first = runs[folder]
             raise UserError(
                 f"duplicate run: {first.method} in {first.scenario} and {method} in {scenario}; "
                 f"leave one out"
             )
-        runs[folder] = Run(
-            method=method, scenario=scenario, seed=seed, config=config, folder=folder
-        )
+        runs[folder] = Run(method, scenario, seed, config, folder)
     return list(runs.values())
 
 
@@ -150,7 +148,3 @@ def _parts(entry: str) -> tuple[str, dict[str, str]]:
         raise UserError(f"{entry!r}: expected NAME or NAME[section.field=value;...]")
     assignments = re.findall(r"([^=;\s]+)\s*=\s*([^;]*?)\s*(?:;|$)", parts[2] or "")
     return parts[1].strip(), dict(assignments)
-
-
-def _slug(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-")
