@@ -32,7 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
     results, name = reproduce.published(), arguments.name
     if name is None:
         document = {key: asdict(result) for key, result in results.items()}
-        return show(document, arguments.json, lambda _: reproduce.listing(results))
+        return show(document, arguments.json, reproduce.listing)
     if name not in results:
         raise unknown("published result", name, results)
     if arguments.config is not None:

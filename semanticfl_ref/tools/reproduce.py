@@ -1,7 +1,7 @@
 """Published results of the paper: their settings, and their numbers beside ours."""
 
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -87,11 +87,11 @@ def fetch(config: Config, offline: bool, say: Say) -> None:
         raise DownloadError("; and ".join(missing))
 
 
-def listing(results: Mapping[str, Published]) -> str:
+def listing(results: dict[str, dict]) -> str:
     """The published results, one per line."""
     return "\n".join(
-        f"{name:<18}{result.title}: "
-        + ", ".join(f"{method} {value}" for method, value in result.accuracy.items())
+        f"{name:<18}{result['title']}: "
+        + ", ".join(f"{method} {value}" for method, value in result["accuracy"].items())
         for name, result in results.items()
     )
 

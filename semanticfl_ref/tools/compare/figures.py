@@ -13,8 +13,8 @@ def draw_curves(comparison: Comparison, *paths: Path) -> None:
     deviation over seeds.
     """
     curves = comparison.curves
-    figure, axes = new_figure(1, len(curves), width=4.6 * len(curves), height=4.2, sharey=True)
-    for axis, (scenario, methods) in zip(axes[0], curves.items(), strict=True):
+    figure, axes = new_figure(len(curves), width=4.6 * len(curves), height=4.2, sharey=True)
+    for axis, (scenario, methods) in zip(axes, curves.items(), strict=True):
         drawn: list[str] = []
         for method, curve in methods.items():
             colour = method_colour(method)
@@ -29,8 +29,8 @@ def draw_curves(comparison: Comparison, *paths: Path) -> None:
             axis.fill_between(rounds, low, high, color=colour, alpha=0.08, linewidth=0)
         axis.set(title=scenario, xlabel="round")
         axis.grid(alpha=0.25)
-    axes[0, 0].set_ylabel(f"{comparison.part} accuracy, %")
-    legend = axes[0, 0].get_legend_handles_labels()
+    axes[0].set_ylabel(f"{comparison.part} accuracy, %")
+    legend = axes[0].get_legend_handles_labels()
     figure.legend(*legend, loc="outside lower center", ncols=5, frameon=False)
     save_figure(figure, *paths)
 
@@ -48,8 +48,8 @@ def draw_gains(comparison: Comparison, *paths: Path) -> None:
     height = 1.2 + 0.42 * max(map(len, panels.values()))
     width = 1.6 + 3.1 * len(panels)
     shared = {"sharex": True, "sharey": True}
-    figure, axes = new_figure(1, len(panels), width=width, height=height, **shared)
-    for axis, (scenario, gains) in zip(axes[0], panels.items(), strict=True):
+    figure, axes = new_figure(len(panels), width=width, height=height, **shared)
+    for axis, (scenario, gains) in zip(axes, panels.items(), strict=True):
         for method, gain in gains.items():
             axis.barh(method, gain.mean, color=method_colour(method), alpha=0.75, height=0.7)
             axis.plot(gain.values, [method] * len(gain.values), "k.", markersize=4, alpha=0.6)
@@ -59,5 +59,5 @@ def draw_gains(comparison: Comparison, *paths: Path) -> None:
         label = f"percentage points over {comparison.baseline}"
         axis.set(title=scenario, xlabel=label)
         axis.grid(axis="x", alpha=0.25)
-    axes[0, 0].invert_yaxis()
+    axes[0].invert_yaxis()
     save_figure(figure, *paths)

@@ -47,7 +47,7 @@ def csv_text(comparison: Comparison) -> str:
         values = (result.last, result.mean_of_last, result.worst_client, differences)
         for seed, *numbers in zip(comparison.seeds, *values, strict=True):
             about = (result.scenario, result.method, seed, result.rounds, result.averaged)
-            writer.writerow([*about, *map("{:.4f}".format, numbers)])
+            writer.writerow([*about, *(f"{number:.4f}" for number in numbers)])
     return buffer.getvalue()
 
 

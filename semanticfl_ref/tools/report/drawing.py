@@ -76,16 +76,16 @@ def method_colour(entry: str) -> str:
     return COLOURS[order.index(name) % len(COLOURS)]
 
 
-def new_figure(rows: int = 1, columns: int = 1, *, width: float, height: float, **options):
-    """A matplotlib figure of `width` x `height` inches and its axes, an array [rows, columns].
+def new_figure(panels: int = 1, *, width: float, height: float, **options):
+    """A matplotlib figure of `width` x `height` inches and the axes of its panels, side by side.
 
     It is made outside of pyplot, so that nothing global changes.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False, **options)
-    for axis in axes.flat:
+    axes = figure.subplots(1, panels, squeeze=False, **options)[0]
+    for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.set_prop_cycle(color=COLOURS)
     return figure, axes

@@ -76,11 +76,12 @@ def partition_figure(manifest: dict, class_names: list[str]):
     # One outline per class, with gaps of height zero between the clients: with a shape per bar, a
     # file would hold a thousand of them.
     edges = [m + side for m in range(clients) for side in (-0.42, 0.42)]
-    for c, top_M in enumerate(counts_CM.cumsum(axis=0)):
+    heights = np.insert(counts_CM, range(1, clients), 0, axis=1)
+    for c, top in enumerate(heights.cumsum(axis=0)):
         axes.stairs(
-            _with_gaps(top_M),
+            top,
             edges,
-            baseline=_with_gaps(top_M - counts_CM[c]),
+            baseline=top - heights[c],
             fill=True,
             label=plain(class_names[c]),
             hatch="////" if c >= len(COLOURS) else None,
@@ -197,7 +198,7 @@ def _map(axes, values, label: str, names: Sequence, format: str | None = None, *
 
 
 def _panel(across: str, up: str):
-    axes = new_figure(width=WIDTH, height=HEIGHT)[1].item()
+    axes = new_figure(width=WIDTH, height=HEIGHT)[1][0]
     axes.set(xlabel=across, ylabel=up, axisbelow=True)
     axes.xaxis.get_major_locator().set_params(integer=across != SENT, min_n_ticks=1)
     axes.grid(axis="y", linewidth=0.5)
@@ -242,7 +243,3 @@ def _with_legend(axes):
 def _name(set_ticks, names: Sequence, **options) -> None:
     if len(names) <= NAMED:
         set_ticks(range(len(names)), [plain(str(name)) for name in names], **options)
-
-
-def _with_gaps(heights_M: np.ndarray) -> np.ndarray:
-    return np.insert(heights_M, range(1, len(heights_M)), 0)
