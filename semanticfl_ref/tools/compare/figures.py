@@ -1,14 +1,12 @@
 """The figures of a comparison: accuracy over rounds, and differences to the baseline."""
 
-from pathlib import Path
-
 import numpy as np
 
 from semanticfl_ref.tools.compare.statistics import Comparison, Gain
-from semanticfl_ref.tools.report.drawing import STYLES, method_colour, new_figure, save_figure
+from semanticfl_ref.tools.report.drawing import STYLES, method_colour, new_figure
 
 
-def draw_curves(comparison: Comparison, *paths: Path) -> None:
+def curves_figure(comparison: Comparison):
     """Accuracy over rounds: a panel per scenario, a line per method, a band of one standard
     deviation over seeds.
     """
@@ -32,19 +30,19 @@ def draw_curves(comparison: Comparison, *paths: Path) -> None:
     axes[0].set_ylabel(f"{comparison.part} accuracy, %")
     legend = axes[0].get_legend_handles_labels()
     figure.legend(*legend, loc="outside lower center", ncols=5, frameon=False)
-    save_figure(figure, *paths)
+    return figure
 
 
-def draw_gains(comparison: Comparison, *paths: Path) -> None:
+def gains_figure(comparison: Comparison):
     """Paired differences to the baseline after the last round: a panel per scenario, a bar per
-    method with its interval, a dot per pair. Nothing is drawn of a single method.
+    method with its interval, a dot per pair. None for a single method.
     """
     panels: dict[str, dict[str, Gain]] = {}
     for result in comparison.results:  # of several numbers of rounds, the last remains
         if result.gain is not None:
             panels.setdefault(result.scenario, {})[result.method] = result.gain
     if not panels:
-        return
+        return None
     height = 1.2 + 0.42 * max(map(len, panels.values()))
     width = 1.6 + 3.1 * len(panels)
     shared = {"sharex": True, "sharey": True}
@@ -60,4 +58,4 @@ def draw_gains(comparison: Comparison, *paths: Path) -> None:
         axis.set(title=scenario, xlabel=label)
         axis.grid(axis="x", alpha=0.25)
     axes[0].invert_yaxis()
-    save_figure(figure, *paths)
+    return figure

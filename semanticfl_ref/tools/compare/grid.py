@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from semanticfl_ref.config.resolve import resolve
+from semanticfl_ref.config.resolve import is_embedded, resolve
 from semanticfl_ref.config.settings import Config
 from semanticfl_ref.errors import UserError
 
@@ -71,7 +71,8 @@ def plan(grid: Grid) -> list[Run]:
     """The runs of a grid, seed by seed: an interrupted grid has whole seeds.
 
     Raises:
-        UserError: an unknown name, a malformed entry, a setting out of range, a duplicate run.
+        UserError: an unknown name, a malformed entry, a setting out of range, a duplicate run, or a
+            result to report that a run will not have.
     """
     threads = max(1, (os.cpu_count() or 1) // grid.workers) if grid.workers > 1 else 0
     shared = {"run.threads": threads, **grid.settings}
@@ -80,6 +81,7 @@ def plan(grid: Grid) -> list[Run]:
     for seed, scenario, method in product(range(grid.seeds), scenarios, grid.methods):
         own = scenario_settings(scenario) if grid.scenarios else {}
         config = resolve({**shared, **own, **method_settings(method), "run.seed": seed})
+        _check_reported(grid, config)
         name = f"{method}-{scenario}-{config.federation.rounds}-seed{seed}"
         folder = grid.out / "runs" / re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-")
         if folder in runs:
@@ -139,6 +141,19 @@ def scenario_settings(entry: str) -> dict[str, object]:
             )
         settings[NUMBERED[name]] = number
     return settings | assignments
+
+
+def _check_reported(grid: Grid, config: Config) -> None:
+    """Refuse, before anything is trained, to report what the run will not have."""
+    data, rounds = config.data, config.federation.rounds
+    if grid.part == "validation" and data.validation_share == 0 and not is_embedded(config):
+        raise UserError(
+            f"--part validation: {data.name} has no validation part; set training images aside "
+            f"with --set data.validation_share=0.1"
+        )
+    for after in grid.at:
+        if not 1 <= after <= rounds:
+            raise UserError(f"--at {after}: choose 1 to {rounds}, or raise --rounds")
 
 
 def _parts(entry: str) -> tuple[str, dict[str, str]]:
