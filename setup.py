@@ -16,17 +16,21 @@ README = ROOT / "README.md"
 setup(
     name="semanticfl_ref",
     version=VERSION,
-    description="SemanticFL: federated learning guided by a frozen diffusion model, as a compact reference",
+    description="SemanticFL: federated learning guided by a frozen diffusion model, as a compact "
+    "reference",
     long_description=README.read_text(encoding="utf-8") if README.exists() else "",
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
     # The links semanticfl_ref/kernels and semanticfl_ref/configs serve a checkout that was not
     # installed; an installation takes the folders themselves.
-    packages=find_packages(
-        include=["semanticfl_ref", "semanticfl_ref.*"], exclude=["semanticfl_ref.kernels*"]
-    )
-    + ["semanticfl_ref.kernels", "semanticfl_ref.configs"],
+    packages=[
+        *find_packages(
+            include=["semanticfl_ref", "semanticfl_ref.*"], exclude=["semanticfl_ref.kernels*"]
+        ),
+        "semanticfl_ref.kernels",
+        "semanticfl_ref.configs",
+    ],
     package_dir={
         "semanticfl_ref": "semanticfl_ref",
         "semanticfl_ref.kernels": "kernels",

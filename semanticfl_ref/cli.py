@@ -117,23 +117,23 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--version", action="version", version=f"semanticfl_ref {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    parsers = {}
+    chosen = parser
     for name, module in COMMANDS.items():
-        parsers[name] = commands.add_parser(
+        command = commands.add_parser(
             name,
             help=module.HELP,
             description=f"{module.HELP[0].upper()}{module.HELP[1:]}.",
             allow_abbrev=False,
         )
         if name in argv[:1]:
-            module.add_flags(parsers[name], argv[1:])
-            parsers[name].add_argument(
+            chosen = command
+            module.add_flags(command, argv[1:])
+            command.add_argument(
                 "--json", action="store_true", help="print one JSON object on stdout"
             )
     arguments, extra = parser.parse_known_args(argv)
     if extra:
-        usage = parsers.get(arguments.command, parser).format_usage()
-        raise _unknown_argument(extra[0], arguments.command, usage)
+        raise _unknown_argument(extra[0], chosen)
     if arguments.command is None:
         raise UserError(
             f"no command given; choose one of: {', '.join(COMMANDS)}. `train` alone runs the "
@@ -149,18 +149,18 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help")
 
 
-def _unknown_argument(text: str, command: str | None, usage: str) -> UserError:
+def _unknown_argument(text: str, parser: argparse.ArgumentParser) -> UserError:
     if not text.startswith("-"):
         return UserError(
             f"unexpected argument {text!r}; settings are given as flags or as --set name=value"
         )
     name = text.split("=")[0]
-    known = ["--help", *re.findall(r"--[a-z0-9-]+", usage)]
+    known = ["--help", *re.findall(r"--[a-z0-9-]+", parser.format_usage())]
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     if name in ELSEWHERE:
         hint = ELSEWHERE[name]
     elif near:
         hint = f"did you mean {near[0]}?"
     else:
-        hint = f"`semanticfl_ref {command or ''} --help` lists the flags"
+        hint = f"`{parser.prog} --help` lists the flags"
     return UserError(f"unknown flag {name}; {hint}")

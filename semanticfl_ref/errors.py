@@ -54,8 +54,8 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
         name: what the user wrote.
         known: every admissible name, in the order in which to list them.
     """
-    known = [str(k) for k in known]
-    near = difflib.get_close_matches(str(name).lower(), known, n=1)
+    known = list(known)
+    near = difflib.get_close_matches(name.lower(), known, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else "."
     return UserError(f"unknown {kind} {name!r}{hint} Known: {', '.join(known)}.")
 
@@ -64,7 +64,7 @@ def unknown_setting(name: str, known: Iterable[str]) -> UserError:
     """An error for an unknown dotted name that suggests those it may stand for."""
     section, _, key = name.rpartition(".")
     key = SYNONYMS.get(key, key)
-    near = [f for f in known if f.endswith(f".{key}") and (not section or f.startswith(section))]
+    near = [f for f in known if f.endswith(f".{key}") and f.startswith(section)]
     near = near or difflib.get_close_matches(f"{section}.{key}", known, n=1, cutoff=0.5)
     hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "`config list` shows all"
     return UserError(f"unknown setting {name!r}; {hint}")

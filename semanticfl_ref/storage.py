@@ -78,14 +78,13 @@ def canonical_json(document) -> str:
 
 def sha256_of(document, tensors: "dict[str, torch.Tensor] | None" = None) -> str:
     """SHA-256 of a JSON document and of every tensor's name, dtype, shape and bytes."""
+    import torch
+
     total = hashlib.sha256(canonical_json(document).encode())
     for name, tensor in sorted((tensors or {}).items()):
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        if tensor.numel():
-            import torch
-
-            flat = tensor.detach().cpu().contiguous().reshape(-1)
-            total.update(flat.view(torch.uint8).numpy().data)  # NumPy has no bfloat16
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        total.update(flat.view(torch.uint8).numpy())  # NumPy has no bfloat16
     return total.hexdigest()
 
 
@@ -124,7 +123,6 @@ def load_tensors(path: Path) -> "tuple[dict[str, torch.Tensor], dict, str]":
         Damaged: the content is not what was written.
         DataError: the file is missing or cannot be read.
     """
-    from safetensors import SafetensorError
     from safetensors.torch import load
 
     try:
@@ -137,16 +135,7 @@ def load_tensors(path: Path) -> "tuple[dict[str, torch.Tensor], dict, str]":
         recorded = about.pop("sha256")
         tensors = load(content)
         intact = recorded == sha256_of(about, tensors)
-    except (
-        SafetensorError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        RuntimeError,
-        OverflowError,
-        MemoryError,
-    ) as error:
+    except Exception as error:  # damaged bytes may make the parsers raise anything
         raise Damaged(type(error).__name__) from None
     if not intact:
         raise Damaged("its content does not match the SHA-256 that it records")

@@ -8,6 +8,7 @@ from semanticfl_ref.config.schema import choices_of
 from semanticfl_ref.config.settings import Config, setting_fields, to_flat, to_toml
 
 HELP = "list: every setting with its value, range and source; show: the configuration as TOML"
+LIMITS = {"low": "at least", "above": "above", "high": "at most"}
 
 
 def add_flags(parser, argv: list[str]) -> None:
@@ -17,24 +18,18 @@ def add_flags(parser, argv: list[str]) -> None:
 
 def run(arguments) -> int:
     config = settings_of(arguments)
-    to_text = listing if arguments.what == "list" else lambda config: to_toml(config).rstrip()
-    return show(to_flat(config), arguments.json, lambda _: to_text(config))
+    text = listing(config) if arguments.what == "list" else to_toml(config).rstrip()
+    return show(to_flat(config), arguments.json, lambda _: text)
 
 
 def listing(config: Config) -> str:
     """Every setting with the value that will be used, its help, range, unit and source."""
-    lines = []
-    fields = setting_fields()
-    for name, value in to_flat(config).items():
-        about = fields[name].metadata
-        limits = [
-            f"{word} {about[key]}"
-            for key, word in (("low", "at least"), ("above", "above"), ("high", "at most"))
-            if about[key] is not None
-        ]
-        notes = [*limits, about["unit"], about["source"] and f"source: {about['source']}"]
-        if choices_of(fields[name]):
-            notes.insert(0, "one of " + ", ".join(choices_of(fields[name])))
-        text = about["help"] + "".join(f"; {note}" for note in notes if note)
-        lines += [f"{name} = {value}", textwrap.indent(textwrap.fill(text, 92), "    ")]
+    lines, values = [], to_flat(config)
+    for name, field in setting_fields().items():
+        about, choices = field.metadata, ", ".join(choices_of(field))
+        notes = [about["help"], choices and f"one of {choices}"]
+        notes += [f"{word} {about[key]}" for key, word in LIMITS.items() if about[key] is not None]
+        notes += [about["unit"], about["source"] and f"source: {about['source']}"]
+        text = textwrap.fill("; ".join(filter(None, notes)), 92)
+        lines += [f"{name} = {values[name]}", textwrap.indent(text, "    ")]
     return "\n".join(lines)

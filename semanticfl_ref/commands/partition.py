@@ -4,7 +4,7 @@ from pathlib import Path
 
 from semanticfl_ref.commands.output import say, show
 from semanticfl_ref.commands.settings_flags import add_settings, settings_of
-from semanticfl_ref.tools.report.drawing import need_matplotlib
+from semanticfl_ref.tools.report.drawing import need_matplotlib, save_figure
 
 HELP = "show: how training images are partitioned across clients"
 
@@ -28,42 +28,35 @@ def add_flags(parser, argv: list[str]) -> None:
 
 def run(arguments) -> int:
     config = settings_of(arguments)
-    if arguments.figure is not None:
+    if arguments.figure:
         need_matplotlib("--figure", arguments.figure)
     say(f"{config.data.name}: loading torch ...")
     from semanticfl_ref.data.partition_file import save_partition
     from semanticfl_ref.run.setup import load_images, partition_images
-    from semanticfl_ref.tools.report.drawing import save_figure
     from semanticfl_ref.tools.report.figures import partition_figure
 
     dataset, _ = load_images(config, offline=arguments.offline)
     partition = partition_images(config, dataset)
-    if arguments.save is not None:
+    manifest = partition.manifest()
+    if arguments.save:
         save_partition(partition, dataset, arguments.save)
         say(f"saved: {arguments.save}")
-    if arguments.figure is not None:
-        figure = partition_figure(partition.manifest(), list(dataset.class_names))
-        save_figure(figure, arguments.figure)
+    if arguments.figure:
+        save_figure(partition_figure(manifest, list(dataset.class_names)), arguments.figure)
         say(f"figure: {arguments.figure}")
-    return show(
-        partition.manifest(),
-        arguments.json,
-        lambda manifest: partition_table(manifest, dataset.class_names),
-    )
+    return show(manifest, arguments.json, lambda it: partition_table(it, dataset.class_names))
 
 
 def partition_table(manifest: dict, class_names: tuple[str, ...]) -> str:
     """A line per client: images, number of classes, and the classes it holds most of."""
     alpha = f", alpha {manifest['alpha']:g}" if manifest["alpha"] is not None else ""
     unused = f" ({sum(manifest['dropped'])} unused)" if manifest["dropped"] else ""
-    columns = {
-        "corruption": manifest["corruptions"],
-        "anchors": manifest["modalities"],
-    }
+    images = f"{sum(manifest['sizes'])} training images{unused}"
+    columns = {"corruption": manifest["corruptions"], "anchors": manifest["modalities"]}
     columns = {name: values for name, values in columns.items() if values}
     lines = [
-        f"{manifest['scenario']}{alpha}, seed {manifest['seed']}: {sum(manifest['sizes'])} training "
-        f"images{unused}, {manifest['clients']} clients",
+        f"{manifest['scenario']}{alpha}, seed {manifest['seed']}: {images}, {manifest['clients']} "
+        f"clients",
         f"skew {manifest['skew']:.3f} (total variation), {manifest['kl']:.3f} nats (KL), sha256 "
         f"{manifest['sha256'][:16]}",
         "",

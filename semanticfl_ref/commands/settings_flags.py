@@ -27,13 +27,14 @@ def add_settings(
         preset: settings whose defaults the command changes.
         hidden: settings that help does not list, since the command has them from elsewhere.
     """
-    fields, values = setting_fields(), _values(argv, preset or {})
+    fields, values = setting_fields(), _values(argv, preset)
     for flag, name in FLAGS.items():
         field, value = fields[name], values[name]
-        shown = f"default: {value}" if value != "" else "default: empty"
-        text = f"{field.metadata['help']} ({name}; {shown})".replace("%", "%%")
+        shown = "empty" if value == "" else value
+        text = f"{field.metadata['help']} ({name}; default: {shown})".replace("%", "%%")
         parser.add_argument(
             flag,
+            dest=name,
             metavar="|".join(choices_of(field)) or METAVARS[field.type],
             help=argparse.SUPPRESS if name in hidden else text,
         )
@@ -60,27 +61,26 @@ def settings_of(
     arguments: argparse.Namespace, preset: Mapping[str, object] | None = None
 ) -> Config:
     """The configuration that --config, the flags and --set make, in this order."""
-    return resolve(
-        {**(preset or {}), **from_file(arguments), **given(arguments)}, None, arguments.set
-    )
+    settings = {**(preset or {}), **from_file(arguments), **given(arguments)}
+    return resolve(settings, assignments=arguments.set)
 
 
 def from_file(arguments: argparse.Namespace) -> dict[str, object]:
     """Dotted name -> value of every setting in the --config file."""
-    return read_toml(arguments.config) if arguments.config is not None else {}
+    return read_toml(arguments.config) if arguments.config else {}
 
 
 def given(arguments: argparse.Namespace) -> dict[str, str]:
     """Dotted name -> string of every flag that was given."""
-    values = {name: getattr(arguments, flag[2:].replace("-", "_")) for flag, name in FLAGS.items()}
-    return {name: value for name, value in values.items() if value is not None}
+    values = vars(arguments)
+    return {name: values[name] for name in FLAGS.values() if values[name] is not None}
 
 
-def _values(argv: list[str], preset: Mapping[str, object]) -> dict[str, object]:
+def _values(argv: list[str], preset: Mapping[str, object] | None) -> dict[str, object]:
     """The value of every setting with these arguments; of a mistaken one, its default."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for flag in FLAGS:
-        parser.add_argument(flag)
+    for flag, name in FLAGS.items():
+        parser.add_argument(flag, dest=name)
     _add_sources(parser)
     try:
         arguments, _ = parser.parse_known_args(argv)

@@ -1,18 +1,38 @@
 """`train`: train from end to end, or continue a run."""
 
 import shlex
-from dataclasses import replace
 from pathlib import Path
 
 from semanticfl_ref.commands.output import say, show
-from semanticfl_ref.commands.settings_flags import add_settings, from_file, given, settings_of
+from semanticfl_ref.commands.settings_flags import add_settings, settings_of
 from semanticfl_ref.config.command_line import to_flags
-from semanticfl_ref.config.resolve import is_embedded, resolve
+from semanticfl_ref.config.resolve import is_embedded
 from semanticfl_ref.config.settings import NOT_IDENTITY, Config, to_flat
 from semanticfl_ref.errors import MismatchError, UserError
 from semanticfl_ref.formatting import format_bytes
+from semanticfl_ref.run.folder import RunFolder, default_folder, refuse_existing
 
 HELP = "train, by default on the embedded digit scenes; writes a run folder"
+SUMMARY = """\
+last round             {test_accuracy:.2%} test accuracy
+mean of the last {last}     {test_accuracy_last_five:.2%}
+{validated}\
+worst 10 % of clients  {client_accuracy[worst_tenth]:.2%} \
+(worst client: {worst_client}, {worst_client_accuracy:.2%})
+time                   {seconds:.0f} s for {rounds} rounds
+communication          {total} ({down} to the clients, {up} back)
+run folder             {folder}"""
+VALIDATED = """\
+best validation round  {test_accuracy_at_best_validation:.2%} (round {best_validation_round})
+"""
+SIZES = """\
+data set         {dataset}: {images[train]} train, {images[validation]} validation, \
+{images[test]} test images of {image_size}x{image_size} pixels, {classes} classes
+clients          {clients} with {fewest} to {most} training images each
+rounds           {rounds} with {clients_per_round} clients each
+steps per round  {steps_per_round} on average
+model            {parameters} parameters and buffers, {bytes}
+communication    per round {down} to the clients, {up} back; plus each client's anchors, once"""
 
 
 def add_flags(parser, argv: list[str]) -> None:
@@ -35,19 +55,17 @@ def add_flags(parser, argv: list[str]) -> None:
 
 
 def run(arguments) -> int:
-    from semanticfl_ref.run import folder as folders
-
-    if arguments.resume is not None:
+    if arguments.resume:
         return _resume(arguments)
     config = settings_of(arguments)
-    out = arguments.out or folders.default_folder(config)
-    if not arguments.dry_run:
-        folders.refuse_existing(out)
-    _announce(config)
     if arguments.dry_run:
+        _announce(config)
         from semanticfl_ref.run.dry_run import dry_run
 
         return show(dry_run(config), arguments.json, sizes_table)
+    out = arguments.out or default_folder(config)
+    refuse_existing(out)
+    _announce(config)
     from semanticfl_ref.run.train import train
 
     folder = train(config, out, offline=arguments.offline, say=say)
@@ -55,9 +73,7 @@ def run(arguments) -> int:
 
 
 def _resume(arguments) -> int:
-    from semanticfl_ref.run.folder import RunFolder
-
-    if arguments.out is not None or arguments.dry_run:
+    if arguments.out or arguments.dry_run:
         raise UserError("--resume continues in its own folder: leave out --out and --dry-run")
     folder = RunFolder(arguments.resume)
     config = _resumed_config(arguments, folder.config())
@@ -73,13 +89,12 @@ def _resume(arguments) -> int:
 
 def _resumed_config(arguments, saved: Config) -> Config:
     """The run's own configuration; flags beside --resume may only change where things are."""
-    written = {**from_file(arguments), **given(arguments)}
-    config = resolve({**to_flat(saved), **written}, None, arguments.set)
-    there, here = to_flat(saved), to_flat(config)
+    there = to_flat(saved)
+    config = settings_of(arguments, preset=there)
     differing = [
-        f"{name} = {there[name]!r} there, {here[name]!r} here"
-        for name in there
-        if there[name] != here[name] and name not in NOT_IDENTITY
+        f"{name} = {there[name]!r} there, {value!r} here"
+        for name, value in to_flat(config).items()
+        if value != there[name] and name not in NOT_IDENTITY
     ]
     if differing:
         raise MismatchError(
@@ -98,10 +113,10 @@ def _announce(config: Config) -> None:
     )
 
 
-def _show_result(folder, config: Config, as_json: bool) -> int:
+def _show_result(folder: RunFolder, config: Config, as_json: bool) -> int:
     def to_text(summary: dict) -> str:
-        warnings = [f"warning: {text}" for text in summary["warnings"]]
-        return "\n".join([summary_table(summary), *warnings, "", try_next(config)])
+        warnings = "".join(f"warning: {text}\n" for text in summary["warnings"])
+        return f"{summary_table(summary)}\n{warnings}\n{try_next(config)}"
 
     return show(folder.summary(), as_json, to_text)
 
@@ -110,67 +125,36 @@ def try_next(config: Config) -> str:
     """Commands to run next, with the settings of this run."""
     method = config.federation.method
     other = "semanticfl" if method == "fedavg" else "fedavg"
-    federation = replace(config.federation, method=other)
-    flags = to_flags(replace(config, federation=federation))
-    if "--method" not in flags:
-        flags += ["--method", other]
+    flags = [*to_flags(config, fixed={"federation.method": other}), "--method", other]
     reason = "what the anchors add" if method in ("fedavg", "semanticfl") else "for comparison"
     command = "python -m semanticfl_ref train"
-    lines = [f"try next: {command} {shlex.join(flags)}    ({reason})"]
+    text = f"try next: {command} {shlex.join(flags)}    ({reason})"
     if is_embedded(config):
-        lines.append(f"          {command} --dataset cifar10    (the paper's setting)")
-    return "\n".join(lines)
+        text += f"\n          {command} --dataset cifar10    (the paper's setting)"
+    return text
 
 
 def summary_table(summary: dict) -> str:
     """The short table at the end of a run."""
-    sent = summary["bytes_down"] + summary["bytes_up"]
-    best = summary["test_accuracy_at_best_validation"]
-    last = min(5, summary["rounds"])
-    rows = [
-        ("last round", f"{summary['test_accuracy']:.2%} test accuracy"),
-        (f"mean of the last {last}", f"{summary['test_accuracy_last_five']:.2%}"),
-        (
-            "worst 10 % of clients",
-            f"{summary['client_accuracy']['worst_tenth']:.2%} (worst client: "
-            f"{summary['worst_client']}, {summary['worst_client_accuracy']:.2%})",
-        ),
-        ("time", f"{summary['seconds']:.0f} s for {summary['rounds']} rounds"),
-        (
-            "communication",
-            f"{format_bytes(sent)} ({format_bytes(summary['bytes_down'])} to the clients, "
-            f"{format_bytes(summary['bytes_up'])} back)",
-        ),
-        ("run folder", summary["folder"]),
-    ]
-    if best is not None:
-        round = summary["best_validation_round"]
-        rows.insert(2, ("best validation round", f"{best:.2%} (round {round})"))
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+    down, up = summary["bytes_down"], summary["bytes_up"]
+    validated = summary["best_validation_round"] is not None
+    return SUMMARY.format(
+        **summary,
+        last=min(5, summary["rounds"]),
+        validated=VALIDATED.format(**summary) if validated else "",
+        total=format_bytes(down + up),
+        down=format_bytes(down),
+        up=format_bytes(up),
+    )
 
 
 def sizes_table(sizes: dict) -> str:
     """The sizes of a dry run."""
-    images = ", ".join(f"{count} {part}" for part, count in sizes["images"].items())
-    low, high = min(sizes["client_images"]), max(sizes["client_images"])
-    parameters = sizes["parameters"]
-    down, up = sizes["bytes_down_per_round"], sizes["bytes_up_per_round"]
-    side = sizes["image_size"]
-    rows = (
-        (
-            "data set",
-            f"{sizes['dataset']}: {images} images of {side}x{side} pixels, {sizes['classes']} "
-            f"classes",
-        ),
-        ("clients", f"{sizes['clients']} with {low} to {high} training images each"),
-        ("rounds", f"{sizes['rounds']} with {sizes['clients_per_round']} clients each"),
-        ("steps per round", f"{sizes['steps_per_round']} on average"),
-        ("model", f"{parameters} parameters and buffers, {format_bytes(4 * parameters)}"),
-        (
-            "communication",
-            f"per round {format_bytes(down)} to the clients, {format_bytes(up)} back; plus each "
-            f"client's anchors, once",
-        ),
+    return SIZES.format(
+        **sizes,
+        fewest=min(sizes["client_images"]),
+        most=max(sizes["client_images"]),
+        bytes=format_bytes(4 * sizes["parameters"]),
+        down=format_bytes(sizes["bytes_down_per_round"]),
+        up=format_bytes(sizes["bytes_up_per_round"]),
     )
-    return "\n".join(f"{name:<16} {value}" for name, value in rows)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from semanticfl_ref.config.registry import METHODS
 from semanticfl_ref.config.settings import Config
+from semanticfl_ref.data.batches import epoch_batches
 from semanticfl_ref.diffusion.anchors import Anchors
 from semanticfl_ref.diffusion.model_files import TINY
 from semanticfl_ref.federated.context import make_context
@@ -25,11 +25,15 @@ def dry_run(config: Config) -> dict:
     """
     data = load_data(config, offline=True)
     dataset, partition, federation = data.dataset, data.partition, config.federation
-    needs_anchors = METHODS[federation.method].needs_anchors
-    anchors = placeholder_anchors(config, dataset.classes) if needs_anchors else None
+    anchors = placeholder_anchors(config, dataset.classes)
     context = make_context(config, dataset, partition, anchors)
     state, cost = initial_state(context), communication_cost(context)
-    steps = [_steps(n, federation.batch_size) * federation.local_epochs for n in partition.sizes]
+    batch_size, source = federation.batch_size, torch.Generator()
+    batches = [
+        len(epoch_batches(own, batch_size=batch_size, generator=source))
+        for own in partition.indices
+    ]
+    steps = federation.clients_per_round * federation.local_epochs * sum(batches) / len(batches)
     return {
         "dataset": dataset.name,
         "images": {
@@ -43,7 +47,7 @@ def dry_run(config: Config) -> dict:
         "client_images": list(partition.sizes),
         "clients_per_round": federation.clients_per_round,
         "rounds": federation.rounds,
-        "steps_per_round": round(federation.clients_per_round * sum(steps) / len(steps), 1),
+        "steps_per_round": round(steps, 1),
         "parameters": context.layout.size,
         "checkpoint_bytes": sum(tensor.nbytes for tensor in state.tensors.values()),
         "bytes_down_per_round": federation.clients_per_round * sum(cost["down"].values()),
@@ -60,13 +64,12 @@ def placeholder_anchors(config: Config, classes: int) -> Anchors:
     if config.anchors.text == "clip":
         source = config.diffusion.source
         folder = TINY if source == "tiny" else Path(source)
-        description, text_width = folder / "text_encoder" / "config.json", SD15_TEXT_WIDTH
+        description, text_width = folder / "text_encoder/config.json", SD15_TEXT_WIDTH
         if description.is_file():
             text_width = json.loads(description.read_text(encoding="utf-8"))["hidden_size"]
-    visual, text = torch.zeros(classes, width), torch.zeros(classes, text_width)
-    return Anchors(visual=visual, text=text, per="class", provenance={})
-
-
-def _steps(images: int, batch_size: int) -> int:
-    """Batches per epoch: a last batch of one joins the one before it."""
-    return max(1, images // batch_size + (images % batch_size > 1))
+    return Anchors(
+        visual=torch.zeros(classes, width),
+        text=torch.zeros(classes, text_width),
+        per="class",
+        provenance={},
+    )

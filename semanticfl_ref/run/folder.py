@@ -6,7 +6,6 @@ No torch in here: the command line looks into run folders before it loads torch.
 import json
 import os
 import re
-import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -17,15 +16,14 @@ from semanticfl_ref.config.settings import Config, to_toml
 from semanticfl_ref.errors import DataError, MismatchError, UserError
 from semanticfl_ref.storage import write_atomic, write_errors, write_flushed
 
-CHECKPOINT = "checkpoint.safetensors"
 METRICS, TIMINGS = "metrics.jsonl", "timings.jsonl"
 REMEDY = "free some disk space or choose another --out"
 
 
 def default_folder(config: Config) -> Path:
     """`runs/<dataset>-<method>-seed<seed>-<time>`."""
-    stamp, seed = time.strftime("%Y%m%d-%H%M%S"), config.run.seed
-    return Path("runs") / f"{config.data.name}-{config.federation.method}-seed{seed}-{stamp}"
+    name = f"{config.data.name}-{config.federation.method}-seed{config.run.seed}"
+    return Path("runs", f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
 
 
 def refuse_existing(folder: Path) -> None:
@@ -39,9 +37,7 @@ def refuse_existing(folder: Path) -> None:
             f"{folder} exists and is never overwritten: continue it with --resume {folder}, or "
             f"choose another --out"
         )
-    parent = folder.absolute().parent
-    while not os.path.lexists(parent):
-        parent = parent.parent
+    parent = next(above for above in folder.absolute().parents if os.path.lexists(above))
     problem = None
     if not parent.is_dir():
         problem = f"{parent} is not a folder"
@@ -73,28 +69,22 @@ class RunFolder:
             UserError: the folder exists, or cannot be written.
         """
         path = Path(path)
+        texts = {name: _json(document) for name, document in documents.items()}
+        texts |= {"config.toml": to_toml(config), METRICS: "", TIMINGS: ""}
         with write_errors(path, REMEDY):
             path.parent.mkdir(parents=True, exist_ok=True)
-            staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-        try:
-            with write_errors(path, REMEDY):
-                write_flushed(staging / "config.toml", to_toml(config))
-                for name, document in documents.items():
-                    write_flushed(staging / name, _json(document))
-                for name in (METRICS, TIMINGS):
-                    write_flushed(staging / name, "")
-                staging.chmod(0o755)
-            refuse_existing(path)
-            with write_errors(path, REMEDY):
-                os.rename(staging, path)
-        except BaseException:
-            shutil.rmtree(staging, ignore_errors=True)
-            raise
+            with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as staging:
+                made = Path(staging, "run")
+                made.mkdir()
+                for name, text in texts.items():
+                    write_flushed(made / name, text)
+                refuse_existing(path)
+                os.rename(made, path)
         return cls(path)
 
     @property
     def checkpoint(self) -> Path:
-        return self.path / CHECKPOINT
+        return self.path / "checkpoint.safetensors"
 
     @property
     def finished(self) -> bool:
@@ -148,7 +138,11 @@ class RunFolder:
             path = self.path / name
             lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
             kept = lines[:rounds]
-            if _round_numbers(kept) != list(range(1, rounds + 1)):
+            try:
+                numbers = [json.loads(line)["round"] for line in kept]
+            except (ValueError, KeyError, TypeError):
+                numbers = None
+            if numbers != list(range(1, rounds + 1)):
                 raise MismatchError(
                     f"{path} does not hold rounds 1 to {rounds} of its checkpoint: it was changed; "
                     f"start again with another --out"
@@ -165,13 +159,11 @@ class RunFolder:
 
     def rounds(self) -> list[dict]:
         """The lines of metrics.jsonl."""
-        text = (self.path / METRICS).read_text(encoding="utf-8")
-        return [json.loads(line) for line in text.splitlines()]
+        return self._lines(METRICS)
 
     def seconds(self) -> float:
         """Total wall time of the rounds."""
-        text = (self.path / TIMINGS).read_text(encoding="utf-8")
-        return sum(json.loads(line)["seconds"] for line in text.splitlines())
+        return sum(line["seconds"] for line in self._lines(TIMINGS))
 
     def summary(self) -> dict:
         """The summary of a finished run."""
@@ -193,20 +185,14 @@ class RunFolder:
         """Write summary.json: its presence means that the run is finished."""
         write_atomic(self.path / "summary.json", _json(summary), REMEDY)
 
+    def _lines(self, name: str) -> list[dict]:
+        text = (self.path / name).read_text(encoding="utf-8")
+        return [json.loads(line) for line in text.splitlines()]
+
 
 def _json(document: dict) -> str:
     """Indented JSON, with lists of plain values on one line."""
     text = json.dumps(document, indent=2, sort_keys=True, allow_nan=False)
     # In a JSON string a line break is written \n: those found here are the indentation's.
-    return re.sub(r"\[\n([^\[\]{}]*)\n *\]", _on_one_line, text) + "\n"
-
-
-def _on_one_line(values: re.Match) -> str:
-    return "[" + re.sub(r"\n +", " ", values[1].lstrip()) + "]"
-
-
-def _round_numbers(lines: list[bytes]) -> list[int] | None:
-    try:
-        return [json.loads(line)["round"] for line in lines]
-    except (ValueError, KeyError, TypeError):
-        return None
+    plain_list = r"\[\n[^\[\]{}]*\n *\]"
+    return re.sub(plain_list, lambda found: json.dumps(json.loads(found[0])), text) + "\n"

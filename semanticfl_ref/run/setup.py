@@ -5,12 +5,12 @@ Letters: N images, C classes.
 
 import hashlib
 import shlex
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
+from semanticfl_ref.config.command_line import to_flags
 from semanticfl_ref.config.registry import METHODS
 from semanticfl_ref.config.resolve import resolve
 from semanticfl_ref.config.settings import NOT_IDENTITY, Config, DataSettings, to_flat
@@ -19,13 +19,25 @@ from semanticfl_ref.data.dataset import Dataset, load_dataset
 from semanticfl_ref.data.partition import Partition, make_partition
 from semanticfl_ref.device import resolve_device
 from semanticfl_ref.diffusion.anchors import Anchors, LabelledCache, make_anchors
-from semanticfl_ref.diffusion.extract import open_or_build
+from semanticfl_ref.diffusion.extract import Say, open_or_build
 from semanticfl_ref.diffusion.feature_cache import CachePlan, plan_cache
 from semanticfl_ref.errors import DataError, UserError
+from semanticfl_ref.federated.context import RunContext
 from semanticfl_ref.randomness import generator
 from semanticfl_ref.storage import cache_folder
 
-Say = Callable[[str], None]
+# Prefixes of the settings that features depend on. The partition counts: features are those of the
+# images that clients train on, as clients hold them.
+FEATURE_SETTINGS = (
+    "data.",
+    "partition.",
+    "diffusion.",
+    "anchors.images",
+    "anchors.text",
+    "federation.clients_per_round",
+    "run.seed",
+    "run.device",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +54,12 @@ class RunData:
     dataset: Dataset
     partition: Partition
     held_out: Dataset | None
+
+
+def set_threads(config: Config) -> None:
+    """Set torch's CPU threads as configured: results are reproducible for a fixed number."""
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
 
 
 def load_data(config: Config, *, offline: bool = False) -> RunData:
@@ -82,29 +100,31 @@ def hold_out_per_class(dataset: Dataset, count: int, seed: int) -> tuple[Dataset
     if count == 0:
         return dataset, None
     labels = dataset.train_labels
-    counts_C = torch.bincount(labels, minlength=dataset.classes)
-    if int(counts_C.min()) <= count:
-        name = dataset.class_names[int(counts_C.argmin())]
+    fewest = torch.bincount(labels, minlength=dataset.classes).min(0)
+    if fewest.values <= count:
         raise UserError(
-            f"anchors.images = heldout:{count} leaves no image of class {name!r}, which has "
-            f"{int(counts_C.min())}"
+            f"anchors.images = heldout:{count} leaves no image of class "
+            f"{dataset.class_names[fewest.indices]!r}, which has {int(fewest.values)}"
         )
     order_N = torch.randperm(len(labels), generator=generator(seed, "heldout"))
     taken = [order_N[labels[order_N] == c][:count] for c in range(dataset.classes)]
-    taken = torch.cat(taken).sort().values
-    is_left_N = torch.ones(len(labels), dtype=torch.bool).index_fill(0, taken, False)
+    is_taken_N = torch.zeros(len(labels), dtype=torch.bool)
+    is_taken_N[torch.cat(taken)] = True
 
-    def part(which: torch.Tensor, name: str) -> Dataset:
+    def part(which_N: torch.Tensor, name: str) -> Dataset:
         sha256 = hashlib.sha256(f"{dataset.sha256}/{name}:{count}/{seed}".encode()).hexdigest()
-        return replace(training_subset(dataset, which), sha256=sha256)
+        return replace(training_subset(dataset, which_N), sha256=sha256)
 
-    return part(is_left_N, "without"), part(taken, "heldout")
+    return part(~is_taken_N, "without"), part(is_taken_N, "heldout")
 
 
 def training_subset(dataset: Dataset, which: torch.Tensor) -> Dataset:
     """The data set with these training images only (indices or a mask)."""
-    images, labels = dataset.train_images[which], dataset.train_labels[which]
-    return replace(dataset, train_images=images, train_labels=labels)
+    return replace(
+        dataset,
+        train_images=dataset.train_images[which],
+        train_labels=dataset.train_labels[which],
+    )
 
 
 def build_anchors(
@@ -147,7 +167,7 @@ def build_anchors(
     if anchors.per == "image" and len(images.train_labels) < total:
         # Back to the training set's indices; NaN, since the other images are never trained on.
         visual = torch.full((total, anchors.visual.shape[1]), torch.nan)
-        visual.index_copy_(0, data.partition.trained, anchors.visual)
+        visual[data.partition.trained] = anchors.visual
         anchors = replace(anchors, visual=visual)
     return anchors
 
@@ -171,8 +191,7 @@ def cache_plans(config: Config, images: Dataset, *, offline: bool = False) -> di
         labels, count = images.train_labels, config.anchors.text_images
         firsts = [(labels == c).nonzero().flatten()[:count] for c in labels.unique()]
         chosen = training_subset(images, torch.cat(firsts).sort().values)
-        own_class = replace(config.diffusion, condition="own-class")
-        config = replace(config, diffusion=own_class)
+        config = replace(config, diffusion=replace(config.diffusion, condition="own-class"))
         plans["text"] = cache_plan(config, chosen, offline=offline)
     return plans
 
@@ -192,60 +211,51 @@ def cache_plan(config: Config, images: Dataset, *, offline: bool = False) -> Cac
 
 def rebuild_command(config: Config) -> str:
     """The command that builds the feature caches of a configuration again."""
-    source, partition = config.diffusion.source, config.partition
-    preset = to_flat(resolve({"data.name": config.data.name, "diffusion.source": source}))
     settings = to_flat(config)
-    prefixes = ("data.", "diffusion.")
-    names = {"anchors.images", "anchors.text", "anchors.text_images", "run.seed", "run.device"}
-    partitioned = partition.file or partition.imbalance > 1 or partition.held_out_share > 0
-    if partitioned or partition.feature_shift != "none":
-        # The images are those that the clients train on, as they hold them.
-        prefixes += ("partition.",)
-        names.add("federation.clients_per_round")
-    relevant = [name for name in settings if name.startswith(prefixes) or name in names]
-    changed = [name for name in relevant if settings[name] != preset[name]]
+    relevant = {name: settings[name] for name in settings if name.startswith(FEATURE_SETTINGS)}
     command = ["python", "-m", "semanticfl_ref", "features", "build", "--rebuild"]
-    command += ["--dataset", config.data.name, "--sd", source]
-    for name in changed:
-        command += ["--set", f"{name}={settings[name]}"]
-    return shlex.join(command)
+    return shlex.join([*command, *to_flags(resolve(relevant))])
 
 
-def identity_of(config: Config, data: RunData, anchors: Anchors | None) -> dict:
+def identity_of(context: RunContext) -> dict:
     """What a checkpoint must agree with: every setting that affects the numbers, and the content
     behind those that are paths."""
-    settings = {k: v for k, v in to_flat(config).items() if k not in NOT_IDENTITY}
-    made_by = None
-    if anchors is not None:
+    settings, made_by = to_flat(context.config), None
+    if context.anchors is not None:
         keys = ("cache", "text_cache", "per", "control")
-        made_by = {key: anchors.provenance[key] for key in keys}
-    content = {"data": data.dataset.sha256, "partition": data.partition.sha256}
-    return {**settings, **content, "anchors": made_by}
+        made_by = {key: context.anchors.provenance[key] for key in keys}
+    return {
+        **{name: value for name, value in settings.items() if name not in NOT_IDENTITY},
+        "data": context.dataset.sha256,
+        "partition": context.partition.sha256,
+        "anchors": made_by,
+    }
 
 
-def provenance_of(config: Config, anchors: Anchors | None) -> dict:
+def provenance_of(context: RunContext) -> dict:
     """How the anchors were made, and what the server had to see for it; JSON values."""
-    if anchors is None:
+    if context.anchors is None:
         return {"anchors": None}
-    own = config.anchors.images == "train"
-    seen = "all clients' training images" if own else f"separate images: {config.anchors.images}"
-    return {**anchors.provenance, "server_saw": seen}
+    images = context.config.anchors.images
+    own = "all clients' training images"
+    seen = own if images == "train" else f"separate images: {images}"
+    return {**context.anchors.provenance, "server_saw": seen}
 
 
 def _image_folder(config: Config, dataset: Dataset) -> Dataset:
     """The training part of class folders, with the size and the class numbers of `dataset`."""
-    path, name = Path(config.anchors.images), f"anchors.images = {config.anchors.images}"
+    path = Path(config.anchors.images)
     if not path.is_dir():
         raise DataError(
-            f"{name}: there is no such folder; expected train, heldout:N, or a folder of class "
-            f"folders"
+            f"anchors.images = {path}: there is no such folder; expected train, heldout:N, or a "
+            f"folder of class folders"
         )
     settings = DataSettings(name="image_folder", dir=str(path), image_size=dataset.image_size)
     folder = load_dataset(settings, seed=config.run.seed)
-    if sorted(folder.class_names) != sorted(dataset.class_names):
-        differing = sorted(set(folder.class_names) ^ set(dataset.class_names))
+    differing = sorted(set(folder.class_names) ^ set(dataset.class_names))
+    if differing:
         raise UserError(
-            f"{name}: its class folders are not the classes of {dataset.name}: "
+            f"anchors.images = {path}: its class folders are not the classes of {dataset.name}: "
             f"{', '.join(differing[:5])}"
         )
     # Folders are sorted by name; a data set's classes have their own order.

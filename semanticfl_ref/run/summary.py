@@ -3,13 +3,16 @@
 Letters: M clients in all.
 """
 
-from collections.abc import Iterable
 from itertools import accumulate
 from statistics import fmean, pstdev
 
 LAST = 5  # rounds whose mean accuracy is reported
 NEGLIGIBLE = 0.01  # share of the gradient norm below which a term gets a warning
 TARGETS = tuple(tenths / 10 for tenths in range(1, 10))  # accuracies whose cost is reported
+# Entries of a round, by what the summary makes of them.
+DISTRIBUTIONS = ("client_accuracy", "own_accuracy")
+TOTALS = ("steps", "bytes_down", "bytes_up")
+GRADIENTS = ("gradient_share", "gradient_norm", "gradient_cosine")
 
 
 def summarise(rounds: list[dict], seconds: float, about: dict) -> dict:
@@ -28,11 +31,12 @@ def summarise(rounds: list[dict], seconds: float, about: dict) -> dict:
     """
     last = rounds[-1]
     accuracies = last["client_accuracy"]
-    worst = min(range(len(accuracies)), key=accuracies.__getitem__)
+    worst = min(accuracies)
     validated = [line for line in rounds if line["validation_accuracy"] is not None]
     best = max(validated, key=lambda line: line["validation_accuracy"], default=None)
-    shares = mean_by_name(line["gradient_share"] for line in rounds)
-    drift = [{**d, "update_norm": mean(d["update_norm"])} for d in (r["drift"] for r in rounds)]
+    gradients = {name: mean_by_name([line[name] for line in rounds]) for name in GRADIENTS}
+    drift = [line["drift"] for line in rounds]
+    drift = [{**each, "update_norm": mean(each["update_norm"])} for each in drift]
     return {
         **about,
         "rounds": last["round"],
@@ -42,25 +46,20 @@ def summarise(rounds: list[dict], seconds: float, about: dict) -> dict:
         "best_validation_round": best and best["round"],
         "test_accuracy_at_best_validation": best and best["test_accuracy"],
         "class_accuracy": last["class_accuracy"],
-        "client_accuracy": distribution(accuracies),
-        **({"own_accuracy": distribution(last["own_accuracy"])} if "own_accuracy" in last else {}),
-        "worst_client": worst,
-        "worst_client_accuracy": accuracies[worst],
+        **{name: distribution(last[name]) for name in DISTRIBUTIONS if name in last},
+        "worst_client": accuracies.index(worst),
+        "worst_client_accuracy": worst,
         "cost_to_accuracy": cost_to_accuracy(rounds),
         "loss": last["loss"],
         "seconds": round(seconds, 3),
-        "steps": sum(line["steps"] for line in rounds),
-        "bytes_down": sum(line["bytes_down"] for line in rounds),
-        "bytes_up": sum(line["bytes_up"] for line in rounds),
+        **{name: sum(line[name] for line in rounds) for name in TOTALS},
         "bytes": {
             way: {kind: sum(line["bytes"][way][kind] for line in rounds) for kind in kinds}
             for way, kinds in last["bytes"].items()
         },
-        "gradient_share": shares,
-        "gradient_norm": mean_by_name(line["gradient_norm"] for line in rounds),
-        "gradient_cosine": mean_by_name(line["gradient_cosine"] for line in rounds),
+        **gradients,
         "drift": mean_by_name(drift),
-        "warnings": [*about.get("warnings", []), *negligible_terms(shares)],
+        "warnings": [*about.get("warnings", []), *negligible_terms(gradients["gradient_share"])],
     }
 
 
@@ -81,20 +80,16 @@ def cost_to_accuracy(rounds: list[dict]) -> list[dict]:
     None where no round did.
     """
     sent = accumulate(line["bytes_down"] + line["bytes_up"] for line in rounds)
-    reached = [
-        (line["test_accuracy"], {"round": line["round"], "bytes": total})
-        for line, total in zip(rounds, sent, strict=True)
-    ]
-    never = {"round": None, "bytes": None}
-    return [
-        {"accuracy": target, **next((cost for got, cost in reached if got >= target), never)}
-        for target in TARGETS
-    ]
+    costs = [{"accuracy": target, "round": None, "bytes": None} for target in TARGETS]
+    for line, total in zip(rounds, sent, strict=True):
+        for cost in costs:
+            if cost["round"] is None and line["test_accuracy"] >= cost["accuracy"]:
+                cost.update(round=line["round"], bytes=total)
+    return costs
 
 
-def mean_by_name(values: Iterable[dict]) -> dict[str, float | None]:
+def mean_by_name(values: list[dict]) -> dict[str, float | None]:
     """Each name's mean over the rounds that have it."""
-    values = list(values)
     return {name: mean([value.get(name) for value in values]) for name in names_in(values)}
 
 

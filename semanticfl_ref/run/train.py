@@ -1,12 +1,9 @@
 """A run from end to end: data -> partition -> anchors -> rounds -> summary, and its folder."""
 
-import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from semanticfl_ref.config.resolve import is_embedded
@@ -31,6 +28,7 @@ from semanticfl_ref.run.setup import (
     identity_of,
     load_data,
     provenance_of,
+    set_threads,
 )
 from semanticfl_ref.run.summary import summarise
 
@@ -65,17 +63,20 @@ def train(
         UserError: and its kinds, see errors.py; before the first round nothing is left on disk.
         KeyboardInterrupt: after a checkpoint was saved.
     """
-    job = _prepare(config, data, anchors, offline, say)
-    folder = RunFolder.create(
-        out,
-        config,
-        {
-            "environment.json": environment_of(job.context),
-            "partition.json": _partition_document(job.data),
-            "anchors.json": provenance_of(config, job.anchors),
+    context = _prepare(config, data, anchors, offline, say)
+    dataset = context.dataset
+    documents = {
+        "environment.json": environment_of(context),
+        "partition.json": {
+            **context.partition.manifest(),
+            "dataset_sha256": dataset.sha256,
+            "class_names": dataset.class_names,
+            "image_size": dataset.image_size,
         },
-    )
-    return _finish(job, folder, initial_state(job.context), on_round)
+        "anchors.json": provenance_of(context),
+    }
+    folder = RunFolder.create(out, config, documents)
+    return _finish(context, folder, initial_state(context), on_round)
 
 
 def resume(
@@ -97,34 +98,24 @@ def resume(
         UserError: and its kinds, see errors.py.
         KeyboardInterrupt: after a checkpoint was saved.
     """
-    job, folder = _prepare(config, None, None, offline, say), RunFolder(path)
-    state = initial_state(job.context)
+    context, folder = _prepare(config, None, None, offline, say), RunFolder(path)
+    state = initial_state(context)
     if folder.checkpoint.exists():
-        state = load_checkpoint(folder.checkpoint, job.identity).to(job.context.device)
-    now = environment_of(job.context)
+        state = load_checkpoint(folder.checkpoint, identity_of(context)).to(context.device)
+    now = environment_of(context)
     changed = changes(folder.read("environment.json"), now)
     if changed:
         say(f"note: {', '.join(changed)} changed; resumed results may differ in the last bits")
     folder.truncate(state.round)
     folder.add_environment(now, state.round)
     say(f"resuming from round {state.round} in {path}")
-    return _finish(job, folder, state, on_round)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Job:
-    """What both ways to start a run have prepared."""
-
-    config: Config
-    data: RunData
-    anchors: Anchors | None
-    context: RunContext
-    identity: dict
+    return _finish(context, folder, state, on_round)
 
 
 def _prepare(
     config: Config, data: RunData | None, anchors: Anchors | None, offline: bool, say: Say
-) -> _Job:
+) -> RunContext:
+    """What both ways to start a run need."""
     set_threads(config)
     data = data or load_data(config, offline=offline)
     partition = data.partition
@@ -133,58 +124,51 @@ def _prepare(
         f"{min(partition.sizes)} to {max(partition.sizes)} each, skew {partition.skew:.2f}"
     )
     anchors = anchors or build_anchors(config, data, offline=offline, say=say)
-    return _Job(
-        config=config,
-        data=data,
-        anchors=anchors,
-        context=make_context(config, data.dataset, partition, anchors),
-        identity=identity_of(config, data, anchors),
-    )
+    return make_context(config, data.dataset, partition, anchors)
 
 
-def set_threads(config: Config) -> None:
-    """Set torch's CPU threads as configured: results are bitwise reproducible for their number."""
-    if config.run.threads:
-        torch.set_num_threads(config.run.threads)
-
-
-def _finish(job: _Job, folder: RunFolder, state: FederatedState, on_round: OnRound) -> RunFolder:
+def _finish(
+    context: RunContext, folder: RunFolder, state: FederatedState, on_round: OnRound
+) -> RunFolder:
     """Run the remaining rounds and write the summary."""
-    state = _run_rounds(job, folder, state, on_round)
+    state = _run_rounds(context, folder, state, on_round)
     # A resumed run may have had no round left.
-    load_params(job.context.model, state.params)
-    about = _about(job, folder) | {"confusion": confusion(job.context.model, job.context)}
+    load_params(context.model, state.params)
+    config = context.config
+    about = {
+        "dataset": config.data.name,
+        "method": config.federation.method,
+        "seed": config.run.seed,
+        "folder": str(folder.path),
+        "anchors": provenance_of(context),
+        "confusion": confusion(context.model, context),
+        "warnings": _warnings(context),
+    }
     folder.finish(summarise(folder.rounds(), folder.seconds(), about))
     return folder
 
 
 def _run_rounds(
-    job: _Job, folder: RunFolder, state: FederatedState, on_round: OnRound
+    context: RunContext, folder: RunFolder, state: FederatedState, on_round: OnRound
 ) -> FederatedState:
     """Each round is followed by its line of metrics and, as configured, a checkpoint."""
-    rounds, every = job.config.federation.rounds, job.config.run.checkpoint_every
-    bar = tqdm(
-        total=rounds,
-        initial=state.round,
-        desc=job.config.federation.method,
-        unit="round",
-        file=sys.stderr,
-    )
+    config, identity = context.config, identity_of(context)
+    rounds, method = config.federation.rounds, config.federation.method
     try:
-        with bar:
+        with tqdm(total=rounds, initial=state.round, desc=method, unit="round") as bar:
             while state.round < rounds:
                 started = time.perf_counter()
-                following, line = run_round(state, job.context)
+                following, line = run_round(state, context)
                 folder.append(line, time.perf_counter() - started)
                 state = following
-                if state.round % every == 0 or state.round == rounds:
-                    save_checkpoint(folder.checkpoint, state, job.identity)
-                accuracy, loss = f"{line['test_accuracy']:.1%}", f"{line['loss']:.3f}"
-                bar.set_postfix(accuracy=accuracy, loss=loss, refresh=False)
+                if state.round % config.run.checkpoint_every == 0 or state.round == rounds:
+                    save_checkpoint(folder.checkpoint, state, identity)
+                numbers = f"accuracy={line['test_accuracy']:.1%}, loss={line['loss']:.3f}"
+                bar.set_postfix_str(numbers, refresh=False)
                 bar.update()
                 on_round(line)
     except KeyboardInterrupt:
-        save_checkpoint(folder.checkpoint, state, job.identity)
+        save_checkpoint(folder.checkpoint, state, identity)
         raise KeyboardInterrupt(
             f"interrupted and saved after round {state.round} of {rounds}; continue with: "
             f"python -m semanticfl_ref train --resume {folder.path}"
@@ -192,29 +176,11 @@ def _run_rounds(
     return state
 
 
-def _partition_document(data: RunData) -> dict:
-    dataset = data.dataset
-    return {
-        **data.partition.manifest(),
-        "dataset_sha256": dataset.sha256,
-        "class_names": list(dataset.class_names),
-        "image_size": dataset.image_size,
-    }
-
-
-def _about(job: _Job, folder: RunFolder) -> dict:
-    config, warnings = job.config, []
-    if job.anchors is not None and config.diffusion.source == "tiny" and not is_embedded(config):
-        warnings.append(
-            f"the anchors for {config.data.name} come from the embedded model, which knows digits "
-            f"only: a stand-in for a trial, not the paper's setting; pass a Stable Diffusion with "
-            f"--sd"
-        )
-    return {
-        "dataset": config.data.name,
-        "method": config.federation.method,
-        "seed": config.run.seed,
-        "folder": str(folder.path),
-        "anchors": provenance_of(config, job.anchors),
-        "warnings": warnings,
-    }
+def _warnings(context: RunContext) -> list[str]:
+    config = context.config
+    if context.anchors is None or config.diffusion.source != "tiny" or is_embedded(config):
+        return []
+    return [
+        f"the anchors for {config.data.name} come from the embedded model, which knows digits "
+        f"only: a stand-in for a trial, not the paper's setting; pass a Stable Diffusion with --sd"
+    ]

@@ -1,5 +1,6 @@
 """The trained model of a run, with its preprocessing: rebuilt, or exported to a file."""
 
+import io
 import json
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from semanticfl_ref.data.batches import network_input
 from semanticfl_ref.errors import DataError, MismatchError, UserError
 from semanticfl_ref.federated.flat import flat_layout, load_params
 from semanticfl_ref.run.folder import RunFolder
-from semanticfl_ref.storage import REMEDY, Damaged, load_tensors, write_atomic, write_errors
+from semanticfl_ref.storage import Damaged, load_tensors, write_atomic
 
 SUFFIXES = (".safetensors", ".pt2")
 
@@ -86,33 +87,27 @@ def export_model(path: Path | str, out: Path | str) -> Path:
     if out.suffix not in SUFFIXES:
         raise UserError(f"--out {out}: expected a name that ends in {' or '.join(SUFFIXES)}")
     about = {
-        "class_names": list(model.class_names),
+        "class_names": model.class_names,
         "image_size": model.image_size,
         "preprocessing": "uint8 RGB [N, H, W, 3] -> (x / 127.5 - 1) as float32 [N, 3, H, W]",
         "run": str(path),
     }
     if out.suffix == ".pt2":
-        _save_program(model, out, about)
+        content = _program(model, about)
     else:
         from safetensors.torch import save
 
         tensors = {name: t.contiguous() for name, t in model.network.state_dict().items()}
-        metadata = {"format": "pt", "semanticfl_ref": json.dumps(about)}
-        write_atomic(out, save(tensors, metadata))
+        content = save(tensors, {"format": "pt", "semanticfl_ref": json.dumps(about)})
+    write_atomic(out, content)
     return out
 
 
-def _save_program(model: TrainedModel, out: Path, about: dict) -> None:
+def _program(model: TrainedModel, about: dict) -> bytes:
     side = model.image_size
     example = torch.zeros(2, side, side, 3, dtype=torch.uint8)
     batch = torch.export.Dim("N", min=1)
     program = torch.export.export(model, (example,), dynamic_shapes=({0: batch},))
-    staging = out.with_name(f".{out.stem}.part.pt2")
-    with write_errors(out, REMEDY):
-        try:
-            torch.export.save(
-                program, staging, extra_files={"semanticfl_ref.json": json.dumps(about)}
-            )
-            staging.replace(out)
-        finally:
-            staging.unlink(missing_ok=True)
+    file = io.BytesIO()
+    torch.export.save(program, file, extra_files={"semanticfl_ref.json": json.dumps(about)})
+    return file.getvalue()

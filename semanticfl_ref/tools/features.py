@@ -6,8 +6,6 @@ Letters: N images, C classes.
 from collections.abc import Callable
 from dataclasses import replace
 
-import torch
-
 from semanticfl_ref.config.settings import Config
 from semanticfl_ref.data.dataset import Dataset, Labelled, hold_out, stratified
 from semanticfl_ref.diffusion.extract import Say, complete_files, images_in, open_or_build
@@ -22,6 +20,7 @@ from semanticfl_ref.run.setup import (
     load_data,
     load_images,
     rebuild_command,
+    set_threads,
 )
 from semanticfl_ref.tools.report.drawing import COLOURS, new_figure
 
@@ -100,7 +99,7 @@ def probe(
     Raises:
         UserError: and its kinds, see errors.py.
     """
-    _set_threads(config)
+    set_threads(config)
     configs = [
         replace(config, diffusion=replace(config.diffusion, layers=layers, timestep=timestep))
         for timestep in timesteps or [config.diffusion.timestep]
@@ -183,7 +182,7 @@ def split_for_probe(dataset: Dataset, limit: int, seed: int) -> tuple[Dataset, D
 
 def _each_cache(config: Config, offline: bool, act: Callable[[CachePlan], object]) -> dict:
     """Act on every cache of a configuration; returns their description."""
-    _set_threads(config)
+    set_threads(config)
     images = anchor_images(config, load_data(config, offline=offline))
     plans = cache_plans(config, images, offline=offline)
     for plan in plans.values():
@@ -192,12 +191,6 @@ def _each_cache(config: Config, offline: bool, act: Callable[[CachePlan], object
         "caches": [{**_described(plan), "use": use} for use, plan in plans.items()],
         "command": rebuild_command(config).replace(" --rebuild", ""),
     }
-
-
-def _set_threads(config: Config) -> None:
-    if config.run.threads:
-        # Features, like training, are bitwise reproducible for a fixed number of threads.
-        torch.set_num_threads(config.run.threads)
 
 
 def _described(plan: CachePlan) -> dict:

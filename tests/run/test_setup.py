@@ -12,6 +12,7 @@ from semanticfl_ref import cli
 from semanticfl_ref.commands.settings_flags import settings_of
 from semanticfl_ref.config.resolve import resolve
 from semanticfl_ref.errors import DataError, UserError
+from semanticfl_ref.federated.context import make_context
 from semanticfl_ref.run.dry_run import dry_run
 from semanticfl_ref.run.setup import (
     RunData,
@@ -53,7 +54,8 @@ def test_held_out_images_must_leave_some(digits):
 def test_identity_depends_on_content_and_not_on_paths():
     def identity(**settings):
         config = resolve({"data.name": "digits", "federation.method": "fedavg"} | settings)
-        return identity_of(config, load_data(config, offline=True), None)
+        data = load_data(config, offline=True)
+        return identity_of(make_context(config, data.dataset, data.partition, None))
 
     first = identity()
     assert identity(**{"run.checkpoint_every": 5, "diffusion.source": "elsewhere"}) == first

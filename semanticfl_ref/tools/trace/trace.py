@@ -18,8 +18,7 @@ from semanticfl_ref.federated.round import run_round
 from semanticfl_ref.federated.server_optimizer import server_step
 from semanticfl_ref.federated.state import initial_state
 from semanticfl_ref.randomness import generator
-from semanticfl_ref.run.setup import build_anchors, load_data
-from semanticfl_ref.run.train import set_threads
+from semanticfl_ref.run.setup import build_anchors, load_data, set_threads
 from semanticfl_ref.tools.trace.diffusion_pass import diffusion_pass
 from semanticfl_ref.tools.trace.equations import equations, sources
 from semanticfl_ref.tools.trace.tracer import Source, Step, Tracer
