@@ -9,26 +9,23 @@ from semanticfl_ref.commands.output import say, show
 from semanticfl_ref.commands.settings_flags import add_settings, given
 from semanticfl_ref.config.resolve import read_toml
 from semanticfl_ref.errors import UserError, unknown
+from semanticfl_ref.tools import reproduce
 from semanticfl_ref.tools.compare.grid import scenario_settings
 
 HELP = "run a published result of the paper, and print its number beside ours"
 
 
 def add_flags(parser: argparse.ArgumentParser, argv: list[str]) -> None:
-    from semanticfl_ref.tools.reproduce import published
-
     parser.add_argument(
         "name", nargs="?", metavar="NAME", help="published result (default: list them)"
     )
     add_grid_flags(parser, Path("runs/reproduce"))
-    files = [result.file for name, result in published().items() if name in argv]
+    files = [result.file for name, result in reproduce.published().items() if name in argv]
     preset = read_toml(files[0]) if files else None
     add_settings(parser, argv, preset, hidden=VARIED)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from semanticfl_ref.tools import reproduce
-
     results, name = reproduce.published(), arguments.name
     if name is None:
         document = {key: asdict(result) for key, result in results.items()}

@@ -8,10 +8,7 @@ from pathlib import Path
 from semanticfl_ref.config.resolve import resolve
 from semanticfl_ref.config.settings import Config
 from semanticfl_ref.errors import DownloadError
-from semanticfl_ref.tools.compare.experiment import run_grid
 from semanticfl_ref.tools.compare.grid import Grid
-from semanticfl_ref.tools.compare.tables import mean_and_deviation
-from semanticfl_ref.tools.report.page import render
 
 FOLDER = Path(__file__).parent.parent / "configs" / "paper"
 Say = Callable[[str], None]
@@ -57,6 +54,8 @@ def reproduce(result: Published, grid: Grid, say: Say) -> dict:
     Raises:
         UserError: and its kinds, see errors.py.
     """
+    from semanticfl_ref.tools.compare.experiment import run_grid
+
     fetch(resolve({**grid.settings, "federation.method": "semanticfl"}), grid.offline, say)
     results = run_grid(grid, say).results[-len(grid.methods) :]
     return {**asdict(result), "ours": {own.method: asdict(own) for own in results}}
@@ -102,5 +101,8 @@ def side_by_side(document: dict) -> str:
     Args:
         document: as `reproduce` returns it, with the number of seeds and the changed settings.
     """
+    from semanticfl_ref.tools.compare.tables import mean_and_deviation
+    from semanticfl_ref.tools.report.page import render
+
     folder = Path(__file__).parent
     return render(folder, "reproduce.md.jinja", spread=mean_and_deviation, **document)

@@ -9,6 +9,7 @@ from semanticfl_ref import cli
 from semanticfl_ref.config.resolve import read_toml
 from semanticfl_ref.config.settings import STABLE_DIFFUSION
 from semanticfl_ref.tools import reproduce
+from semanticfl_ref.tools.compare import experiment
 from semanticfl_ref.tools.compare.grid import Grid, plan
 from semanticfl_ref.tools.compare.statistics import compare
 
@@ -93,7 +94,7 @@ def test_published_beside_ours(finished_grid, monkeypatch):
     accuracies = {"fedavg": {"iid": [[0.8] * 5, [0.9] * 5], "nid2": [[0.6] * 5, [0.7] * 5]}}
     runs, grid = finished_grid(accuracies)
     monkeypatch.setattr(reproduce, "fetch", lambda *_: None)
-    monkeypatch.setattr(reproduce, "run_grid", lambda grid, _: compare(runs, grid))
+    monkeypatch.setattr(experiment, "run_grid", lambda grid, _: compare(runs, grid))
     published = reproduce.Published(
         title="T",
         config="cifar10-nid1.toml",
