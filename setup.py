@@ -39,8 +39,7 @@ setup(
     package_data={
         "semanticfl_ref.configs": ["*.toml", "*/*.toml"],
         "semanticfl_ref.data": ["assets/*"],
-        "semanticfl_ref.tools.report": ["*.jinja"],
-        "semanticfl_ref.tools.trace": ["*.jinja"],
+        "semanticfl_ref.tools": ["*.jinja", "*/*.jinja"],
         "semanticfl_ref.diffusion": ["tiny/*", "tiny/*/*", "tiny/*/*/*"],
     },
     install_requires=[

@@ -7,7 +7,6 @@ from pathlib import Path
 from semanticfl_ref.commands.output import say, show
 from semanticfl_ref.commands.settings_flags import add_settings, from_file, given
 from semanticfl_ref.config.registry import METHODS, SCENARIOS
-from semanticfl_ref.config.resolve import parse_assignment
 from semanticfl_ref.errors import UserError
 from semanticfl_ref.tools.compare.grid import Grid, split_entries
 
@@ -117,7 +116,7 @@ def grid_of(arguments: argparse.Namespace, **entries) -> Grid:
         number = getattr(arguments, name)
         if number < 1:
             raise UserError(f"--{name} {number}: must be at least 1")
-    settings = written(arguments)
+    settings = given(arguments)
     for name in settings:
         if name in VARIED:
             raise UserError(f"{name} differs between the runs of a grid: {VARIED[name]}")
@@ -130,11 +129,6 @@ def grid_of(arguments: argparse.Namespace, **entries) -> Grid:
         imports=arguments.imports,
         **entries,
     )
-
-
-def written(arguments: argparse.Namespace) -> dict[str, str]:
-    """Dotted name -> value of the settings that flags and --set name."""
-    return {**given(arguments), **dict(map(parse_assignment, arguments.set))}
 
 
 def round_numbers(text: str) -> list[int]:

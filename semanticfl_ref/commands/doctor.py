@@ -16,7 +16,7 @@ def run(arguments) -> int:
     config = settings_of(arguments)
     say("checking; this takes some seconds ...")
     findings = list(examine(config, arguments.offline))
-    code = next((finding.exit_code for finding in findings if finding.state == "FAIL"), 0)
+    code = next((finding.exit_code for finding in findings if finding.exit_code), 0)
     document = {
         "ready": code == 0,
         "exit_code": code,

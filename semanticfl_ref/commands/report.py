@@ -21,34 +21,30 @@ def add_flags(parser, argv: list[str]) -> None:
 
 
 def run(arguments) -> int:
-    from semanticfl_ref.tools.report import drawing, html, runs
+    out, several = arguments.out, len(arguments.runs) > 1
+    if out and not several:
+        raise UserError(
+            f"--out {out}: this page compares several runs; name two or more, or leave --out out "
+            f"(the report of each run goes into its folder)"
+        )
+    if out and (out.suffix != ".html" or not out.absolute().parent.is_dir()):
+        raise UserError(f"--out {out}: give a name that ends in .html, in a folder that exists")
+    from semanticfl_ref.tools.report import html, runs
+    from semanticfl_ref.tools.report.drawing import can_draw
 
-    out = arguments.out
-    if out:
-        _check(out, len(arguments.runs))
     # All are read before anything is written.
     found = [runs.read_run(path) for path in arguments.runs]
-    if not drawing.can_draw():
+    if not can_draw():
         say("note: tables without figures: matplotlib is not installed; pip install matplotlib")
-    elif not out and len(found) > 1:
+    elif several and not out:
         say("note: --out FILE.html adds a page that compares these runs")
     reports = [str(html.write_report(each)) for each in found]
     comparison = str(html.write_comparison(found, out)) if out else None
     document = {
         "reports": reports,
         "comparison": comparison,
-        "figures": drawing.can_draw(),
+        "figures": can_draw(),
         "unfinished": [str(each.path) for each in found if not each.finished],
     }
     pages = "\n".join(filter(None, [comparison, *reports]))
     return show(document, arguments.json, lambda _: pages)
-
-
-def _check(out: Path, runs: int) -> None:
-    if runs < 2:
-        raise UserError(
-            f"--out {out}: this page compares several runs; name two or more, or leave --out out "
-            f"(the report of each run goes into its folder)"
-        )
-    if out.suffix != ".html" or not out.absolute().parent.is_dir():
-        raise UserError(f"--out {out}: give a name that ends in .html, in a folder that exists")

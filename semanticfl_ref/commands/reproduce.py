@@ -4,9 +4,9 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
-from semanticfl_ref.commands.compare import VARIED, add_grid_flags, grid_of, written
+from semanticfl_ref.commands.compare import VARIED, add_grid_flags, grid_of
 from semanticfl_ref.commands.output import say, show
-from semanticfl_ref.commands.settings_flags import add_settings
+from semanticfl_ref.commands.settings_flags import add_settings, given
 from semanticfl_ref.config.resolve import read_toml
 from semanticfl_ref.errors import UserError, unknown
 from semanticfl_ref.tools import reproduce
@@ -29,7 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
     results, name = reproduce.published(), arguments.name
     if name is None:
         document = {key: asdict(result) for key, result in results.items()}
-        return show(document, arguments.json, lambda _: reproduce.listing(results))
+        return show(document, arguments.json, reproduce.listing)
     if name not in results:
         raise unknown("published result", name, results)
     if arguments.config is not None:
@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
             "--config: a published result has its own configuration; change single settings with "
             "flags or --set"
         )
-    result, changes = results[name], written(arguments)
+    result, changes = results[name], given(arguments)
     scenarios = {key for entry in result.scenarios for key in scenario_settings(entry)}
     for setting in sorted(changes.keys() & {"federation.method", *scenarios}):
         raise UserError(f"{setting} belongs to {name}: leave it out, or use `compare`")

@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from semanticfl_ref.config.command_line import FLAGS
-from semanticfl_ref.config.resolve import read_toml, resolve
+from semanticfl_ref.config.resolve import parse_assignment, read_toml, resolve
 from semanticfl_ref.config.schema import choices_of
 from semanticfl_ref.config.settings import Config, setting_fields, to_flat
 from semanticfl_ref.errors import UserError
@@ -61,8 +61,7 @@ def settings_of(
     arguments: argparse.Namespace, preset: Mapping[str, object] | None = None
 ) -> Config:
     """The configuration that --config, the flags and --set make, in this order."""
-    settings = {**(preset or {}), **from_file(arguments), **given(arguments)}
-    return resolve(settings, assignments=arguments.set)
+    return resolve({**(preset or {}), **from_file(arguments), **given(arguments)})
 
 
 def from_file(arguments: argparse.Namespace) -> dict[str, object]:
@@ -71,9 +70,10 @@ def from_file(arguments: argparse.Namespace) -> dict[str, object]:
 
 
 def given(arguments: argparse.Namespace) -> dict[str, str]:
-    """Dotted name -> string of every flag that was given."""
+    """Dotted name -> string of every setting that a flag or --set names."""
     values = vars(arguments)
-    return {name: values[name] for name in FLAGS.values() if values[name] is not None}
+    flags = {name: values[name] for name in FLAGS.values() if values[name] is not None}
+    return flags | dict(map(parse_assignment, arguments.set))
 
 
 def _values(argv: list[str], preset: Mapping[str, object] | None) -> dict[str, object]:

@@ -8,6 +8,7 @@ import os
 import re
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from semanticfl_ref.config.registry import METHODS
@@ -158,12 +159,12 @@ class RunFolder:
         write_atomic(self.path / "environment.json", document, REMEDY)
 
     def rounds(self) -> list[dict]:
-        """The lines of metrics.jsonl."""
-        return self._lines(METRICS)
+        """The lines of metrics.jsonl; see `read`."""
+        return self._read(METRICS, _lines)
 
     def seconds(self) -> float:
-        """Total wall time of the rounds."""
-        return sum(line["seconds"] for line in self._lines(TIMINGS))
+        """Total wall time of the rounds; see `read`."""
+        return sum(line["seconds"] for line in self._read(TIMINGS, _lines))
 
     def summary(self) -> dict:
         """The summary of a finished run."""
@@ -175,19 +176,23 @@ class RunFolder:
         Raises:
             DataError: it is missing or damaged.
         """
-        try:
-            return json.loads((self.path / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise DataError(f"cannot read {self.path / name}: {reason}") from None
+        return self._read(name, json.loads)
 
     def finish(self, summary: dict) -> None:
         """Write summary.json: its presence means that the run is finished."""
         write_atomic(self.path / "summary.json", _json(summary), REMEDY)
 
-    def _lines(self, name: str) -> list[dict]:
-        text = (self.path / name).read_text(encoding="utf-8")
-        return [json.loads(line) for line in text.splitlines()]
+    def _read(self, name: str, parse: Callable[[str], object]):
+        try:
+            return parse((self.path / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise DataError(f"cannot read {self.path / name}: {reason}") from None
+
+
+def _lines(text: str) -> list[dict]:
+    """The JSON values of the lines; a last line without its end is still being written."""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def _json(document: dict) -> str:

@@ -129,10 +129,10 @@ def probe(
 
 def probe_figure(document: dict):
     """The result of `probe` as a figure: a panel per number, a line per timestep."""
-    figure, grid = new_figure(1, len(PANELS), width=17, height=3.6)
+    figure, grid = new_figure(len(PANELS), width=17, height=3.6)
     pixels, *rows = document["rows"]
     timesteps = dict.fromkeys(row["timestep"] for row in rows)
-    for axes, name in zip(grid[0], PANELS, strict=True):
+    for axes, name in zip(grid, PANELS, strict=True):
         axes.set_title(name.replace("_", " "))
         for timestep in timesteps:
             shown = [row for row in rows if row["timestep"] == timestep]
@@ -142,7 +142,7 @@ def probe_figure(document: dict):
             axes.axhline(pixels[name], color="grey", linestyle=":", label="raw pixels")
             axes.set_ylim(0, 1)
         axes.tick_params(axis="x", rotation=90)
-    grid[0, 0].legend(fontsize="small")
+    grid[0].legend(fontsize="small")
     lines = [f"{document['dataset']} by {document['source']}", *document["notes"]]
     figure.suptitle("\n".join(lines), fontsize="small")
     return figure

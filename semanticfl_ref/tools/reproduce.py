@@ -1,10 +1,9 @@
 """Published results of the paper: their settings, and their numbers beside ours."""
 
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import fmean
 
 from semanticfl_ref.config.resolve import resolve
 from semanticfl_ref.config.settings import Config
@@ -87,11 +86,11 @@ def fetch(config: Config, offline: bool, say: Say) -> None:
         raise DownloadError("; and ".join(missing))
 
 
-def listing(results: Mapping[str, Published]) -> str:
+def listing(results: dict[str, dict]) -> str:
     """The published results, one per line."""
     return "\n".join(
-        f"{name:<18}{result.title}: "
-        + ", ".join(f"{method} {value}" for method, value in result.accuracy.items())
+        f"{name:<18}{result['title']}: "
+        + ", ".join(f"{method} {value}" for method, value in result["accuracy"].items())
         for name, result in results.items()
     )
 
@@ -103,28 +102,7 @@ def side_by_side(document: dict) -> str:
         document: as `reproduce` returns it, with the number of seeds and the changed settings.
     """
     from semanticfl_ref.tools.compare.tables import mean_and_deviation
+    from semanticfl_ref.tools.report.page import render
 
-    own = next(iter(document["ours"].values()))
-    lines = [
-        f"**{document['title']}**",
-        "",
-        f"| method | published | ours, last round | ours, mean of the last {own['averaged']} | "
-        f"difference |",
-        "|" + " --- |" * 5,
-    ]
-    for method, accuracy in document["accuracy"].items():
-        own = document["ours"][method]
-        last, mean = own["last"], own["mean_of_last"]
-        lines.append(
-            f"| {method} | {accuracy:.2f} | {mean_and_deviation(last)} | "
-            f"{mean_and_deviation(mean)} | {fmean(mean) - accuracy:+.2f} |"
-        )
-    lines += [
-        "",
-        f"Accuracy in %; ours: seeds {document['seeds']}, rounds {own['rounds']}, never the best "
-        f"round. The published numbers are from a second-hand summary.",
-        f"Not known of the published set-up: {'; '.join(document['unknown'])}.",
-    ]
-    if document["changed"]:
-        lines.append(f"Changed settings: {', '.join(document['changed'])}.")
-    return "\n".join(lines)
+    folder = Path(__file__).parent
+    return render(folder, "reproduce.md.jinja", spread=mean_and_deviation, **document)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from semanticfl_ref.config.resolve import resolve
+from semanticfl_ref.config.resolve import is_embedded, resolve
 from semanticfl_ref.config.settings import Config
 from semanticfl_ref.errors import UserError
 
@@ -56,7 +56,7 @@ class Grid:
     imports: Sequence[Path] = ()
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Run:
     """One run of a grid: its entries, its seed, its configuration and its folder."""
 
@@ -71,7 +71,8 @@ def plan(grid: Grid) -> list[Run]:
     """The runs of a grid, seed by seed: an interrupted grid has whole seeds.
 
     Raises:
-        UserError: an unknown name, a malformed entry, a setting out of range, a duplicate run.
+        UserError: an unknown name, a malformed entry, a setting out of range, a duplicate run, or a
+            result to report that a run will not have.
     """
     threads = max(1, (os.cpu_count() or 1) // grid.workers) if grid.workers > 1 else 0
     shared = {"run.threads": threads, **grid.settings}
@@ -80,17 +81,16 @@ def plan(grid: Grid) -> list[Run]:
     for seed, scenario, method in product(range(grid.seeds), scenarios, grid.methods):
         own = scenario_settings(scenario) if grid.scenarios else {}
         config = resolve({**shared, **own, **method_settings(method), "run.seed": seed})
-        name = f"{_slug(method)}-{_slug(scenario)}-{config.federation.rounds}-seed{seed}"
-        folder = grid.out / "runs" / name
+        _check_reported(grid, config)
+        name = f"{method}-{scenario}-{config.federation.rounds}-seed{seed}"
+        folder = grid.out / "runs" / re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-")
         if folder in runs:
             first = runs[folder]
             raise UserError(
                 f"duplicate run: {first.method} in {first.scenario} and {method} in {scenario}; "
                 f"leave one out"
             )
-        runs[folder] = Run(
-            method=method, scenario=scenario, seed=seed, config=config, folder=folder
-        )
+        runs[folder] = Run(method, scenario, seed, config, folder)
     return list(runs.values())
 
 
@@ -143,6 +143,19 @@ def scenario_settings(entry: str) -> dict[str, object]:
     return settings | assignments
 
 
+def _check_reported(grid: Grid, config: Config) -> None:
+    """Refuse, before anything is trained, to report what the run will not have."""
+    data, rounds = config.data, config.federation.rounds
+    if grid.part == "validation" and data.validation_share == 0 and not is_embedded(config):
+        raise UserError(
+            f"--part validation: {data.name} has no validation part; set training images aside "
+            f"with --set data.validation_share=0.1"
+        )
+    for after in grid.at:
+        if not 1 <= after <= rounds:
+            raise UserError(f"--at {after}: choose 1 to {rounds}, or raise --rounds")
+
+
 def _parts(entry: str) -> tuple[str, dict[str, str]]:
     """The name of an entry, and the settings in its brackets."""
     parts = re.fullmatch(r"([^\[\]]+?)(?:\[((?:[^\[\]=;]+=[^\[\];]*;?\s*)*)\])?", entry)
@@ -150,7 +163,3 @@ def _parts(entry: str) -> tuple[str, dict[str, str]]:
         raise UserError(f"{entry!r}: expected NAME or NAME[section.field=value;...]")
     assignments = re.findall(r"([^=;\s]+)\s*=\s*([^;]*?)\s*(?:;|$)", parts[2] or "")
     return parts[1].strip(), dict(assignments)
-
-
-def _slug(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-")

@@ -5,6 +5,7 @@ Accuracies are in per cent. What counts of a run is its last round, or the mean 
 rounds; never its best round.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -94,22 +95,18 @@ def compare(runs: Sequence[Run], grid: Grid) -> Comparison:
     """The comparison of a grid's finished runs."""
     key = f"{grid.part}_accuracy"
     scenarios = list(dict.fromkeys(run.scenario for run in runs))
-    ordered = sorted(runs, key=lambda run: scenarios.index(run.scenario))
-    histories = [(run, RunFolder(run.folder).rounds()) for run in ordered]
-
-    def select(method: str, group: str, after: int | None = None) -> list[Rounds]:
-        return [
-            rounds[:after]
-            for run, rounds in histories
-            if run.method == method and group in (run.scenario, POOLED)
-        ]
-
-    def result(after: int | None, group: str, method: str) -> Result:
-        own = select(method, group, after)
-        baseline = None if method == grid.baseline else select(grid.baseline, group, after)
-        return _result(group, method, own, baseline, key)
-
+    # Scenario, or POOLED, and method -> the rounds of each run.
+    histories: dict[tuple[str, str], list[Rounds]] = defaultdict(list)
+    for run in sorted(runs, key=lambda run: scenarios.index(run.scenario)):
+        rounds = RunFolder(run.folder).rounds()
+        histories[run.scenario, run.method].append(rounds)
+        histories[POOLED, run.method].append(rounds)
+    results = []
     groups = [*scenarios, POOLED] if len(scenarios) > 1 else scenarios
+    for after, scenario in product(grid.at or [None], groups):
+        cut = {m: [rounds[:after] for rounds in histories[scenario, m]] for m in grid.methods}
+        for method in grid.methods:
+            results.append(_result(scenario, method, cut[method], cut[grid.baseline], key))
     environment = RunFolder(runs[0].folder).read("environment.json")
     return Comparison(
         part=grid.part,
@@ -118,23 +115,22 @@ def compare(runs: Sequence[Run], grid: Grid) -> Comparison:
         seeds=list(range(grid.seeds)),
         dataset=runs[0].config.data.name,
         machine={name: environment[name] for name in MACHINE},
-        results=[result(*which) for which in product(grid.at or [None], groups, grid.methods)],
+        results=results,
         curves={
-            scenario: {method: _curve(select(method, scenario), key) for method in grid.methods}
+            scenario: {method: _curve(histories[scenario, method], key) for method in grid.methods}
             for scenario in scenarios
         },
     )
 
 
-def gain(differences: Sequence[float]) -> Gain:
+def gain(differences: list[float]) -> Gain:
     """The mean of paired differences and its bootstrap interval; the resampling is seeded."""
     low = high = None
     if len(differences) > 1:
-        size = (RESAMPLES, len(differences))
-        samples = np.random.default_rng(0).choice(np.asarray(differences), size=size)
+        samples = np.random.default_rng(0).choice(differences, (RESAMPLES, len(differences)))
         low, high = np.percentile(samples.mean(axis=1), (2.5, 97.5)).tolist()
     wins = sum(difference > 0 for difference in differences)
-    return Gain(mean=fmean(differences), low=low, high=high, wins=wins, values=list(differences))
+    return Gain(mean=fmean(differences), low=low, high=high, wins=wins, values=differences)
 
 
 def mean_of_last(rounds: Rounds, key: str) -> float:
@@ -148,13 +144,10 @@ def standard_deviation(values: Sequence[float]) -> float | None:
 
 
 def _result(
-    scenario: str, method: str, own: list[Rounds], baseline: list[Rounds] | None, key: str
+    scenario: str, method: str, own: list[Rounds], baseline: list[Rounds], key: str
 ) -> Result:
-    means = [mean_of_last(rounds, key) for rounds in own]
-    paired = None
-    if baseline is not None:
-        others = [mean_of_last(rounds, key) for rounds in baseline]
-        paired = gain([mean - other for mean, other in zip(means, others, strict=True)])
+    means, others = ([mean_of_last(rounds, key) for rounds in runs] for runs in (own, baseline))
+    differences = [mean - other for mean, other in zip(means, others, strict=True)]
     sent = [sum(line["bytes_down"] + line["bytes_up"] for line in rounds) for rounds in own]
     return Result(
         scenario=scenario,
@@ -165,7 +158,7 @@ def _result(
         mean_of_last=means,
         worst_client=[100 * min(rounds[-1]["client_accuracy"]) for rounds in own],
         bytes_sent=round(fmean(sent)),
-        gain=paired,
+        gain=None if own is baseline else gain(differences),
     )
 
 

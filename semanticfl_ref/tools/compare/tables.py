@@ -2,47 +2,34 @@
 
 import csv
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
 from statistics import fmean
 
-from semanticfl_ref.formatting import format_bytes
-from semanticfl_ref.tools.compare.statistics import POOLED, Comparison, Result, standard_deviation
+from semanticfl_ref.tools.compare.statistics import POOLED, Comparison, standard_deviation
+from semanticfl_ref.tools.report.page import render
 
 COLUMNS = (
     *("scenario", "method", "seed", "rounds", "averaged"),
     *("last_round", "mean_of_last", "worst_client", "difference"),
 )
-NOTES = """\
-Numbers are mean ± standard deviation over seeds (for all scenarios: over scenarios and seeds).
-Differences are between means of the last rounds, in percentage points, paired by scenario and seed;
-wins are differences above zero. In brackets: the 95 % bootstrap interval of the mean difference,
-which is too narrow with few pairs and not corrected for the number of methods. Runs of one scenario
-and seed share partition, sampled clients, initial weights and batches, unless a method's own
-settings change them."""
 
 
 def markdown(comparison: Comparison, command: str | None = None) -> str:
     """A table per scenario, one over all scenarios, and below them what was run and where."""
-    tables: dict[str, list[Result]] = {}
-    for result in comparison.results:
-        heading = result.scenario
-        if comparison.at:
-            heading += f", after round {result.rounds}"
-        tables.setdefault(heading, []).append(result)
-    lines = []
-    for heading, results in tables.items():
-        lines += [f"**{heading}**", "", *_table(comparison, results), ""]
-    curves = [curve for curves in comparison.curves.values() for curve in curves.values()]
-    rounds = _numbers(len(curve["mean"]) for curve in curves)
-    lines += [
-        f"{comparison.dataset}, {comparison.part} accuracy in %; seeds: {len(comparison.seeds)}, "
-        f"rounds: {rounds}.",
-        NOTES,
-        _machine(comparison.machine),
-    ]
-    if command:
-        lines += ["", f"    {command}"]
-    return "\n".join(lines)
+    # Without `at`, one table holds what methods with different numbers of rounds reached.
+    tables = groupby(comparison.results, lambda r: (r.scenario, comparison.at and r.rounds))
+    curves = [curve for methods in comparison.curves.values() for curve in methods.values()]
+    return render(
+        Path(__file__).parent,
+        "comparison.md.jinja",
+        comparison=comparison,
+        tables=[list(results) for _, results in tables],
+        rounds=sorted({len(curve["mean"]) for curve in curves}),
+        command=command,
+        spread=mean_and_deviation,
+    )
 
 
 def csv_text(comparison: Comparison) -> str:
@@ -60,7 +47,7 @@ def csv_text(comparison: Comparison) -> str:
         values = (result.last, result.mean_of_last, result.worst_client, differences)
         for seed, *numbers in zip(comparison.seeds, *values, strict=True):
             about = (result.scenario, result.method, seed, result.rounds, result.averaged)
-            writer.writerow([*about, *map("{:.4f}".format, numbers)])
+            writer.writerow([*about, *(f"{number:.4f}" for number in numbers)])
     return buffer.getvalue()
 
 
@@ -68,34 +55,3 @@ def mean_and_deviation(values: Sequence[float]) -> str:
     """Mean ± standard deviation; the mean alone for a single value."""
     deviation = standard_deviation(values)
     return f"{fmean(values):.1f}" + (f" ± {deviation:.1f}" if deviation is not None else "")
-
-
-def _table(comparison: Comparison, results: list[Result]) -> list[str]:
-    worst = "worst client" if comparison.part == "test" else "worst client (test part)"
-    difference = f"difference to {comparison.baseline}"
-    mean = f"mean of the last {_numbers(result.averaged for result in results)}"
-    header = ["method", "last round", mean, worst, "communication", difference, "wins"]
-    rows = [header, ["---"] * len(header), *map(_cells, results)]
-    return [f"| {' | '.join(row)} |" for row in rows]
-
-
-def _cells(result: Result) -> list[str]:
-    values = map(mean_and_deviation, (result.last, result.mean_of_last, result.worst_client))
-    cells = [result.method, *values, format_bytes(result.bytes_sent)]
-    gain = result.gain
-    if gain is None:
-        return [*cells, "", ""]
-    interval = f" [{gain.low:+.1f}, {gain.high:+.1f}]" if gain.low is not None else ""
-    return [*cells, f"{gain.mean:+.1f}{interval}", f"{gain.wins} of {len(gain.values)}"]
-
-
-def _numbers(values: Iterable[int]) -> str:
-    return " or ".join(map(str, sorted(set(values))))
-
-
-def _machine(machine: dict) -> str:
-    versions = [f"{name} {version}" for name, version in machine["versions"].items() if version]
-    return (
-        f"{machine['device']} ({machine['processor']}), {machine['precision']}, threads per run: "
-        f"{machine['threads']}, Python {machine['python']}, {', '.join(versions)}."
-    )

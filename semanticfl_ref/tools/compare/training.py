@@ -27,10 +27,9 @@ def train_all(runs: Sequence[Run], grid: Grid) -> None:
         KeyboardInterrupt: after all runs have saved a checkpoint.
     """
     waiting = [run for run in runs if not is_finished(run)]
-    done = len(runs) - len(waiting)
-    bar = tqdm(total=len(runs), initial=done, desc="runs", unit="run", file=sys.stderr)
+    bar = tqdm(total=len(runs), initial=len(runs) - len(waiting), desc="runs", unit="run")
     processes: list[subprocess.Popen] = []
-    failures: list[UserError] = []
+    failures: dict[str, int] = {}  # message -> exit code
     stop = threading.Event()
 
     def train(run: Run) -> None:
@@ -43,7 +42,7 @@ def train_all(runs: Sequence[Run], grid: Grid) -> None:
         _, messages = process.communicate()
         if process.returncode:
             stop.set()
-            failures.append(_failure(run, process.returncode, messages))
+            failures[_failure(run, process.returncode, messages)] = max(process.returncode, 1)
         else:
             bar.update()
 
@@ -58,8 +57,8 @@ def train_all(runs: Sequence[Run], grid: Grid) -> None:
                 "interrupted; finished runs are kept, and the same command resumes the others"
             ) from None
     if failures:
-        error = UserError("; and ".join(map(str, failures)))
-        error.exit_code = failures[0].exit_code
+        error = UserError("; and ".join(failures))
+        error.exit_code = next(iter(failures.values()))
         raise error
 
 
@@ -72,10 +71,10 @@ def is_finished(run: Run) -> bool:
     if not run.folder.exists():
         return False
     folder = RunFolder(run.folder)
-    there, here = to_flat(folder.config("--out")), to_flat(run.config)
+    there = to_flat(folder.config("--out"))
     differing = [
         f"{name} = {there[name]!r} there, {value!r} here"
-        for name, value in here.items()
+        for name, value in to_flat(run.config).items()
         if there[name] != value
     ]
     if differing:
@@ -88,15 +87,13 @@ def is_finished(run: Run) -> bool:
 
 def start(run: Run, grid: Grid) -> subprocess.Popen:
     """Start or resume a run in a child process."""
-    command = [sys.executable, "-m", "semanticfl_ref", "train"]
-    command += [f"--import={file}" for file in grid.imports]
-    command += ["--offline"] * grid.offline
+    flags = [f"--import={file}" for file in grid.imports] + ["--offline"] * grid.offline
     if run.folder.exists():
-        command += ["--resume", str(run.folder)]
+        flags += ["--resume", str(run.folder)]
     else:
-        command += [*to_flags(run.config), "--out", str(run.folder)]
+        flags += [*to_flags(run.config), "--out", str(run.folder)]
     return subprocess.Popen(
-        command,
+        [sys.executable, "-m", "semanticfl_ref", "train", *flags],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
@@ -107,12 +104,10 @@ def start(run: Run, grid: Grid) -> subprocess.Popen:
     )
 
 
-def _failure(run: Run, code: int, messages: str) -> UserError:
-    """The error of a run that ended with a nonzero exit code."""
+def _failure(run: Run, code: int, messages: str) -> str:
+    """What is said of a run that ended with a nonzero exit code."""
     reason = (messages.strip().splitlines() or ["no message"])[-1]
     if code < 0:  # the last line is a progress bar
         reason = f"killed by signal {-code}"
     reason = reason.removeprefix("semanticfl_ref: error: ")
-    error = UserError(f"the run {run.method}, {run.scenario}, seed {run.seed} failed: {reason}")
-    error.exit_code = max(code, 1)
-    return error
+    return f"the run {run.method}, {run.scenario}, seed {run.seed} failed: {reason}"

@@ -8,6 +8,7 @@ import re
 import warnings
 from pathlib import Path
 
+from semanticfl_ref.config.registry import METHODS
 from semanticfl_ref.errors import UserError
 from semanticfl_ref.storage import write_atomic
 
@@ -23,6 +24,7 @@ COLOURS = (
     "#7F7F7F",
     "#000000",
 )
+STYLES = ("-", "--", ":", "-.", (0, (8, 2)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 4)))  # of lines
 # matplotlib's colour -> the page's, which is light or dark.
 PAGE_COLOURS = {
     "#000000": "currentColor",
@@ -62,16 +64,28 @@ def need_matplotlib(flag: str, path: Path) -> None:
         )
 
 
-def new_figure(rows: int = 1, columns: int = 1, *, width: float, height: float, **options):
-    """A matplotlib figure of `width` x `height` inches and its axes, an array [rows, columns].
+def method_colour(entry: str) -> str:
+    """The colour of a method in every figure: the palette's, in the order of registration, over and
+    over.
+
+    Args:
+        entry: a method's name, with or without settings in brackets.
+    """
+    name = entry.partition("[")[0]
+    order = list(dict.fromkeys((*METHODS, name)))
+    return COLOURS[order.index(name) % len(COLOURS)]
+
+
+def new_figure(panels: int = 1, *, width: float, height: float, **options):
+    """A matplotlib figure of `width` x `height` inches and the axes of its panels, side by side.
 
     It is made outside of pyplot, so that nothing global changes.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False, **options)
-    for axis in axes.flat:
+    axes = figure.subplots(1, panels, squeeze=False, **options)[0]
+    for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.set_prop_cycle(color=COLOURS)
     return figure, axes

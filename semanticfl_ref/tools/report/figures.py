@@ -9,14 +9,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from semanticfl_ref.run.summary import names_in
-from semanticfl_ref.tools.colours import method_colour
-from semanticfl_ref.tools.report.drawing import COLOURS, new_figure
+from semanticfl_ref.tools.report.drawing import COLOURS, STYLES, method_colour, new_figure
 from semanticfl_ref.tools.report.runs import Run
 
 WIDTH, HEIGHT = 5.0, 3.3  # inches: two side by side on a desktop, one on a phone, still readable
 MOST_CLIENTS, MOST_CLASSES = 100, 2 * len(COLOURS)  # that stacked bars can show; else a map
 NAMED = 24  # rows of a map, or bars, that carry their names
-STYLES = ("-", "--", ":", "-.")  # of several lines in one colour
 PERCENT = "{x:.0%}"
 SHARES = {"vmin": 0, "vmax": 1, "format": PERCENT}  # of a map
 SENT = "sent so far, MiB"
@@ -38,15 +36,12 @@ def run_figures(run: Run) -> dict:
         "partition": partition_figure(run.partition, run.class_names),
         "classes": _accuracy_map(run, "class", run.class_names),
         "clients": _accuracy_map(run, "client", range(run.partition["clients"])),
-        "drift": _drift_figure(run),
-        "update_alignment": _alignment_figure(run),
+        **_drift_figures(run),
+        **_term_figures(run),
     }
-    for key, label in TERM_FIGURES.items():
-        if any(value is not None for row in run.rows for value in row[key].values()):
-            figures[key] = _terms_figure(run, key, label)
     if "confusion" in run.summary:
         figures["confusion"] = _confusion_map(run)
-    return figures
+    return {name: figure for name, figure in figures.items() if figure}
 
 
 def comparison_figures(runs: dict[str, Run]) -> dict:
@@ -78,11 +73,12 @@ def partition_figure(manifest: dict, class_names: list[str]):
     # One outline per class, with gaps of height zero between the clients: with a shape per bar, a
     # file would hold a thousand of them.
     edges = [m + side for m in range(clients) for side in (-0.42, 0.42)]
-    for c, top_M in enumerate(counts_CM.cumsum(axis=0)):
+    heights = np.insert(counts_CM, range(1, clients), 0, axis=1)
+    for c, top in enumerate(heights.cumsum(axis=0)):
         axes.stairs(
-            _with_gaps(top_M),
+            top,
             edges,
-            baseline=_with_gaps(top_M - counts_CM[c]),
+            baseline=top - heights[c],
             fill=True,
             label=plain(class_names[c]),
             hatch="////" if c >= len(COLOURS) else None,
@@ -124,7 +120,7 @@ def _accuracies(up: str, lines: list[tuple], across: str = "round", band=None):
         style = STYLES[methods.count(run.method) % len(STYLES)]
         methods.append(run.method)
         x = run.sent if across == SENT else run.rounds
-        axes.plot(x, values, style, color=method_colour(run.method), label=plain(label))
+        axes.plot(x, values, color=method_colour(run.method), linestyle=style, label=plain(label))
     if not methods:
         return None
     if band is not None:
@@ -136,42 +132,43 @@ def _accuracies(up: str, lines: list[tuple], across: str = "round", band=None):
     return _with_legend(axes)
 
 
-def _terms_figure(run: Run, key: str, label: str):
-    """A line per loss term; a term has one colour in all of these figures."""
-    axes = _panel("round", label)
-    for term in names_in(row["terms"] for row in run.rows):
-        values_R = np.array([row[key].get(term) for row in run.rows], dtype=float)
-        # A term that is not in this figure takes its colour without a label.
-        label = term.replace("_", " ") if np.isfinite(values_R).any() else None
-        axes.plot(run.rounds, values_R, label=label)
-    if key == "gradient_share":
-        _percent_axis(axes)
-    elif key == "gradient_cosine":
-        axes.set_ylim(-1, 1)
-    elif key == "terms" and axes.dataLim.ymin > 0:
-        axes.set_yscale("log", subs=())
-        axes.yaxis.get_major_locator().set_params(subs=(1, 2, 5))
-        axes.yaxis.set_major_formatter("{x:g}")
-    return _with_legend(axes)
+def _term_figures(run: Run) -> dict:
+    """Figures with a line per loss term, which has one colour in all of them."""
+    figures = {}
+    for key, label in TERM_FIGURES.items():
+        axes = _panel("round", label)
+        for term in names_in(row["terms"] for row in run.rows):
+            values_R = np.array([row[key].get(term) for row in run.rows], dtype=float)
+            # A term that is not in this figure takes its colour without a label.
+            name = term.replace("_", " ") if np.isfinite(values_R).any() else None
+            axes.plot(run.rounds, values_R, label=name)
+        if key == "gradient_share":
+            _percent_axis(axes)
+        elif key == "gradient_cosine":
+            axes.set_ylim(-1, 1)
+        elif key == "terms" and axes.dataLim.ymin > 0:
+            axes.set_yscale("log", subs=())
+            axes.yaxis.get_major_locator().set_params(subs=(1, 2, 5))
+            axes.yaxis.set_major_formatter("{x:g}")
+        figures[key] = _with_legend(axes)
+    return figures
 
 
-def _drift_figure(run: Run):
-    axes, drift = _panel("round", "norm of the update"), [row["drift"] for row in run.rows]
+def _drift_figures(run: Run) -> dict:
+    """How far clients moved, and how much of that their average did."""
+    drift = [row["drift"] for row in run.rows]
     # A client that was dropped has no norm.
     norms_RK = np.ma.masked_invalid(np.array([d["update_norm"] for d in drift], dtype=float))
-    axes.plot(run.rounds, norms_RK.mean(axis=1), label="mean over clients")
-    axes.plot(run.rounds, [d["mean_update_norm"] for d in drift], label="their average")
-    _band(axes, "smallest to largest", norms_RK)
-    axes.set_ylim(0, None)
-    return _with_legend(axes)
-
-
-def _alignment_figure(run: Run):
-    axes = _panel("round", "update alignment")
-    alignment = [row["drift"]["update_alignment"] for row in run.rows]
-    axes.plot(run.rounds, alignment, label="update alignment")
-    axes.set_ylim(0, 1)
-    return _with_legend(axes)
+    moved = _panel("round", "norm of the update")
+    moved.plot(run.rounds, norms_RK.mean(axis=1), label="mean over clients")
+    moved.plot(run.rounds, [d["mean_update_norm"] for d in drift], label="their average")
+    _band(moved, "smallest to largest", norms_RK)
+    moved.set_ylim(0, None)
+    aligned = _panel("round", "update alignment")
+    alignment = [d["update_alignment"] for d in drift]
+    aligned.plot(run.rounds, alignment, label="update alignment")
+    aligned.set_ylim(0, 1)
+    return {"drift": _with_legend(moved), "update_alignment": _with_legend(aligned)}
 
 
 def _accuracy_map(run: Run, what: str, names: Sequence):
@@ -199,7 +196,7 @@ def _map(axes, values, label: str, names: Sequence, format: str | None = None, *
 
 
 def _panel(across: str, up: str):
-    axes = new_figure(width=WIDTH, height=HEIGHT)[1].item()
+    axes = new_figure(width=WIDTH, height=HEIGHT)[1][0]
     axes.set(xlabel=across, ylabel=up, axisbelow=True)
     axes.xaxis.get_major_locator().set_params(integer=across != SENT, min_n_ticks=1)
     axes.grid(axis="y", linewidth=0.5)
@@ -225,15 +222,15 @@ def _percent_axis(axes) -> None:
 
 
 def _with_legend(axes):
-    """The figure with a legend above; further lines of the legend make it higher."""
-    lines, labels = axes.get_legend_handles_labels()
+    """The figure with a legend above, which makes it higher; None if nothing has a label."""
+    labels = axes.get_legend_handles_labels()[1]
+    if not labels:
+        return None
     for line in axes.lines:
         line.set_marker("o" if len(line.get_xdata()) == 1 else "")
     columns = 3 if max(map(len, labels)) <= 20 else 1
     axes.figure.set_figheight(HEIGHT + 0.2 * ((len(labels) - 1) // columns))
     axes.figure.legend(
-        lines,
-        labels,
         loc="outside upper left",
         ncols=columns,
         fontsize="small",
@@ -246,7 +243,3 @@ def _with_legend(axes):
 def _name(set_ticks, names: Sequence, **options) -> None:
     if len(names) <= NAMED:
         set_ticks(range(len(names)), [plain(str(name)) for name in names], **options)
-
-
-def _with_gaps(heights_M: np.ndarray) -> np.ndarray:
-    return np.insert(heights_M, range(1, len(heights_M)), 0)

@@ -32,7 +32,9 @@ def write_report(run: Run) -> Path:
         with write_errors(folder):
             folder.mkdir(exist_ok=True)
         for name, figure in run_figures(run).items():
-            figures[name] = _inline(figure, folder / f"{name}.png", folder / f"{name}.svg")
+            svg = folder / f"{name}.svg"
+            save_figure(figure, folder / f"{name}.png", svg)
+            figures[name] = inline_svg(svg.read_bytes())
     data, last = run.config.data.name, run.rows[-1]
     return _write(
         run.path / REPORT,
@@ -67,7 +69,9 @@ def write_comparison(runs: list[Run], file: Path) -> Path:
         f"{len(runs)} runs",
         runs=named,
         link=lambda run: os.path.relpath(run.path / REPORT, file.parent),
-        figures={name: _inline(figure) for name, figure in drawn.items() if figure},
+        figures={
+            name: inline_svg(encoded(figure, "svg")) for name, figure in drawn.items() if figure
+        },
         settings={name: [values[name] for values in flat] for name in flat[0]},
     )
 
@@ -83,12 +87,6 @@ def _write(file: Path, template: str, title: str, **context) -> Path:
     )
     write_atomic(file, page.encode("utf-8", "replace"), "choose another place for the page")
     return file
-
-
-def _inline(figure, *places: Path) -> str:
-    """A figure as SVG for a page; also written to `places`, of which the last is SVG."""
-    save_figure(figure, *places)
-    return inline_svg(places[-1].read_bytes() if places else encoded(figure, "svg"))
 
 
 def _listed(accuracies: list[float | None]) -> list[int]:

@@ -1,13 +1,12 @@
 """Recorded runs: what a run folder says, read without torch."""
 
-import json
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
 from semanticfl_ref.config.settings import Config
 from semanticfl_ref.errors import DataError, UserError
-from semanticfl_ref.run.folder import METRICS, TIMINGS, RunFolder
+from semanticfl_ref.run.folder import METRICS, RunFolder
 from semanticfl_ref.run.summary import summarise
 
 # What every line of metrics.jsonl has; own_accuracy is recorded with held-out images only.
@@ -78,13 +77,18 @@ def read_run(path: Path) -> Run:
         UserError: no round is finished yet, or the method was not imported.
     """
     folder = RunFolder(path)
-    config, rows = folder.config("report"), _rows(path / METRICS)
+    config, rows, seconds = folder.config("report"), folder.rounds(), folder.seconds()
+    numbers = [row["round"] for row in rows if isinstance(row, dict) and row.keys() >= RECORDED]
+    if numbers != list(range(1, len(rows) + 1)):
+        raise DataError(
+            f"{path / METRICS} does not hold a run's rounds, one per line, from 1 on: it was "
+            f"changed or damaged"
+        )
     if not rows:
         raise UserError(
             f"{path} has no finished round, so there is nothing to report: wait for the first, or "
             f"continue the run with train --resume {path}"
         )
-    seconds = sum(timing["seconds"] for timing in _lines(path / TIMINGS)[: len(rows)])
     partition = folder.read("partition.json")
     try:
         names = [printable(name) for name in partition["class_names"]]
@@ -108,23 +112,3 @@ def read_run(path: Path) -> Run:
 def printable(text: str) -> str:
     """The text with a replacement character for each that cannot be printed."""
     return "".join(letter if letter.isprintable() else "\ufffd" for letter in text)
-
-
-def _rows(path: Path) -> list[dict]:
-    rows = _lines(path)
-    whole = all(isinstance(row, dict) and row.keys() >= RECORDED for row in rows)
-    if not whole or [row["round"] for row in rows] != list(range(1, len(rows) + 1)):
-        raise DataError(
-            f"{path} does not hold a run's rounds, one per line, from 1 on: it was changed or "
-            f"damaged"
-        )
-    return rows
-
-
-def _lines(path: Path) -> list:
-    """The JSON values of the lines; a last line without its end is still being written."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        return [json.loads(line) for line in lines if line.endswith("\n")]
-    except (OSError, ValueError) as error:
-        raise DataError(f"cannot read {path}: {getattr(error, 'strerror', error)}") from None

@@ -98,7 +98,7 @@ def test_refusals(methods, scenarios, words, tmp_path):
         (["--method", "fedavg"], "--methods"),
         (["--seed", "3"], "--seeds"),
         (["--scenario", "iid"], "--scenarios"),
-        (["--methods", ""], "--methods '' is empty: give at least one of fedavg, fedprox"),
+        (["--methods", ""], "--methods '' is empty: give at least one of fedavg, semanticfl"),
         (["--methods", " ,"], "--methods ' ,' is empty"),
         (["--methods", "fedavgg"], "did you mean 'fedavg'"),
         (["--scenarios", ""], "--scenarios '' is empty: give at least one of iid, nid1"),

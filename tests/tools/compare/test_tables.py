@@ -5,11 +5,11 @@ import io
 
 import pytest
 
-from semanticfl_ref.tools.colours import method_colour
-from semanticfl_ref.tools.compare import figures
-from semanticfl_ref.tools.compare.figures import draw_curves, draw_gains
+from semanticfl_ref.tools.compare.experiment import write
+from semanticfl_ref.tools.compare.figures import curves_figure, gains_figure
 from semanticfl_ref.tools.compare.statistics import compare
 from semanticfl_ref.tools.compare.tables import csv_text, markdown
+from semanticfl_ref.tools.report.drawing import method_colour, save_figure
 
 TWO = {
     "fedavg": {"iid": [[0.5] * 5, [0.6] * 5], "nid2": [[0.2] * 5, [0.3] * 5]},
@@ -67,10 +67,10 @@ def test_csv_has_a_line_per_run(finished_grid):
 def test_figures(finished_grid, tmp_path):
     pytest.importorskip("matplotlib")
     comparison = compare(*finished_grid(TWO))
-    for draw in (draw_curves, draw_gains):
+    for draw in (curves_figure, gains_figure):
         files = [tmp_path / name for name in ("a.png", "b.png", "a.svg", "b.svg")]
-        draw(comparison, *files[::2])
-        draw(comparison, *files[1::2])
+        save_figure(draw(comparison), *files[::2])
+        save_figure(draw(comparison), *files[1::2])
         contents = [file.read_bytes() for file in files]
         assert contents[0] == contents[1], "the same numbers are the same bytes"
         assert contents[2] == contents[3], "the same numbers are the same bytes"
@@ -79,15 +79,12 @@ def test_figures(finished_grid, tmp_path):
     assert b"all scenarios" in contents[2], "the gains have a panel over all"
 
 
-def test_settings_change_the_line_but_not_the_colour(finished_grid, tmp_path, monkeypatch):
+def test_settings_change_the_line_but_not_the_colour(finished_grid):
     """Of a method in curves and in gains, whatever it is compared with."""
     to_hex = pytest.importorskip("matplotlib.colors").to_hex
     entries = ["moon", "semanticfl", "moon[moon.mu=5]", "moon[moon.mu=1;moon.tau=1]"]
-    drawn = []
-    monkeypatch.setattr(figures, "save_figure", lambda figure: drawn.append(figure.axes[0]))
     comparison = compare(*finished_grid({entry: {"iid": [[0.5]]} for entry in entries}))
-    draw_curves(comparison)
-    draw_gains(comparison)
+    drawn = [draw(comparison).axes[0] for draw in (curves_figure, gains_figure)]
     moon, semanticfl = method_colour("moon"), method_colour("semanticfl")
     lines = [(line.get_color(), line.get_linestyle()) for line in drawn[0].get_lines()]
     assert lines == [(moon, "-"), (semanticfl, "-"), (moon, "--"), (moon, ":")]
@@ -98,7 +95,6 @@ def test_settings_change_the_line_but_not_the_colour(finished_grid, tmp_path, mo
 def test_a_single_method_has_no_gains(finished_grid, tmp_path):
     pytest.importorskip("matplotlib")
     comparison = compare(*finished_grid({"fedavg": {"iid": [[0.5]]}}))
-    draw_gains(comparison, tmp_path / "gains.png")
-    assert not (tmp_path / "gains.png").exists()
-    draw_curves(comparison, tmp_path / "curves.png")
+    write(comparison, tmp_path)
+    assert not list(tmp_path.glob("gains.*"))
     assert (tmp_path / "curves.png").exists(), "one seed: a line without a band"

@@ -8,8 +8,7 @@ pytest.importorskip("matplotlib")
 
 from semanticfl_ref.config.registry import METHODS
 from semanticfl_ref.config.resolve import resolve
-from semanticfl_ref.tools.colours import method_colour
-from semanticfl_ref.tools.report.drawing import inline_svg
+from semanticfl_ref.tools.report.drawing import inline_svg, method_colour
 from semanticfl_ref.tools.report.figures import comparison_figures, partition_figure, plain
 from semanticfl_ref.tools.report.runs import read_run
 

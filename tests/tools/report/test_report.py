@@ -1,13 +1,13 @@
-"""`report`: pages that stand alone, of finished, interrupted, damaged and hostile run folders."""
+"""`report`: pages that stand alone, of finished, interrupted and hostile run folders."""
 
 import json
 import shutil
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
+from run_files import change, read, refused, rows_of, write_rows
 
 from semanticfl_ref import cli
 
@@ -56,12 +56,6 @@ class Page(HTMLParser):
         return " ".join(" ".join(self.words).split())
 
 
-@pytest.fixture
-def folder(unbroken_run, tmp_path) -> Path:
-    """A copy of the small run, to be changed."""
-    return Path(shutil.copytree(unbroken_run, tmp_path / "run"))
-
-
 @pytest.fixture(scope="module")
 def drawn(unbroken_run, tmp_path_factory) -> Path:
     """A copy of the small run with its report and figures, to be read."""
@@ -71,39 +65,9 @@ def drawn(unbroken_run, tmp_path_factory) -> Path:
     return copy
 
 
-@pytest.fixture
-def undrawn(monkeypatch):
-    """Without matplotlib, which takes a second per page."""
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-
-
 def reported(folder: Path, *more: str) -> Page:
     assert cli.main(["report", str(folder), *more]) == 0
     return Page(folder / "report.html")
-
-
-def refused(capsys, code: int, *arguments: str) -> str:
-    assert cli.main(["report", *arguments]) == code
-    out, err = capsys.readouterr()
-    assert out == "" and err.count("error: ") == 1 and "Traceback" not in err
-    return err
-
-
-def rows_of(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def write_rows(folder: Path, rows: list[dict], ending: str = "") -> None:
-    lines = [json.dumps(row) + "\n" for row in rows]
-    (folder / "metrics.jsonl").write_text("".join(lines) + ending)
-
-
-def read(file: Path) -> dict:
-    return json.loads(file.read_text())
-
-
-def change(file: Path, **values) -> None:
-    file.write_text(json.dumps({**read(file), **values}))
 
 
 def files_in(folder: Path) -> dict[Path, bytes]:
@@ -191,52 +155,6 @@ def test_an_interrupted_run(folder, capsys, undrawn):
     assert f"{rows[1]['test_accuracy']:.1%} after round 2 of 4" in page.text
     assert "not finished: 2 of 4 rounds" in page.text
     assert "mean of the last 2 rounds" in page.text
-
-
-def test_a_run_without_a_round(folder, capsys):
-    (folder / "summary.json").unlink()
-    write_rows(folder, [])
-    assert "--resume" in refused(capsys, 2, str(folder))
-    assert not (folder / "report.html").exists()
-
-
-@pytest.mark.parametrize(
-    "name, content, words",
-    [
-        ("metrics.jsonl", '{"round": 1}\n', "does not hold a run's rounds"),
-        ("metrics.jsonl", "[1]\n", "does not hold a run's rounds"),
-        ("metrics.jsonl", "{{\n", "cannot read"),
-        ("partition.json", "[]", "partition.json"),
-        ("partition.json", '{"histograms": []}', "partition.json"),
-        ("anchors.json", "nothing", "anchors.json"),
-        ("environment.json", "nothing", "environment.json"),
-        ("summary.json", "{", "summary.json"),
-    ],
-)
-def test_a_damaged_folder_is_one_line(folder, capsys, name, content, words):
-    (folder / name).write_text(content)
-    assert words in refused(capsys, 3, str(folder))
-    assert not (folder / "report.html").exists()
-
-
-def test_rounds_that_are_missing_are_not_drawn_over(folder, capsys):
-    rows = rows_of(folder)
-    write_rows(folder, [rows[0], *rows[2:]])
-    assert "metrics.jsonl" in refused(capsys, 3, str(folder))
-
-
-@pytest.mark.parametrize("name", ["clients", "terms", "drift", "bytes", "client_accuracy"])
-def test_a_round_that_lacks_something_is_damage(folder, capsys, name):
-    first, *rows = rows_of(folder)
-    del first[name]
-    write_rows(folder, [first, *rows])
-    assert "does not hold a run's rounds" in refused(capsys, 3, str(folder))
-
-
-def test_what_is_not_a_run(capsys, tmp_path):
-    assert "no such run folder" in refused(capsys, 3, str(tmp_path / "absent"))
-    assert "config.toml" in refused(capsys, 3, str(tmp_path))
-    assert cli.main(["report"]) == 2
 
 
 def test_nothing_that_a_folder_says_becomes_markup(folder):
@@ -426,9 +344,3 @@ def test_a_page_of_several_needs_several_and_a_place(folder, tmp_path, capsys):
         out = str(tmp_path / name)
         assert words in refused(capsys, 2, str(folder), str(folder), "--out", out)
     assert not (folder / "report.html").exists()
-
-
-def test_a_run_of_a_method_that_is_not_imported(capsys, tmp_path):
-    (tmp_path / "config.toml").write_text('[federation]\nmethod = "fedhalf"\n[fedhalf]\nnu = 0.5\n')
-    said = refused(capsys, 2, str(tmp_path))
-    assert "'fedhalf'" in said and "--import" in said

@@ -1,8 +1,7 @@
 """One colour per method, whatever else is drawn."""
 
 from semanticfl_ref.config.registry import METHODS, register_method
-from semanticfl_ref.tools.colours import method_colour
-from semanticfl_ref.tools.report.drawing import COLOURS
+from semanticfl_ref.tools.report.drawing import COLOURS, method_colour
 
 
 def test_the_methods_of_the_package_differ():
