@@ -14,9 +14,16 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> None:
-    """Small tensors gain nothing from a second thread, and lose much where the cores are busy."""
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Small tensors gain nothing from a second thread, and lose much where the cores are busy.
+
+    A run in this process sets the number of threads, on which the last bits depend.
+    """
+    yield
     torch.set_num_threads(1)
 
 
@@ -29,13 +36,9 @@ def own_cache(tmp_path_factory) -> Iterator[None]:
 
 
 @pytest.fixture
-def job() -> Iterator[list[str]]:
-    """Flags of a job of some seconds. It sets the number of threads, which is put back after a test
-    that ran it in this process.
-    """
-    threads = torch.get_num_threads()
-    yield list(JOB)
-    torch.set_num_threads(threads)
+def job() -> list[str]:
+    """Flags of a job of some seconds."""
+    return list(JOB)
 
 
 @pytest.fixture(scope="session")

@@ -4,8 +4,9 @@ import textwrap
 
 from semanticfl_ref.commands.output import show
 from semanticfl_ref.commands.settings_flags import add_settings, settings_of
+from semanticfl_ref.config.resolve import to_toml
 from semanticfl_ref.config.schema import choices_of
-from semanticfl_ref.config.settings import Config, setting_fields, to_flat, to_toml
+from semanticfl_ref.config.settings import Config, setting_fields, to_flat
 
 HELP = "list: every setting with its value, range and source; show: the configuration as TOML"
 LIMITS = {"low": "at least", "above": "above", "high": "at most"}

@@ -1,4 +1,4 @@
-"""From what a user wrote to a `Config`.
+"""From what a user wrote to a `Config`, and back to TOML.
 
 Later sources override earlier ones: a field's default, the preset of the data set, that of the
 embedded diffusion model, that of the method, a TOML file, flags, `--set section.field=value`.
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from semanticfl_ref.config.presets import EMBEDDED, TINY_MODEL
 from semanticfl_ref.config.registry import DATASETS, METHODS
-from semanticfl_ref.config.schema import convert
+from semanticfl_ref.config.schema import convert, toml_value
 from semanticfl_ref.config.settings import Config, from_flat, setting_fields
 from semanticfl_ref.errors import DataError, UserError
 
@@ -90,3 +90,12 @@ def read_toml(file: Path) -> dict[str, object]:
 def is_embedded(config: Config) -> bool:
     """Whether the data set is embedded in the package, and so known to the embedded model."""
     return DATASETS.entries[config.data.name].preset is EMBEDDED
+
+
+def to_toml(config: Config) -> str:
+    """The configuration as TOML that `resolve(file=...)` reads back to an equal one."""
+    lines = []
+    for section, values in config.sections.items():
+        settings = [f"{key} = {toml_value(value)}" for key, value in vars(values).items()]
+        lines += [f"[{section}]", *settings, ""]
+    return "\n".join(lines)

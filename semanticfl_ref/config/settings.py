@@ -13,10 +13,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-import semanticfl_ref.config.methods
-import semanticfl_ref.config.presets  # noqa: F401  (registers the data sets)
+from semanticfl_ref.config import methods, presets  # noqa: F401  (they register names)
 from semanticfl_ref.config.registry import DATASETS, METHODS, MODELS, SCENARIOS
-from semanticfl_ref.config.schema import Section, convert, option, toml_value
+from semanticfl_ref.config.schema import Section, convert, option
 from semanticfl_ref.errors import UserError, unknown_setting
 
 CONTROLS = ("sd", "shuffled", "permuted", "random", "onehot")
@@ -127,11 +126,7 @@ class DiffusionSettings(Section):
     )
     timestep: int = option(150, "noise level of the U-Net pass", low=0, high=999, source="S")
     pool: int = option(
-        1,
-        "cells per side of the pooled grid; 1: global average, 2: 2x2",
-        low=1,
-        high=4,
-        source="S",
+        1, "cells per side of the pooled grid; 1: global average, 2: 2x2", low=1, high=4, source="S"
     )
     prompt: str = option(
         "a photo of a {}", "caption of a class; {} is replaced by its name", source="S"
@@ -172,9 +167,7 @@ class DiffusionSettings(Section):
 @dataclass(frozen=True, kw_only=True)
 class AnchorsSettings(Section):
     control: str = option(
-        "sd",
-        "source of the anchors; the others are control conditions",
-        choices=CONTROLS,
+        "sd", "source of the anchors; the others are control conditions", choices=CONTROLS
     )
     images: str = option(
         "train",
@@ -394,8 +387,8 @@ def from_flat(values: Mapping[str, object]) -> Config:
         section, _, key = name.partition(".")
         given[section][key] = convert(name, fields[name], value)
     made = {name: type(default)(**given[name]) for name, default in Config().sections.items()}
-    methods = {name: made.pop(name) for name in METHODS if name in made}
-    return Config(**made, methods=MappingProxyType(methods))
+    by_method = {name: made.pop(name) for name in METHODS if name in made}
+    return Config(**made, methods=MappingProxyType(by_method))
 
 
 def to_flat(config: Config) -> dict[str, object]:
@@ -405,12 +398,3 @@ def to_flat(config: Config) -> dict[str, object]:
         for section, values in config.sections.items()
         for key, value in vars(values).items()
     }
-
-
-def to_toml(config: Config) -> str:
-    """The configuration as TOML that `resolve(file=...)` reads back to an equal one."""
-    lines = []
-    for section, values in config.sections.items():
-        settings = [f"{key} = {toml_value(value)}" for key, value in vars(values).items()]
-        lines += [f"[{section}]", *settings, ""]
-    return "\n".join(lines)

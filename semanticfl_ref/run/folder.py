@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from semanticfl_ref.config.registry import METHODS
-from semanticfl_ref.config.resolve import read_toml, resolve
-from semanticfl_ref.config.settings import Config, to_toml
+from semanticfl_ref.config.resolve import read_toml, resolve, to_toml
+from semanticfl_ref.config.settings import Config
 from semanticfl_ref.errors import DataError, MismatchError, UserError
 from semanticfl_ref.storage import write_atomic, write_errors, write_flushed
 

@@ -4,14 +4,13 @@ import pytest
 
 from semanticfl_ref.config.presets import EMBEDDED
 from semanticfl_ref.config.registry import DATASETS
-from semanticfl_ref.config.resolve import resolve
+from semanticfl_ref.config.resolve import resolve, to_toml
 from semanticfl_ref.config.schema import choices_of
 from semanticfl_ref.config.settings import (
     STABLE_DIFFUSION,
     from_flat,
     setting_fields,
     to_flat,
-    to_toml,
 )
 from semanticfl_ref.errors import DataError, UserError
 
