@@ -10,7 +10,7 @@ import torch
 from cache_files import LABELS, NAMES, dataset_of, settings_for
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def small_passes():
     """The tests describe a dozen images: passes of 64 would be mostly filling."""
     from semanticfl_ref.diffusion.backbone import Backbone
@@ -69,7 +69,7 @@ def deep_folder(model_folder, tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def loaded(model_folder):
     from semanticfl_ref.diffusion.backbone import Backbone
 
