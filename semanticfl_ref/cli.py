@@ -25,6 +25,7 @@ from semanticfl_ref.commands import (
     train,
 )
 from semanticfl_ref.commands.output import say
+from semanticfl_ref.config.registry import IMPORTED
 from semanticfl_ref.errors import DataError, UserError, unknown
 
 COMMANDS = {
@@ -53,9 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit code. A user's mistake is one line on stderr."""
     argv = sys.argv[1:] if argv is None else argv
     try:
-        argv, files = run_imports(argv)
-        arguments = parse(argv)
-        arguments.imports = files
+        arguments = parse(run_imports(argv))
         code = COMMANDS[arguments.command].run(arguments)
         sys.stdout.flush()
         return code
@@ -71,11 +70,11 @@ def main(argv: list[str] | None = None) -> int:
         return 0
 
 
-def run_imports(argv: list[str]) -> tuple[list[str], list[Path]]:
+def run_imports(argv: list[str]) -> list[str]:
     """Run the files that --import names, before anything is parsed: they may register names.
 
     Returns:
-        The other arguments, and the files.
+        The other arguments.
 
     Raises:
         DataError: there is no such file.
@@ -93,7 +92,8 @@ def run_imports(argv: list[str]) -> tuple[list[str], list[Path]]:
             raise
         except Exception as error:
             raise UserError(f"--import {file} raised {type(error).__name__}: {error}") from error
-    return others, [file.absolute() for file in found.files]
+    IMPORTED[:] = [file.absolute() for file in found.files]
+    return others
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

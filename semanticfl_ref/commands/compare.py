@@ -5,7 +5,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 from semanticfl_ref.commands.output import say, show
-from semanticfl_ref.commands.settings_flags import add_settings, from_file, given
+from semanticfl_ref.commands.settings_flags import (
+    add_settings,
+    from_file,
+    given,
+    integers,
+    positive,
+)
 from semanticfl_ref.config.registry import METHODS, SCENARIOS
 from semanticfl_ref.errors import UserError
 from semanticfl_ref.tools.compare.grid import Grid, split_entries
@@ -46,7 +52,7 @@ def add_flags(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     )
     parser.add_argument(
         "--at",
-        type=round_numbers,
+        type=integers,
         default=[],
         metavar="N,N",
         help="numbers of rounds after which to report, such as 40,80 (default: the last)",
@@ -59,14 +65,14 @@ def add_grid_flags(parser: argparse.ArgumentParser, out: Path) -> None:
     """The flags of every command that runs an experiment grid."""
     parser.add_argument(
         "--seeds",
-        type=int,
+        type=positive,
         default=3,
         metavar="N",
         help="number of seeds, 0 to N - 1 (default: %(default)s)",
     )
     parser.add_argument(
         "--workers",
-        type=int,
+        type=positive,
         default=1,
         metavar="N",
         help="runs at a time, which share the CPU threads (default: %(default)s)",
@@ -96,7 +102,7 @@ def run(arguments: argparse.Namespace) -> int:
         scenarios=scenarios,
         baseline=baseline,
         part=arguments.part,
-        at=arguments.at,
+        at=sorted(set(arguments.at)),
     )
     comparison = run_grid(grid, say)
     return show(asdict(comparison), arguments.json, lambda _: markdown(comparison))
@@ -106,16 +112,12 @@ def grid_of(arguments: argparse.Namespace, **entries) -> Grid:
     """The grid that the flags of `add_grid_flags` and of settings describe.
 
     Args:
-        arguments: of the command.
+        arguments: the command's arguments.
         entries: the other fields of `Grid`.
 
     Raises:
-        UserError: a number below 1, or a setting that the grid varies.
+        UserError: a setting that the grid varies.
     """
-    for name in ("seeds", "workers"):
-        number = getattr(arguments, name)
-        if number < 1:
-            raise UserError(f"--{name} {number}: must be at least 1")
     settings = given(arguments)
     for name in settings:
         if name in VARIED:
@@ -126,11 +128,5 @@ def grid_of(arguments: argparse.Namespace, **entries) -> Grid:
         out=arguments.out,
         workers=arguments.workers,
         offline=arguments.offline,
-        imports=arguments.imports,
         **entries,
     )
-
-
-def round_numbers(text: str) -> list[int]:
-    """The numbers of a list separated by commas, ascending."""
-    return sorted({int(number) for number in text.split(",")})

@@ -3,7 +3,12 @@
 from pathlib import Path
 
 from semanticfl_ref.commands.output import say, show
-from semanticfl_ref.commands.settings_flags import add_settings, settings_of
+from semanticfl_ref.commands.settings_flags import (
+    add_settings,
+    integers,
+    positive,
+    settings_of,
+)
 from semanticfl_ref.errors import UserError
 from semanticfl_ref.formatting import format_bytes
 from semanticfl_ref.tools.report.drawing import need_matplotlib, save_figure
@@ -40,7 +45,7 @@ def add_flags(parser, argv: list[str]) -> None:
     )
     parser.add_argument(
         "--probe-images",
-        type=int,
+        type=positive,
         metavar="N",
         help="probe: maximum number of images to fit on, and to evaluate on (default: 2000)",
     )
@@ -87,7 +92,7 @@ def run(arguments) -> int:
 def cache_table(document: dict) -> str:
     """Where the caches are, what they contain, and how far they are built."""
     lines = []
-    checked = ", every byte checked" if document.get("verified") else ""
+    checked = ", every byte checked" if document["verified"] else ""
     for cache in document["caches"]:
         size, layers = format_bytes(cache["bytes"]), ", ".join(cache["layers"])
         lines += [
@@ -124,8 +129,3 @@ def probe_table(document: dict) -> str:
             f"| {row['fisher_ratio']:.3f} | {row['effective_rank']:.1f} | {text} |"
         )
     return "\n".join(lines)
-
-
-def integers(text: str) -> list[int]:
-    """The integers of a list such as "20,150"."""
-    return [int(part) for part in text.split(",")]

@@ -10,7 +10,15 @@ from semanticfl_ref.config.schema import choices_of
 from semanticfl_ref.config.settings import Config, setting_fields, to_flat
 from semanticfl_ref.errors import UserError
 
-METAVARS = {int: "N", float: "X", str: "TEXT", bool: "BOOL"}
+METAVARS = {
+    int: "N",
+    float: "X",
+    str: "TEXT",
+    bool: "BOOL",
+    "data.dir": "FOLDER",
+    "diffusion.source": "MODEL",
+    "anchors.images": "IMAGES",
+}
 
 
 def add_settings(
@@ -22,7 +30,7 @@ def add_settings(
     """Add the flags of FLAGS, --config, --set and --offline.
 
     Args:
-        parser: of the command.
+        parser: the command's parser.
         argv: the command's arguments: help shows the value that each setting has with them.
         preset: settings whose defaults the command changes.
         hidden: settings that help does not list, since the command has them from elsewhere.
@@ -35,7 +43,9 @@ def add_settings(
         parser.add_argument(
             flag,
             dest=name,
-            metavar="|".join(choices_of(field)) or METAVARS[field.type],
+            metavar="|".join(choices_of(field))
+            or METAVARS.get(name)
+            or METAVARS[type(field.default)],
             help=argparse.SUPPRESS if name in hidden else text,
         )
     _add_sources(parser)
@@ -55,6 +65,22 @@ def _add_sources(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUE",
         help="any setting, see `config list`; overrides flags; repeatable",
     )
+
+
+def positive(text: str) -> int:
+    """The value of a flag that is a positive integer."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, not {text!r}")
+    return int(text)
+
+
+def integers(text: str) -> list[int]:
+    """The value of a flag that is a list of integers."""
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        message = f"expected integers separated by commas, such as 20,150, not {text!r}"
+        raise argparse.ArgumentTypeError(message) from None
 
 
 def settings_of(

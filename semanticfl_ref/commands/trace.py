@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 from semanticfl_ref.commands.output import say, show
-from semanticfl_ref.commands.settings_flags import add_settings, settings_of
+from semanticfl_ref.commands.settings_flags import add_settings, positive, settings_of
 from semanticfl_ref.errors import UserError
 
 HELP = (
@@ -27,14 +27,14 @@ def add_flags(parser, argv: list[str]) -> None:
     add_settings(parser, argv, preset=SMALL)
     parser.add_argument(
         "--images",
-        type=int,
+        type=positive,
         default=8,
         metavar="N",
         help="maximum number of images per client (default: 8)",
     )
     parser.add_argument(
         "--round",
-        type=int,
+        type=positive,
         default=1,
         metavar="N",
         help="round to show, after running those before it; the state of SCAFFOLD and MOON is "
@@ -99,7 +99,6 @@ def _check(arguments) -> None:
         "--step waits for a key, but standard input is not a terminal: leave --step out": (
             arguments.step and not sys.stdin.isatty()
         ),
-        "--images and --round must be at least 1": min(arguments.images, arguments.round) < 1,
         f"--html {arguments.html} exists already: choose another name, or remove it": (
             arguments.html and arguments.html.exists()
         ),

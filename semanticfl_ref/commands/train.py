@@ -1,16 +1,16 @@
 """`train`: train from end to end, or continue a run."""
 
-import shlex
 from pathlib import Path
 
 from semanticfl_ref.commands.output import say, show
 from semanticfl_ref.commands.settings_flags import add_settings, settings_of
-from semanticfl_ref.config.command_line import to_flags
+from semanticfl_ref.config.command_line import shell_command, to_flags
 from semanticfl_ref.config.resolve import is_embedded, resolve
 from semanticfl_ref.config.settings import NOT_IDENTITY, Config, to_flat
 from semanticfl_ref.errors import MismatchError, UserError
 from semanticfl_ref.formatting import format_bytes
 from semanticfl_ref.run.folder import RunFolder, default_folder, refuse_existing
+from semanticfl_ref.run.summary import LAST
 
 HELP = "train, by default on the embedded digit scenes; writes a run folder"
 SUMMARY = """\
@@ -129,11 +129,11 @@ def try_next(config: Config) -> str:
     if "--method" not in flags:  # a default, but a reader wants to see it
         flags += ["--method", other]
     reason = "what the anchors add" if method in ("fedavg", "semanticfl") else "for comparison"
-    command = "python -m semanticfl_ref train"
-    text = f"try next: {command} {shlex.join(flags)}    ({reason})"
+    reasons = {shell_command("train", *flags): reason}
     if is_embedded(config):
-        text += f"\n          {command} --dataset cifar10    (the paper's setting)"
-    return text
+        reasons[shell_command("train", "--dataset", "cifar10")] = "the paper's setting"
+    lines = [f"{command}    ({why})" for command, why in reasons.items()]
+    return "try next: " + "\n          ".join(lines)
 
 
 def summary_table(summary: dict) -> str:
@@ -142,7 +142,7 @@ def summary_table(summary: dict) -> str:
     validated = summary["best_validation_round"] is not None
     return SUMMARY.format(
         **summary,
-        last=min(5, summary["rounds"]),
+        last=min(LAST, summary["rounds"]),
         validated=VALIDATED.format(**summary) if validated else "",
         total=format_bytes(down + up),
         down=format_bytes(down),

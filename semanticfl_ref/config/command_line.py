@@ -1,5 +1,8 @@
-"""Flags that stand for settings, and a configuration as the flags that make it."""
+"""Flags that stand for settings, a configuration as the flags that make it, and whole commands."""
 
+import shlex
+
+from semanticfl_ref.config.registry import IMPORTED
 from semanticfl_ref.config.resolve import resolve
 from semanticfl_ref.config.settings import Config, to_flat
 
@@ -26,6 +29,12 @@ FLAGS = {
     "--threads": "run.threads",
     "--seed": "run.seed",
 }
+
+
+def shell_command(*words: str) -> str:
+    """The line to type for a command of the package."""
+    imports = (f"--import={file}" for file in IMPORTED)
+    return shlex.join(["python", "-m", "semanticfl_ref", *words, *imports])
 
 
 def to_flags(config: Config) -> list[str]:

@@ -133,9 +133,7 @@ class FedDiscoSettings(Section):
         low=0.0,
         source="Ye et al. 2023",
     )
-    b: float = option(
-        0.1, "constant b added to every aggregation weight", low=0.0, source="Ye et al. 2023"
-    )
+    b: float = option(0.1, "constant b added to every aggregation weight", source="Ye et al. 2023")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,6 +31,8 @@ EMBEDDED = {
     "fedcda.warm_up": 10,
 }
 
+NID2_CLIENTS = 6  # five biased ones, which hold a fifth of the classes each, and one unbiased
+
 register_dataset("digit-scenes", "semanticfl_ref.data.digits:read", EMBEDDED)
 register_dataset("digits", "semanticfl_ref.data.digits:read", EMBEDDED)
 register_dataset("cifar10", "semanticfl_ref.data.cifar:read")

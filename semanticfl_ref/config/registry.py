@@ -5,7 +5,9 @@ nothing heavy. An entry from outside the package is registered by the same calls
 """
 
 import pkgutil
+import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 from semanticfl_ref.config.schema import Section
@@ -63,6 +65,11 @@ class Registry(Mapping):
         return name in self.entries
 
 
+# Files that --import ran: they may have registered names, so printed commands repeat them.
+IMPORTED: list[Path] = []
+# Names of a configuration's other sections, which no method can have.
+SECTIONS = ("data", "partition", "diffusion", "anchors", "model", "federation", "server", "run")
+
 METHODS = Registry("method")
 DATASETS = Registry("data set")
 MODELS = Registry("model")
@@ -84,8 +91,15 @@ def register_method(
         preset: defaults of other settings that this method changes.
 
     Raises:
-        UserError: the name is taken.
+        UserError: the name is taken, or cannot be that of a section of settings.
     """
+    if name in SECTIONS or not re.fullmatch(r"[\w-]+", name):
+        raise UserError(
+            f"method {name!r}: choose a name of letters, digits, - and _ that is none of "
+            f"{', '.join(SECTIONS)}"
+        )
+    if settings:
+        settings.section = name
     METHODS.register(name, Entry(method, settings, preset))
 
 

@@ -49,18 +49,23 @@ def option(
 class Section:
     """Base of all sections: checks the type and range of every field when a section is made.
 
+    Attributes:
+        section: name of the section, for messages; by default made from the class's.
+
     Raises:
         UserError: names the field, the value and what is admissible.
     """
 
+    def __init_subclass__(cls):
+        cls.section = cls.__name__.removesuffix("Settings").lower()
+
     def __post_init__(self):
-        section = type(self).__name__.removesuffix("Settings").lower()
         for field in dataclasses.fields(self):
-            name, value = f"{section}.{field.name}", getattr(self, field.name)
-            limits, choices = field.metadata, choices_of(field)
-            if type(value) is not field.type:
+            name, value = f"{self.section}.{field.name}", getattr(self, field.name)
+            limits, choices, kind = field.metadata, choices_of(field), type(field.default)
+            if type(value) is not kind:
                 raise UserError(
-                    f"{name} = {value!r}: expected {KINDS[field.type]}, not {type(value).__name__}"
+                    f"{name} = {value!r}: expected {KINDS[kind]}, not {type(value).__name__}"
                 )
             if choices and value not in choices:
                 raise unknown(name, value, choices)
@@ -87,7 +92,7 @@ def convert(name: str, field: dataclasses.Field, value):
     Raises:
         UserError: the string does not spell a value of the field's type.
     """
-    kind = field.type
+    kind = type(field.default)
     if isinstance(value, str) and kind is not str:
         try:
             return BOOLEANS[value.lower()] if kind is bool else kind(value)

@@ -265,7 +265,7 @@ class FederationSettings(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class ServerSettings(Section):
-    """Of `federation.server_optimizer` and of `federation.aggregation = trimmed-mean`."""
+    """Settings of the server optimizers, and of `federation.aggregation = trimmed-mean`."""
 
     learning_rate: float = option(
         0.0,

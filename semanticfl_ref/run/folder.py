@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from semanticfl_ref.config.registry import METHODS
 from semanticfl_ref.config.resolve import read_toml, resolve, to_toml
 from semanticfl_ref.config.settings import Config
 from semanticfl_ref.errors import DataError, MismatchError, UserError
@@ -62,7 +61,7 @@ class RunFolder:
         """Make the folder under a temporary name, then rename it.
 
         Args:
-            path: of the folder.
+            path: the folder to make.
             config: written as config.toml.
             documents: file name -> JSON document.
 
@@ -95,25 +94,23 @@ class RunFolder:
         """The configuration that the run was started with.
 
         Args:
-            flag: what stands before the folder on the command line, for messages.
+            flag: what precedes the folder in messages.
 
         Raises:
             DataError: there is no such folder, or it is not a run's.
-            UserError: its method comes from outside the package, and was not imported.
+            UserError: a setting is not admissible, as of a method that was not imported.
         """
         named = f"{flag} {self.path}"
         if not self.path.is_dir():
             raise DataError(f"{named}: there is no such run folder")
         if not (self.path / "config.toml").is_file():
             raise DataError(f"{named}: there is no config.toml in it, so it is not a run folder")
-        settings = read_toml(self.path / "config.toml")
-        method = settings.get("federation.method", "fedavg")
-        if method not in METHODS:
-            raise UserError(
-                f"{named}: its method {method!r} is not part of the package: add --import with the "
-                f"file that defines it"
-            )
-        return resolve(settings)
+        try:
+            return resolve(read_toml(self.path / "config.toml"))
+        except UserError as error:
+            raise type(error)(
+                f"{named}: {error} (if a file registers it, add --import FILE)"
+            ) from None
 
     def append(self, line: dict, seconds: float) -> None:
         """Append a round's line of metrics and its time, flushed to disk.

@@ -2,6 +2,8 @@
 
 There is no network access, and nothing is written but remembered hashes. Each check stands alone:
 a broken part of the installation is a line of the table, not its end.
+
+Letters: B batch, N keys, D feature width, S clients, P size of a flat vector.
 """
 
 import ast
@@ -19,6 +21,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
+from semanticfl_ref.config.command_line import shell_command, to_flags
 from semanticfl_ref.config.registry import METHODS
 from semanticfl_ref.config.resolve import is_embedded
 from semanticfl_ref.config.settings import Config, DataSettings
@@ -49,7 +52,7 @@ def examine(config: Config, offline: bool) -> Iterator[Finding]:
     """The findings, in the order in which to act on them.
 
     Args:
-        config: of the run to be started.
+        config: configuration of the run to be started.
         offline: whether what a run can download by itself counts as missing.
     """
     yield Finding("python", "ok", f"{platform.python_version()} on {platform.platform()}")
@@ -71,7 +74,7 @@ def examine(config: Config, offline: bool) -> Iterator[Finding]:
     yield _check("kernels", _kernels)
     yield _check("embedded data", _digits, needed=is_embedded(config))
     yield _check("embedded model", _tiny, needed=anchored and source == "tiny")
-    show = f"python -m semanticfl_ref partition show --dataset {name}"
+    show = shell_command("partition", "show", *to_flags(config))
     downloads = [("data set", partial(_data, name, sizes), show)]
     if anchored:
         downloads.append(("weights", partial(_weights, source), fetch_command(source)))
@@ -163,7 +166,7 @@ def _package(line: str) -> str:
     except metadata.PackageNotFoundError:
         raise UserError(f'not installed: pip install "{wanted.name}{wanted.specifier}"') from None
     if not wanted.specifier.contains(version, prereleases=True):
-        raise RuntimeWarning(f"{version}: not tested, {wanted.specifier} is")
+        raise RuntimeWarning(f"{version}: not tested; tested with {wanted.specifier}")
     return version
 
 
@@ -173,7 +176,7 @@ def _device(config: Config) -> str:
     from semanticfl_ref.device import resolve_device, resolve_precision
 
     device = resolve_device(config.run.device)
-    name = f"cpu, {config.run.threads or torch.get_num_threads()} threads"
+    name = f"cpu, threads: {config.run.threads or torch.get_num_threads()}"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     return f"{name}; clients train in {resolve_precision(config.run.precision, device)}"

@@ -1,10 +1,10 @@
 """An experiment from its grid to its tables and figures: plan, train, compare, write."""
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
+from semanticfl_ref.formatting import Say
 from semanticfl_ref.run.environment import command_line
 from semanticfl_ref.storage import write_atomic
 from semanticfl_ref.tools.compare.figures import curves_figure, gains_figure
@@ -15,7 +15,7 @@ from semanticfl_ref.tools.compare.training import train_all
 from semanticfl_ref.tools.report.drawing import can_draw, save_figure
 
 
-def run_grid(grid: Grid, say: Callable[[str], None]) -> Comparison:
+def run_grid(grid: Grid, say: Say) -> Comparison:
     """Train the runs of a grid that are not finished; write tables and figures beside them.
 
     Args:
@@ -52,7 +52,10 @@ def write(comparison: Comparison, folder: Path) -> str:
     if not can_draw():
         return f"{tables}, without figures (for these: pip install matplotlib),"
     figures = {"curves": curves_figure(comparison), "gains": gains_figure(comparison)}
+    for earlier in folder.glob("gains.*"):  # a single method has none
+        earlier.unlink()
     for name, figure in figures.items():
         if figure:
             save_figure(figure, folder / f"{name}.png", folder / f"{name}.svg")
-    return f"{tables}, curves and gains as PNG and SVG"
+    drawn = " and ".join(name for name, figure in figures.items() if figure)
+    return f"{tables}, {drawn} as PNG and SVG"

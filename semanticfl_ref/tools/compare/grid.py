@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
+from semanticfl_ref.config.presets import NID2_CLIENTS
 from semanticfl_ref.config.resolve import is_embedded, resolve
 from semanticfl_ref.config.settings import Config
 from semanticfl_ref.errors import UserError
@@ -22,7 +23,6 @@ NUMBERED = {
     "quantity": "partition.alpha",
     "pathological": "partition.classes_per_client",
 }
-NID2_CLIENTS = 6  # five with a fifth of the classes each, one with all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,6 @@ class Grid:
         at: numbers of rounds after which to report, ascending; empty: after the last round.
         workers: runs at a time, which share the processor's threads.
         offline: no network access.
-        imports: files that register methods, data sets and the like, see `--import`.
     """
 
     methods: Sequence[str]
@@ -53,7 +52,6 @@ class Grid:
     at: Sequence[int] = ()
     workers: int = 1
     offline: bool = False
-    imports: Sequence[Path] = ()
 
 
 @dataclass(frozen=True)
@@ -98,7 +96,7 @@ def split_entries(flag: str, text: str, known: Iterable[str]) -> list[str]:
     """The entries of a list separated by commas; commas in brackets do not separate.
 
     Args:
-        flag: that has the list.
+        flag: the flag that has the list.
         text: the list.
         known: names that it may have.
 

@@ -29,7 +29,7 @@ class Gain:
     """Differences to the baseline in the same scenario and with the same seed.
 
     Attributes:
-        mean: of the differences, in percentage points.
+        mean: mean difference in percentage points.
         low, high: 95 % percentile bootstrap interval of the mean over the pairs; None for a single
             pair. With a handful of pairs it is narrower than it should be.
         wins: number of differences above zero.
@@ -74,7 +74,7 @@ class Comparison:
 
     Attributes:
         part, baseline, at: as in `Grid`.
-        seeds: in ascending order.
+        seeds: seeds in ascending order.
         dataset: name of the data set.
         machine: environment of the first run.
         results: by number of rounds, then by scenario (over all of them last), then by method.

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from tqdm import tqdm
 
 from semanticfl_ref.config.command_line import to_flags
+from semanticfl_ref.config.registry import IMPORTED
 from semanticfl_ref.config.settings import to_flat
 from semanticfl_ref.errors import MismatchError, UserError
 from semanticfl_ref.run.folder import RunFolder
@@ -87,7 +88,7 @@ def is_finished(run: Run) -> bool:
 
 def start(run: Run, grid: Grid) -> subprocess.Popen:
     """Start or resume a run in a child process."""
-    flags = [f"--import={file}" for file in grid.imports] + ["--offline"] * grid.offline
+    flags = [f"--import={file}" for file in IMPORTED] + ["--offline"] * grid.offline
     if run.folder.exists():
         flags += ["--resume", str(run.folder)]
     else:

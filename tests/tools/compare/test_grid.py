@@ -91,9 +91,9 @@ def test_refusals(methods, scenarios, words, tmp_path):
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["--seeds", "0"], "--seeds 0"),
+        (["--seeds", "0"], "--seeds: expected an integer of at least 1"),
         (["--seeds", ""], "--seeds"),
-        (["--workers", "0"], "--workers 0"),
+        (["--workers", "0"], "--workers: expected an integer of at least 1"),
         (["--baseline", "moon"], "--baseline 'moon'"),
         (["--method", "fedavg"], "--methods"),
         (["--seed", "3"], "--seeds"),

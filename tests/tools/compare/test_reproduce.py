@@ -74,7 +74,7 @@ def test_without_data_and_weights_both_are_named(capsys, tmp_path, monkeypatch):
         (["--set", "partition.alpha=1"], "partition.alpha"),
         (["--set", "run.seed=1"], "run.seed"),
         (["--scenario", "iid"], "partition.scenario"),
-        (["--seeds", "0"], "--seeds 0"),
+        (["--seeds", "0"], "--seeds: expected an integer of at least 1"),
         (["--config", "own.toml"], "--config"),
     ],
 )

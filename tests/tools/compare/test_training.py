@@ -79,7 +79,8 @@ def test_a_run_is_started_with_the_flags_of_its_settings(tmp_path, monkeypatch):
     """So that the command in its environment.json can be given again."""
     commands = []
     monkeypatch.setattr(subprocess, "Popen", lambda command, **_: commands.append(command))
-    (run,), grid = planned(tmp_path, ["moon[moon.mu=5]"], offline=True, imports=[Path("/own.py")])
+    monkeypatch.setattr(training, "IMPORTED", [Path("/own.py")])
+    (run,), grid = planned(tmp_path, ["moon[moon.mu=5]"], offline=True)
     training.start(run, grid)
     assert commands[0][3:] == [
         *("train", "--import=/own.py", "--offline", "--method", "moon", "--scenario", "iid"),

@@ -55,4 +55,4 @@ def test_what_is_not_a_run(capsys, tmp_path):
 def test_a_run_of_a_method_that_is_not_imported(capsys, tmp_path):
     (tmp_path / "config.toml").write_text('[federation]\nmethod = "fedhalf"\n[fedhalf]\nnu = 0.5\n')
     said = refused(capsys, 2, str(tmp_path))
-    assert "'fedhalf'" in said and "--import" in said
+    assert "'fedhalf.nu'" in said and "--import" in said
