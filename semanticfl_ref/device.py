@@ -17,6 +17,12 @@ def resolve_device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and available else "cpu")
 
 
+def use_deterministic_kernels() -> None:
+    """On CUDA: cuDNN chooses algorithms that repeat their results, and fp32 is no TF32."""
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.allow_tf32 = False
+
+
 def resolve_precision(name: str, device: torch.device, half_on_cuda: str = "bf16") -> str:
     """The precision that a setting names.
 
@@ -39,5 +45,5 @@ def vae_precision(precision: str, device: torch.device) -> str:
 def has_bf16(device: torch.device) -> bool:
     """Whether the device computes in bf16 natively."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

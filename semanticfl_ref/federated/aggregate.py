@@ -23,18 +23,26 @@ def cohorts(count: int, size: int = COHORT) -> Iterator[slice]:
         yield slice(start, min(start + size, count))
 
 
-def average_selected(selected: Sequence[SelectedModel], drift: Drift) -> torch.Tensor:
-    """The weighted average, float32 [P], of models that a method selects; fills `drift`."""
-    average, device = None, drift.start_P.device
+def average_selected(
+    selected: Sequence[SelectedModel], start_P: torch.Tensor, excluded: torch.Tensor
+) -> tuple[torch.Tensor, Drift]:
+    """The weighted average, float32 [P], of models that a method selects, and their drift.
+
+    Args:
+        selected: the models.
+        start_P, excluded: as in `Drift`.
+    """
+    drift, average, device = Drift(start_P, excluded), None, start_P.device
     for cohort in cohorts(len(selected)):
         models, last = selected[cohort], cohort.stop == len(selected)
         params_SP = torch.stack([model.params_P for model in models]).to(device)
-        weights = [model.weight for model in models]
-        weights_S = torch.tensor(weights, dtype=torch.float64, device=device)
-        average = weighted_average(params_SP, weights_S, drift.start_P, average, final=last)
+        weights_S = torch.tensor(
+            [model.weight for model in models], dtype=torch.float64, device=device
+        )
+        average = weighted_average(params_SP, weights_S, start_P, average, final=last)
         for model, params_P, norm in zip(models, params_SP, average.squared_norm_S, strict=True):
             drift.add(model.client, params_P, norm, model.weight)
-    return average.values_P
+    return average.values_P, drift
 
 
 def robust_aggregate(params_KP: torch.Tensor, rule: str, settings: ServerSettings) -> torch.Tensor:

@@ -31,7 +31,8 @@ def train_client(update: LocalUpdate) -> ClientReport:
     """
     context, model, settings = update.context, update.model, update.config.federation
     method, data = context.method, context.dataset
-    indices = context.partition.indices[update.client]
+    # On the device: an index on the CPU would stop it at every batch.
+    indices = context.partition.indices[update.client].to(context.device)
     optimizer = torch.optim.SGD(
         model.parameters(),
         settings.learning_rate,

@@ -1,6 +1,6 @@
 """What stays constant during a run: data, partition, anchors, the model that clients train.
 
-Letters: B batch, C classes, P size of a flat vector.
+Letters: B batch, C classes, D width of an anchor, P size of a flat vector.
 """
 
 from dataclasses import dataclass, replace
@@ -12,7 +12,11 @@ from semanticfl_ref.config.registry import METHODS, MODELS
 from semanticfl_ref.config.settings import Config
 from semanticfl_ref.data.dataset import Dataset
 from semanticfl_ref.data.partition import Partition
-from semanticfl_ref.device import resolve_device, resolve_precision
+from semanticfl_ref.device import (
+    resolve_device,
+    resolve_precision,
+    use_deterministic_kernels,
+)
 from semanticfl_ref.diffusion.anchors import Anchors
 from semanticfl_ref.federated.flat import FlatLayout, flat_layout
 from semanticfl_ref.federated.methods.method import Method
@@ -26,7 +30,7 @@ class RunContext:
         config, dataset, partition, anchors: `anchors` is None for a method without.
         method: the federated method.
         model: the model that clients train, one after another.
-        layout: of its flat vector.
+        layout: layout of its flat vector.
         device: where it runs.
         precision: "bf16" or "fp32", of the forward pass.
     """
@@ -68,6 +72,7 @@ def make_context(
         UserError: CUDA is asked for and not available, or anchors whose width the model cannot
             meet.
     """
+    use_deterministic_kernels()
     device = resolve_device(config.run.device)
     method = METHODS[config.federation.method]
     if method.needs_anchors:

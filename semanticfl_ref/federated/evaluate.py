@@ -1,6 +1,6 @@
 """Accuracy of the global model, overall and as each client would see it.
 
-Letters: N images, M clients in all, C classes.
+Letters: N images, B batch, M clients in all, C classes.
 """
 
 import torch

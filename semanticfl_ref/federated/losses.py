@@ -1,6 +1,6 @@
 """The terms of a client's objective that several methods share, one pure function each.
 
-A term that only one method has stands in that method's file.
+A term of a single method is in that method's file.
 
 Letters: B batch, D feature width, C classes.
 """

@@ -1,6 +1,6 @@
 """What a round's line of metrics records: losses, gradients, steps, communication cost, drift.
 
-Letters: K clients of the round, M clients in all, P size of a flat vector.
+Letters: S clients of a cohort, K clients of the round, M clients in all, P size of a flat vector.
 """
 
 import math
@@ -171,6 +171,8 @@ def anchor_bytes(context: RunContext, client: int) -> int:
     """Bytes of the anchors that a client receives once."""
     anchors, partition = context.anchors, context.partition
     payload, count = context.method.payload(context.config), 0
+    if anchors is None:
+        return 0
     if payload.visual and partition.receives(client, "visual"):
         rows = partition.sizes[client] if anchors.per == "image" else len(anchors.visual)
         count += rows * anchors.visual.shape[1]

@@ -76,8 +76,7 @@ def run_round(
         aggregate_P = robust_aggregate(params_SP[finite_S], rule, config.server)
     selected = method.select_models(context, after.method_state, list(norms), after.round)
     if selected is not None:
-        drift = Drift(state.params, excluded)
-        aggregate_P = average_selected(selected, drift)
+        aggregate_P, drift = average_selected(selected, state.params, excluded)
     params_P = server_step(config, layout, after.method_state, state.params, aggregate_P)
 
     # 4. Server: evaluate the new global model, and record one line of metrics.

@@ -29,8 +29,8 @@ class FederatedState:
         anchors_sent: bool [M], the clients that have received their anchors.
         batch_norm: float32 [M, Q], each client's own BatchNorm entries; [0, Q] with
             model.batch_norm = average.
-        method_state: of the method and of the server optimizer, by name; on the CPU, mostly [M, P]
-            and [P]. Empty for FedAvg.
+        method_state: tensors of the method and of the server optimizer by name; on the CPU, mostly
+            [M, P] and [P]. Empty for FedAvg.
     """
 
     round: int
@@ -79,7 +79,7 @@ def save_checkpoint(path: Path, state: FederatedState, identity: dict) -> None:
     """Replace the checkpoint; equal states give equal bytes, and a failure leaves the old file.
 
     Args:
-        path: of the checkpoint.
+        path: the checkpoint.
         state: what to save.
         identity: what must agree on loading (settings, data, partition, anchors); JSON values.
 

@@ -28,9 +28,9 @@ def dry_run(config: Config) -> dict:
     anchors = placeholder_anchors(config, dataset.classes)
     context = make_context(config, dataset, partition, anchors)
     state, cost = initial_state(context), communication_cost(context)
-    batch_size, source = federation.batch_size, torch.Generator()
+    source = torch.Generator()
     batches = [
-        len(epoch_batches(own, batch_size=batch_size, generator=source))
+        len(epoch_batches(own, batch_size=federation.batch_size, generator=source))
         for own in partition.indices
     ]
     steps = federation.clients_per_round * federation.local_epochs * sum(batches) / len(batches)

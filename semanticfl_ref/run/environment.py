@@ -49,7 +49,7 @@ def changes(before: dict, now: dict) -> list[str]:
 
 def command_line() -> str:
     """The command that started this process, as it can be typed again."""
-    return shlex.join(["python", "-m", "semanticfl_ref", *sys.argv[1:]])
+    return shlex.join(["python", *sys.orig_argv[1:]])
 
 
 def processor() -> str:
@@ -67,7 +67,7 @@ def git_commit() -> str | None:
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return None
-    # The whole hash, since no tag is let through to name the commit.
+    # With every tag excluded, the whole hash names the commit.
     command = ["git", "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+changes"]
     try:
         done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)

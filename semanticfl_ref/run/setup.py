@@ -4,13 +4,12 @@ Letters: N images, C classes.
 """
 
 import hashlib
-import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from semanticfl_ref.config.command_line import to_flags
+from semanticfl_ref.config.command_line import shell_command, to_flags
 from semanticfl_ref.config.registry import METHODS
 from semanticfl_ref.config.resolve import resolve
 from semanticfl_ref.config.settings import NOT_IDENTITY, Config, DataSettings, to_flat
@@ -19,12 +18,13 @@ from semanticfl_ref.data.dataset import Dataset, load_dataset
 from semanticfl_ref.data.partition import Partition, make_partition
 from semanticfl_ref.device import resolve_device
 from semanticfl_ref.diffusion.anchors import Anchors, make_anchors
-from semanticfl_ref.diffusion.extract import Say, open_or_build
+from semanticfl_ref.diffusion.extract import open_or_build
 from semanticfl_ref.diffusion.feature_cache import CachePlan, plan_cache
 from semanticfl_ref.errors import DataError, UserError
 from semanticfl_ref.federated.context import RunContext
+from semanticfl_ref.formatting import Say
 from semanticfl_ref.randomness import generator
-from semanticfl_ref.storage import cache_folder
+from semanticfl_ref.storage import cache_folder, sha256_of
 
 # Prefixes of the settings that features depend on. The partition counts: features are those of the
 # images that clients train on, as clients hold them.
@@ -45,8 +45,8 @@ class RunData:
     """The data of a run.
 
     Attributes:
-        dataset: as its clients hold it.
-        partition: of its training images.
+        dataset: the data set as the clients hold it.
+        partition: partition of its training images.
         held_out: images held out for the anchors, as the training part of a data set of their own;
             None without.
     """
@@ -136,7 +136,7 @@ def build_anchors(
 
     Args:
         config: the configuration.
-        data: of the run.
+        data: the run's data.
         offline: no network access.
         say: takes one line of progress.
 
@@ -210,8 +210,7 @@ def rebuild_command(config: Config) -> str:
     """The command that builds the feature caches of a configuration again."""
     settings = to_flat(config)
     relevant = {name: settings[name] for name in settings if name.startswith(FEATURE_SETTINGS)}
-    command = ["python", "-m", "semanticfl_ref", "features", "build", "--rebuild"]
-    return shlex.join([*command, *to_flags(resolve(relevant))])
+    return shell_command("features", "build", "--rebuild", *to_flags(resolve(relevant)))
 
 
 def identity_of(context: RunContext) -> dict:
@@ -219,8 +218,10 @@ def identity_of(context: RunContext) -> dict:
     behind those that are paths."""
     settings, made_by = to_flat(context.config), None
     if context.anchors is not None:
-        keys = ("cache", "text_cache", "per", "control")
-        made_by = {key: context.anchors.provenance[key] for key in keys}
+        anchors, keys = context.anchors, ("cache", "text_cache", "per", "control")
+        made_by = {key: anchors.provenance.get(key) for key in keys}
+        if made_by["cache"] is None:  # the caller's own
+            made_by["sha256"] = sha256_of({}, {"visual": anchors.visual, "text": anchors.text})
     return {
         **{name: value for name, value in settings.items() if name not in NOT_IDENTITY},
         "data": context.dataset.sha256,

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from semanticfl_ref.config.command_line import shell_command
 from semanticfl_ref.config.resolve import is_embedded
 from semanticfl_ref.config.settings import Config
 from semanticfl_ref.diffusion.anchors import Anchors
@@ -19,11 +20,11 @@ from semanticfl_ref.federated.state import (
     load_checkpoint,
     save_checkpoint,
 )
+from semanticfl_ref.formatting import Say
 from semanticfl_ref.run.environment import changes, environment_of
 from semanticfl_ref.run.folder import RunFolder
 from semanticfl_ref.run.setup import (
     RunData,
-    Say,
     build_anchors,
     identity_of,
     load_data,
@@ -50,8 +51,8 @@ def train(
     Args:
         config: the configuration.
         out: the folder to make.
-        data, anchors: of `load_data` and `build_anchors` for the same configuration; loaded and
-            built if absent.
+        data, anchors: results of `load_data` and `build_anchors` for the same configuration; made
+            here if absent.
         on_round: called with a round's line of metrics.
         offline: no network access.
         say: takes one line of progress.
@@ -171,7 +172,7 @@ def _run_rounds(
         save_checkpoint(folder.checkpoint, state, identity)
         raise KeyboardInterrupt(
             f"interrupted and saved after round {state.round} of {rounds}; continue with: "
-            f"python -m semanticfl_ref train --resume {folder.path}"
+            f"{shell_command('train', '--resume', str(folder.path))}"
         ) from None
     return state
 

@@ -1,4 +1,7 @@
-"""The trained model of a run, with its preprocessing: rebuilt, or exported to a file."""
+"""The trained model of a run, with its preprocessing: rebuilt, or exported to a file.
+
+Letters: N images, C classes, P size of a flat vector.
+"""
 
 import io
 import json
@@ -44,18 +47,24 @@ def load_model(path: Path | str) -> TrainedModel:
     Of an unfinished run, it is the model of the last checkpoint.
 
     Raises:
-        DataError: not a run folder, or there is no checkpoint yet.
+        DataError: not a run folder, one of an earlier version, or there is no checkpoint yet.
         MismatchError: the checkpoint is damaged, or the model is another one.
     """
     folder = RunFolder(path)
-    config, partition = folder.config("load_model"), folder.read("partition.json")
+    config, partition = folder.config("the model of"), folder.read("partition.json")
     if not folder.checkpoint.is_file():
         raise DataError(f"{folder.path} has no checkpoint yet: wait for its first round")
     try:
         params_P = load_tensors(folder.checkpoint)[0]["params"]
     except (Damaged, KeyError):
         raise MismatchError(f"the checkpoint {folder.checkpoint} is damaged") from None
-    names = partition["class_names"]
+    try:
+        names, side = partition["class_names"], partition["image_size"]
+    except KeyError as missing:
+        raise DataError(
+            f"{folder.path}/partition.json has no {missing}: an earlier version wrote it; train "
+            f"again"
+        ) from None
     network = MODELS[config.model.name](config.model.width, len(names))
     size = flat_layout(network).size
     if len(params_P) < size:
@@ -64,7 +73,7 @@ def load_model(path: Path | str) -> TrainedModel:
             f"{config.model.name} has {size}: it was trained with another model"
         )
     load_params(network, params_P[:size])  # heads come last
-    return TrainedModel(network, names, partition["image_size"]).eval()
+    return TrainedModel(network, names, side).eval()
 
 
 def export_model(path: Path | str, out: Path | str) -> Path:
@@ -83,9 +92,10 @@ def export_model(path: Path | str, out: Path | str) -> Path:
         UserError: another suffix.
         DataError, MismatchError: as `load_model`; or the file cannot be written.
     """
-    model, out = load_model(path), Path(out)
+    out = Path(out)
     if out.suffix not in SUFFIXES:
         raise UserError(f"--out {out}: expected a name that ends in {' or '.join(SUFFIXES)}")
+    model = load_model(path)
     about = {
         "class_names": model.class_names,
         "image_size": model.image_size,
@@ -99,7 +109,7 @@ def export_model(path: Path | str, out: Path | str) -> Path:
 
         tensors = {name: t.contiguous() for name, t in model.network.state_dict().items()}
         content = save(tensors, {"format": "pt", "semanticfl_ref": json.dumps(about)})
-    write_atomic(out, content)
+    write_atomic(out, content, "choose another --out")
     return out
 
 

@@ -1,5 +1,6 @@
 """A round's metrics on numbers that can be redone on paper: bytes, gradients, drift."""
 
+import dataclasses
 import json
 import math
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ import torch
 from quadratic import MEAN, TARGETS, run_rounds
 
 from semanticfl_ref.config.registry import METHODS
+from semanticfl_ref.federated.methods.method import Method
 from semanticfl_ref.federated.metrics import RoundMetrics
 from semanticfl_ref.federated.report import ClientReport, FirstBatch, feature_gradients
 from semanticfl_ref.federated.round import run_round
@@ -51,6 +53,13 @@ def test_every_methods_bytes(small_context, name):
 def test_anchors_that_no_term_reads_are_not_sent(small_context, settings, anchors):
     (line,) = run_rounds(small_context(federation__clients_per_round=3, **settings), 1)[1]
     assert line["bytes"]["down"]["anchors"] == anchors
+
+
+def test_a_method_that_does_not_say_what_it_reads_is_sent_all_anchors(small_context):
+    context = small_context(federation__clients_per_round=3)
+    method = dataclasses.replace(context.method, payload=Method().payload)
+    (line,) = run_rounds(dataclasses.replace(context, method=method), 1)[1]
+    assert line["bytes"]["down"]["anchors"] == VISUAL + TEXT
 
 
 def test_no_control_variate_is_sent_at_scale_zero(small_context):

@@ -1,6 +1,7 @@
 """The public API: train from Python, rebuild the trained model, export it."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -11,7 +12,9 @@ from safetensors import safe_open
 
 import semanticfl_ref
 from semanticfl_ref import cli
+from semanticfl_ref.diffusion.anchors import Anchors
 from semanticfl_ref.errors import DataError, MismatchError, UserError
+from semanticfl_ref.storage import load_tensors
 
 
 def test_every_public_name_can_be_imported():
@@ -110,17 +113,47 @@ def test_an_exported_program_needs_torch_alone(trained, tmp_path):
     assert not list(tmp_path.glob("*.part*")) and not list(tmp_path.glob(".*part*"))
 
 
+def test_anchors_from_elsewhere(trained, tmp_path):
+    """They have no cache: their content is part of the run's identity."""
+    folder, data, _ = trained
+    config = folder.config()
+    widths = {"visual": config.anchors.width, "text": 96}
+    identities = []
+    for number in (0, 1):
+        own = Anchors(
+            **{name: torch.full((10, width), float(number)) for name, width in widths.items()},
+            per="class",
+            provenance={"source": "elsewhere"},
+        )
+        out = tmp_path / str(number)
+        run = semanticfl_ref.train(config, out, data=data, anchors=own)
+        assert run.finished
+        assert run.read("anchors.json")["source"] == "elsewhere"
+        identities.append(load_tensors(run.checkpoint)[1]["identity"]["anchors"])
+    assert identities[0]["sha256"] != identities[1]["sha256"]
+
+
 def test_what_cannot_be_exported(trained, tmp_path):
     folder, _, _ = trained
     with pytest.raises(UserError, match=r"\.safetensors or \.pt2"):
         semanticfl_ref.export_model(folder.path, tmp_path / "model.onnx")
     with pytest.raises(DataError, match="no such run folder"):
         semanticfl_ref.load_model(tmp_path / "absent")
+    with pytest.raises(DataError, match="choose another --out"):
+        semanticfl_ref.export_model(folder.path, tmp_path / "absent" / "model.safetensors")
+
+
+def test_a_run_of_an_earlier_version(trained, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(trained[0].path, copy)
+    partition = json.loads((copy / "partition.json").read_text())
+    del partition["image_size"]
+    (copy / "partition.json").write_text(json.dumps(partition))
+    with pytest.raises(DataError, match="no 'image_size'"):
+        semanticfl_ref.load_model(copy)
 
 
 def test_a_model_of_another_checkpoint_is_refused(trained, tmp_path):
-    import shutil
-
     folder, _, _ = trained
     copy = tmp_path / "run"
     shutil.copytree(folder.path, copy)

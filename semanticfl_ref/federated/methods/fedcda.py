@@ -15,6 +15,8 @@ over parameters, not over BatchNorm's running statistics; there are more batches
 have more than 4096 combinations. memory = 1 is FedAvg: nothing is kept across rounds, so absent
 clients are left out too. The server holds M x memory models. With many clients and few of them per
 round, the models selected are old, and the average lags.
+
+Letters: M clients in all, P size of a flat vector, R kept models.
 """
 
 import itertools

@@ -8,14 +8,14 @@ Source: Wang, Li, Chen, Yan, Shi, Shen: FedDifRC: Unlocking the Potential of Tex
 Models in Heterogeneous Federated Learning. ICCV 2025, arXiv 2507.06482, and its public code: unit
 vectors in both terms, all weights 1, tau = 0.04. Its text-driven keys are U-Net features
 conditioned on the class's prompt; `anchors.text` says what the keys are here. Defects of that code
-are not
-copied: images scaled twice, the third level built from the second's tensor, PCA fitted to each
-    batch,
-one InfoNCE sum that pairs a feature with other images' keys.
+are not copied: images scaled twice, the third level built from the second's tensor, PCA fitted to
+each batch, one InfoNCE sum that pairs a feature with other images' keys.
 
 Both weights 0 is FedAvg. The KL divergence has no temperature, and between unit vectors of 512
-entries (0.002 nats) its gradient is negligible. A linear head stands between features and anchors
+entries (0.002 nats) its gradient is negligible. A linear head maps features to anchors
 where their widths differ, and none where they are equal, as in the paper.
+
+Letters: B batch, C classes, D feature width.
 """
 
 from semanticfl_ref.config.settings import Config

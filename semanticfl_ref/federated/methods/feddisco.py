@@ -14,6 +14,8 @@ a = b = 0 is FedAvg; so is any a with b = a/K if all are equally skewed. Choice:
 would be zero (large a, small b), sample counts are used, which the paper leaves open. The global
 label distribution is taken to be uniform: with a long tail, the most faithful client may get the
 lowest weight.
+
+Letters: K clients of the round, C classes.
 """
 
 import torch

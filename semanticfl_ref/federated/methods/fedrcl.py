@@ -12,6 +12,8 @@ gradient's norm at 10; this is left out here, since no other method has it.
 
 Both weights 0 is FedAvg. A batch of one class has no negatives: its contrast is zero, and under
 strong label skew that is most batches.
+
+Letters: B batch, D feature width.
 """
 
 import torch

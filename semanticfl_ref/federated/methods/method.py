@@ -97,7 +97,7 @@ class SampledClients(NamedTuple):
     """The clients of a round, as the server weights them.
 
     Attributes:
-        config: of the run.
+        config: the run's configuration.
         histograms_KC: int64 [K, C], training images per class.
     """
 
@@ -114,13 +114,12 @@ class Payload(NamedTuple):
     """What travels beside the model.
 
     Attributes:
-        visual: whether a client needs its visual anchors, once.
-        text: whether a client needs the text anchors, once.
+        visual, text: whether a client needs these anchors, once, if the method has any.
         vectors: vectors of parameters that travel each way in every round.
     """
 
-    visual: bool = False
-    text: bool = False
+    visual: bool = True
+    text: bool = True
     vectors: int = 0
 
 

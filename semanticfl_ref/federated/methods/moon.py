@@ -1,8 +1,9 @@
 """MOON: a client's features are pulled to those of the model it received and pushed from those of
 its own previous model.
 
-    l_con = -log  exp(sim(z, z_glob) / tau) / (exp(sim(z, z_glob) / tau) + exp(sim(z, z_prev) /
-    tau)) l = l_sup + mu l_con
+    l     = l_sup + mu l_con
+    l_con = -log  exp(sim(z, z_glob) / tau)
+                  / (exp(sim(z, z_glob) / tau) + exp(sim(z, z_prev) / tau))
 
 Source: Li, He, Song: Model-Contrastive Federated Learning. CVPR 2021, Eqs. 3-4, Algorithm 1; sim is
 the cosine similarity, tau = 0.5, with a projection head of two layers and 256 outputs; mu = 5, 1, 1
@@ -11,10 +12,12 @@ evaluation mode, as in the authors' code; before a client's first round, its pre
 initial one.
 
 Choice: the head is a branch: the classifier reads the features, so that mu = 0 is FedAvg, bitwise;
-the authors' classifier stands behind the head. moon.projection = 0 contrasts the features
+the authors' classifier follows the head. moon.projection = 0 contrasts the features
 themselves. In round one z_glob = z_prev, so the term is log 2 and its gradient zero. A large mu
 holds the model at the one received. Each step costs two more forward passes, and the server keeps M
 models.
+
+Letters: B batch, D width of the contrast, M clients in all, P size of a flat vector.
 """
 
 import torch
@@ -81,8 +84,8 @@ def model_contrast(
     """The model-contrastive term, mean over the batch.
 
     Equation (model-contrast) [MOON, Eq. 3]:
-        - log( exp(cos(z, received) / tau) / (exp(cos(z, received) / tau) + exp(cos(z, last) / tau))
-            )
+        -log  exp(cos(z, received) / tau)
+              / (exp(cos(z, received) / tau) + exp(cos(z, last) / tau))
     Test: tests/federated/test_method_equations.py::test_moon_on_vectors
 
     Args:

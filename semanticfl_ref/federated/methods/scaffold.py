@@ -20,6 +20,8 @@ server optimizer's.
 control_scale = 0 is FedAvg. BatchNorm's running statistics have no gradient, hence no control
 variate. With few clients per round the c_i are old, and the correction is known to do more harm
 than good.
+
+Letters: M clients in all, P size of a flat vector.
 """
 
 import torch

@@ -9,6 +9,8 @@ an option, see config/methods.py and docs/choices.md).
 
 Both weights 0 is FedAvg. The literal KL divergence between unit vectors at temperature 1 has a
 negligible gradient.
+
+Letters: B batch, C classes, D feature width.
 """
 
 from semanticfl_ref.config.settings import Config
