@@ -1,4 +1,8 @@
-"""Numbers for readers."""
+"""Numbers and messages for readers."""
+
+from collections.abc import Callable
+
+Say = Callable[[str], None]  # takes one line of progress
 
 
 def format_bytes(count: float) -> str:

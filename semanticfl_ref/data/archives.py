@@ -34,7 +34,7 @@ def members(path: Path, wanted: Callable[[str], bool]) -> Members:
     """Name and content of the wanted files of a .tar.gz, a .zip or a folder, one at a time.
 
     Args:
-        path: of the archive or folder.
+        path: the archive or folder.
         wanted: whether a name is to be read. Names are relative, with forward slashes, and include
             the top folder of the archive; for a folder, its own name.
 
@@ -63,7 +63,7 @@ def decode_image(content: bytes, where: str, size: int) -> np.ndarray:
     """The pixels of an image file.
 
     Args:
-        content: of the file.
+        content: the file's bytes.
         where: names the file in messages.
         size: side of the square that the image is scaled to cover and cropped to.
 

@@ -92,7 +92,8 @@ def load_dataset(settings: DataSettings, *, seed: int = 0, offline: bool = False
 
     Args:
         settings: the section `data`.
-        seed: of the choice of validation images, and of test images where there is no test part.
+        seed: seed of the choice of validation images, and of test images where there is no test
+            part.
         offline: no network access.
 
     Raises:
@@ -130,7 +131,7 @@ def stratified(
 
     Args:
         labels: int64 [N].
-        shares: of the parts, summing to one.
+        shares: the parts' shares, summing to one.
 
     Returns:
         For each share the ascending indices, int64; disjoint, together all of them.

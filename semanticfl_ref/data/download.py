@@ -38,9 +38,9 @@ class Archive:
     """A published file.
 
     Attributes:
-        filename: of the archive.
+        filename: the archive's file name.
         folder: its top folder.
-        size: in bytes.
+        size: size in bytes.
         sha256: of the file.
         urls: where it is served, the publisher first.
     """
@@ -238,7 +238,8 @@ def _append(url: str, archive: Archive, file: BinaryIO, size: int, *, last: bool
     response = _connect(url, size)
     if size and not response.headers.get("Content-Range", "").startswith(f"bytes {size}-"):
         size = file.truncate(0)  # the mirror does not resume
-        response = _connect(url, size)
+        if response.status == 206:  # nor is this the whole file
+            response = _connect(url, size)
     begun, resumed_at = time.monotonic(), size
     with (
         response,

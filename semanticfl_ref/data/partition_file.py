@@ -4,6 +4,8 @@
 
 Indices count the training images as a run has them, without validation and held-out images.
 Images in no list are unused.
+
+Letters: N images.
 """
 
 import json

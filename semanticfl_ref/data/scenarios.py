@@ -18,11 +18,10 @@ from dataclasses import dataclass
 
 import torch
 
+from semanticfl_ref.config.presets import NID2_CLIENTS
 from semanticfl_ref.config.settings import PartitionSettings
 from semanticfl_ref.data.dataset import shuffled_class
 from semanticfl_ref.errors import UserError
-
-NID2_CLIENTS = 6  # five biased, one unbiased
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,8 @@
 """TinyImageNet from the published zip.
 
 Choice: its validation part is the test part here, since the published test part has no labels.
+
+Letters: C classes.
 """
 
 import re

@@ -2,7 +2,7 @@
 
 Features are read in chunks: beside the anchors, memory holds one chunk and one covariance.
 
-Letters: N images, C classes, L layers, D width of an anchor.
+Letters: N images, B batch, C classes, L layers, D width of an anchor.
 """
 
 import re
@@ -61,7 +61,7 @@ def make_anchors(
         settings: the section `anchors`. Visual anchors are per class if the images are not the
             clients' own (`settings.images` other than train).
         classes: C.
-        seed: of the control conditions.
+        seed: seed of the control conditions.
         text_source: for `settings.text = unet`, features of images under their own class's caption:
             their class means, mapped like the visual anchors, are the text anchors instead of the
             text encoder's output.

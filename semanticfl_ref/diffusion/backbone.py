@@ -44,7 +44,7 @@ class PassOptions:
 
     Attributes:
         timestep: noise level, from 0 (no noise) to the scheduler's last.
-        seed: of the noise.
+        seed: seed of the noise.
         pool: every layer is averaged over pool x pool cells.
         input_size: height and width to which images are resized first (bicubic, antialiased); 0:
             not resized.
@@ -62,12 +62,12 @@ class Backbone:
     """A frozen model.
 
     Attributes:
-        folder: of the model.
+        folder: the model's folder.
         vae: its decoder has no storage.
         unet: weights behind the deepest selected layer have no storage.
         scheduler: the noise schedule.
         device: where the model runs.
-        precision: of the U-Net.
+        precision: the U-Net's precision.
         layers: the selected layers.
         deepest: the one that is computed last, where a pass ends; None: at the U-Net's end, for
             comparisons.
@@ -94,7 +94,7 @@ class Backbone:
             source: "tiny" (the embedded model), a folder in diffusers' layout, or a hub id.
             layers: layers to read; ["all"]: the latent and every block.
             device: where the model runs.
-            precision: of the U-Net: fp32, bf16 or fp16. The VAE overflows in fp16, see
+            precision: the U-Net's: fp32, bf16 or fp16. The VAE overflows in fp16, see
                 `vae_precision`.
             offline: no network access.
             whole: load also what lies behind the deepest layer, for comparisons.
@@ -322,8 +322,8 @@ def image_noise(
 
     Args:
         images: uint8 [B, H, W, 3].
-        shape: of the numbers of an image.
-        seed: of the noise.
+        shape: shape of one image's noise.
+        seed: seed of the noise.
         purpose: what the noise is for; other purposes get other numbers.
     """
     noise = []

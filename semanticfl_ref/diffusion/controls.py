@@ -37,7 +37,7 @@ def apply_control(
         text_CD: float32 [C, D_text].
         labels: int64 [N].
         per: "image", or "class" for class means.
-        seed: of the condition.
+        seed: seed of the condition.
 
     Returns:
         Visual anchors [N, D] or [C, D], as `per` says, and text anchors [C, D_text].

@@ -6,7 +6,6 @@ complete shard and ends with the same bytes. Processes that need the same cache 
 
 import fcntl
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -24,7 +23,7 @@ from semanticfl_ref.diffusion.feature_cache import (
 from semanticfl_ref.diffusion.model_files import fingerprint
 from semanticfl_ref.diffusion.text import TextEncoder, captions
 from semanticfl_ref.errors import DataError
-from semanticfl_ref.formatting import format_bytes
+from semanticfl_ref.formatting import Say, format_bytes
 from semanticfl_ref.storage import (
     Damaged,
     canonical_json,
@@ -34,8 +33,6 @@ from semanticfl_ref.storage import (
     write_atomic,
     write_errors,
 )
-
-Say = Callable[[str], None]
 
 REMEDY = "free some disk space, or set SEMANTICFL_CACHE to another folder"
 LOCK = ".lock"

@@ -123,7 +123,7 @@ def plan_cache(
     Args:
         images: the data set whose training images go through the model.
         settings: the section `diffusion`.
-        seed: of the noise.
+        seed: seed of the noise.
         device: where features are computed.
         folder: where caches are kept.
         offline: no network access.

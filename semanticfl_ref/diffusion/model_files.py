@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 from semanticfl_ref.config.settings import STABLE_DIFFUSION
+from semanticfl_ref.data.download import file_sha256
 from semanticfl_ref.errors import DataError, DownloadError, UserError
 from semanticfl_ref.storage import canonical_json, write_atomic
 
@@ -136,7 +137,7 @@ def fingerprint(folder: Path, known: Path | None = None) -> str:
     The files' names count, the folder's location does not.
 
     Args:
-        folder: of the model.
+        folder: the model's folder.
         known: JSON file of SHA-256 values by path, size and modification time, so that gigabytes
             are not read at every start; new values are added. None reads every byte.
 
@@ -152,7 +153,7 @@ def fingerprint(folder: Path, known: Path | None = None) -> str:
     for file in list_files(folder):
         status = file.stat()
         key = f"{file.resolve()}|{status.st_size}|{status.st_mtime_ns}"
-        digest = digests.get(key) or _file_sha256(file)
+        digest = digests.get(key) or _checked_sha256(file)
         total.update(f"{file.relative_to(folder).as_posix()} {digest}\n".encode())
         if time.time() - status.st_mtime > STABLE_SECONDS:
             digests[key] = digest
@@ -183,8 +184,8 @@ def _from_hub(name: str, offline: bool) -> Path:
             pass  # nothing in the cache, or the library knows that files are missing
     missing = f"the weights of {name} are not on this machine{incomplete}"
     remedy = (
-        f"Download them with (without .fp16* if the model has no such files): "
-        f"{fetch_command(name)}. For a dry run use the embedded model: --sd tiny"
+        f"Download them with: {fetch_command(name)} (if the model has no .fp16 files, leave .fp16* "
+        f"out of the patterns). For a trial use the embedded model: --sd tiny"
     )
     if offline:
         raise DownloadError(f"{missing} and --offline forbids downloading them. {remedy}")
@@ -203,10 +204,9 @@ def _from_hub(name: str, offline: bool) -> Path:
         ) from error
 
 
-def _file_sha256(file: Path) -> str:
+def _checked_sha256(file: Path) -> str:
     """SHA-256 of a file; of one in the hub's cache, checked against its name."""
-    with file.open("rb") as opened:
-        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    digest = file_sha256(file)
     blob = file.resolve()
     named_by_hash = blob.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", blob.name)
     if named_by_hash and blob.name != digest:

@@ -90,10 +90,10 @@ def load_weights(
 
     Args:
         module: on the device "meta".
-        folder: of the model.
-        part: of the model: vae or unet.
-        dtype: of the weights.
-        device: of the weights.
+        folder: the model's folder.
+        part: vae or unet.
+        dtype: dtype of the weights.
+        device: device of the weights.
         without: prefixes of the names of weights that are not needed; these get no storage.
 
     Raises:

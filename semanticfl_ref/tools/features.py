@@ -1,16 +1,17 @@
 """Feature caches ahead of training, and a probe of the diffusion model's layers.
 
-Letters: N images, C classes.
+Letters: N images, C classes, D width of a vector.
 """
 
 from dataclasses import replace
 
 from semanticfl_ref.config.settings import Config
 from semanticfl_ref.data.dataset import Dataset, Labelled, hold_out, stratified
-from semanticfl_ref.diffusion.extract import Say, complete_files, open_or_build
+from semanticfl_ref.diffusion.extract import complete_files, open_or_build
 from semanticfl_ref.diffusion.feature_cache import CachePlan, open_cache
 from semanticfl_ref.diffusion.probe import describe_layer
 from semanticfl_ref.errors import DataError
+from semanticfl_ref.formatting import Say
 from semanticfl_ref.randomness import generator
 from semanticfl_ref.run.setup import (
     anchor_images,
@@ -46,7 +47,8 @@ def caches(config: Config, action: str, *, offline: bool, rebuild: bool = False,
         say: takes one line of progress.
 
     Returns:
-        caches: a dict per cache; command: the one that builds them; verified: true, if they were.
+        caches: a dict per cache; command: the one that builds them; verified: whether
+            they were.
 
     Raises:
         MismatchError: a cache is damaged; the message names the command that builds it again.
@@ -61,13 +63,11 @@ def caches(config: Config, action: str, *, offline: bool, rebuild: bool = False,
             open_or_build(plan, say, rebuild=rebuild)
         if action == "verify":
             open_cache(plan)
-    document = {
+    return {
         "caches": [{**_described(plan), "use": use} for use, plan in plans.items()],
         "command": rebuild_command(config).replace(" --rebuild", ""),
+        "verified": action == "verify",
     }
-    if action == "verify":
-        document["verified"] = True
-    return document
 
 
 def probe(

@@ -1,17 +1,16 @@
 """Published results of the paper: their settings, and their numbers beside ours."""
 
 import tomllib
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from semanticfl_ref.config.resolve import resolve
 from semanticfl_ref.config.settings import Config
 from semanticfl_ref.errors import DownloadError
+from semanticfl_ref.formatting import Say
 from semanticfl_ref.tools.compare.grid import Grid
 
 FOLDER = Path(__file__).parent.parent / "configs" / "paper"
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -71,6 +71,15 @@ def test_a_partial_file_never_ends_in_wrong_content(kind, mirror, publish, cifar
         assert located().read_bytes() == cifar
 
 
+def test_a_mirror_that_does_not_resume_is_asked_once(mirror, publish, cifar, cache):
+    """It has sent the whole file already."""
+    publish(cifar, mirror("no-resume"))
+    cache.mkdir(parents=True)
+    (cache / f"{FILENAME}.part").write_bytes(cifar[:500])
+    assert located().read_bytes() == cifar
+    assert mirror.asked == [("no-resume", "bytes=500-")]
+
+
 def test_no_mirror_says_why_for_each(mirror, publish, cifar, cache):
     publish(cifar, mirror("missing"), mirror("wrong"), mirror("stingy"))
     with pytest.raises(DownloadError) as caught:

@@ -83,7 +83,7 @@ def test_build_info_verify(built, folder, capsys):
         again = printed["caches"][0]
         assert code == 0
         assert again["id"] == cache["id"] and again["bytes"] == cache["bytes"]
-        assert printed.get("verified", False) == (what == "verify")
+        assert printed["verified"] == (what == "verify")
     assert cli.main(["features", "verify", *WORDS]) == 0
     out = capsys.readouterr().out
     assert "450 of 450 images" in out and "every byte checked" in out

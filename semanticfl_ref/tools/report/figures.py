@@ -60,8 +60,8 @@ def partition_figure(manifest: dict, class_names: list[str]):
     many clients or classes for them.
 
     Args:
-        manifest: of a partition, as in partition.json; corruptions and modalities are written
-            below the clients.
+        manifest: a partition's manifest, as in partition.json; corruptions and modalities are
+            written below the clients.
         class_names: C names.
     """
     counts_CM = np.array(manifest["histograms"]).T
@@ -86,7 +86,7 @@ def partition_figure(manifest: dict, class_names: list[str]):
         )
     axes.set_xlim(-0.7, clients - 0.3)
     if clients <= NAMED:
-        # Below a client's number stands what else differs between clients.
+        # Below a client's number: what else differs between clients.
         differing = filter(None, (manifest.get("corruptions"), manifest.get("modalities")))
         columns = zip(range(clients), *differing, strict=True)
         labels = ["\n".join(map(str, column)).replace(" ", "\n") for column in columns]

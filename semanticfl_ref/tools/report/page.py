@@ -28,7 +28,7 @@ def render(folder: Path, template: str, title: str = "", **context) -> str:
     """A whole document: HTML, in which text is escaped, or Markdown.
 
     Args:
-        folder: of the template; base.html.jinja and parts.html.jinja are found from any.
+        folder: the template's folder; base.html.jinja and parts.html.jinja are found from any.
         template: file name.
         title: plain text; also the heading.
         context: what the template uses. Filters beside jinja's own: `bytes` (1536 is "1.5 KiB"),

@@ -36,11 +36,11 @@ class Run:
     """A recorded run.
 
     Attributes:
-        path: of its folder.
+        path: the run folder.
         config: the configuration.
         environment, partition, anchors: the JSON documents of these names.
         rows: the lines of metrics.jsonl, at least one.
-        summary: of these rounds.
+        summary: summary of these rounds.
         finished: whether all rounds are done.
         class_names: C printable names.
     """

@@ -22,7 +22,7 @@ def diffusion_pass(
     """Pass images through the model as the extraction of features does, and watch it.
 
     Args:
-        plan: of the images' features.
+        plan: the cache of the images' features.
         index_B: int64 [B], which images.
 
     Returns:

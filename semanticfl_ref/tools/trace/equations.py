@@ -37,8 +37,8 @@ class Equation:
         source: where it is from.
         text: the equation.
         function: qualified name of the function that computes it.
-        file: of the function, relative to the package.
-        line: of the function's `def`.
+        file: the function's file, relative to the package.
+        line: line of the function's `def`.
         tests: `tests/file.py::function`.
     """
 

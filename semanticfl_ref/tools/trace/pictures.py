@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 from semanticfl_ref.federated.context import RunContext
+from semanticfl_ref.tools.report.drawing import COLOURS
 
-# Okabe and Ito's blue and vermilion, which colour-blind readers can tell apart.
-COLD, ZERO, WARM = (0, 114, 178), (240, 240, 236), (213, 94, 0)
+COLD, WARM = COLOURS[:2]  # blue and vermilion
+ZERO = (240, 240, 236)
 CLASSES, PER_CLASS = 20, 6  # classes that are shown, and images of each
 
 

@@ -46,7 +46,7 @@ def blocks(document: dict, *, everything: bool = False, colours: bool = False) -
     """A round for a terminal of 100 columns, in parts: what is shown, each statement, each table.
 
     Args:
-        document: of the round.
+        document: the round's document.
         everything: show the statements without an equation too.
         colours: use ANSI colours.
     """
@@ -70,7 +70,7 @@ def render_round(template: str, document: dict, **context) -> str:
 
     Args:
         template: file name.
-        document: of the round.
+        document: the round's document.
         context: what else the template uses.
     """
     return render(
@@ -108,7 +108,7 @@ def all_turns(document: dict) -> list[dict]:
 
 
 def tables(document: dict) -> dict[str, list[list[str]]]:
-    """What the round came to: title -> a row of heads, and rows of a name and numbers."""
+    """The round's results: title -> a row of heads, and rows of a name and numbers."""
     rows = {
         **document,
         "terms": [*document["terms"], {"name": "loss", "weighted": document["loss"]}],

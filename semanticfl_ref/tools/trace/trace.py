@@ -1,6 +1,6 @@
 """A real round on a few images of each client, watched while it runs.
 
-What it came to is reported by the round's own observer; the statements come from the tracer.
+Its results are reported by the round's own observer; the statements come from the tracer.
 """
 
 import re
@@ -11,13 +11,13 @@ import torch
 
 from semanticfl_ref.config.settings import Config, to_flat
 from semanticfl_ref.data.partition import Partition
-from semanticfl_ref.diffusion.extract import Say
 from semanticfl_ref.federated.context import RunContext, make_context
 from semanticfl_ref.federated.methods.method import LocalUpdate
 from semanticfl_ref.federated.report import ClientReport, FirstBatch
 from semanticfl_ref.federated.round import run_round
 from semanticfl_ref.federated.server_optimizer import server_step
 from semanticfl_ref.federated.state import initial_state
+from semanticfl_ref.formatting import Say
 from semanticfl_ref.randomness import generator
 from semanticfl_ref.run.setup import RunData, build_anchors, cache_plan, load_data, set_threads
 from semanticfl_ref.tools.trace.diffusion_pass import diffusion_pass
@@ -44,10 +44,11 @@ class TracedRound:
     """A watched round.
 
     Attributes:
-        document: for JSON; `trace_round` lists its keys.
-        context: of the run.
+        document: JSON values; `trace_round` lists its keys.
+        context: the run's context.
         shown_B: int64 [B], the training images that are shown.
-        stages: of the diffusion model's pass over them; for a method without anchors, the images.
+        stages: stages of the diffusion model's pass over them; for a method without anchors, only
+            the images.
     """
 
     document: dict
@@ -61,7 +62,7 @@ def trace_round(config: Config, *, images: int, round: int, offline: bool, say: 
 
     Args:
         config: the configuration.
-        images: at most so many of each client; anchors are made from all images, as in a run.
+        images: maximum number of images per client; anchors are made from all images, as in a run.
         round: the round to watch.
         offline: no network access.
         say: takes one line of progress.
@@ -91,7 +92,7 @@ def trace_round(config: Config, *, images: int, round: int, offline: bool, say: 
         after, metrics = run_round(state, context, lambda *update: updates.append(update))
 
     first = updates[0][2].first
-    shown_B = first.indices[:IMAGES]
+    shown_B = first.indices[:IMAGES].cpu()
     stages, before = {"image": data.dataset.train_images[shown_B]}, []
     if context.anchors is not None:
         plan = cache_plan(config, data.dataset, offline=offline)
@@ -138,7 +139,7 @@ def few_images(data: RunData, count: int, seed: int) -> Partition:
 
 
 def client_summary(update: LocalUpdate, params_P: torch.Tensor, report: ClientReport) -> dict:
-    """What a local update came to: means over its steps, and how far its parameters moved."""
+    """A local update's results: means over its steps, and how far its parameters moved."""
     moved_P = (params_P - update.start_P)[update.context.layout.optimised]
     return {
         "client": update.client,
@@ -175,7 +176,7 @@ def turns(steps: list[Step], story: Source) -> list[dict]:
     heads, found = [], []
     for line, text in enumerate(story.lines, 1):
         if match := re.match(r"\s*# (\d)\. (.*)", text):
-            heads.append(line if heads else 0)  # what stands above the first is its turn's
+            heads.append(line if heads else 0)  # what is above the first belongs to its turn
             found.append({"number": int(match[1]), "title": match[2], "steps": []})
     for step in steps:  # the first one is the round's own
         if step.function == run_round.__name__:

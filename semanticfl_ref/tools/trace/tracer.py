@@ -1,5 +1,5 @@
-"""Watches functions while they run, and notes every statement the first time: where it stands, what
-it made, the equations behind the functions that it calls.
+"""Watches functions while they run, and notes every statement the first time: where it is, what
+it assigned or returned, the equations behind the functions that it calls.
 
 Everything is read from the source files and from the values that the statements hold. Nothing here
 knows a variable's name: a model, for example, is recognised by its type.
@@ -23,11 +23,11 @@ class Step:
     """A statement, the first time that it ran.
 
     Attributes:
-        file, line, function: where it stands; the file relative to the package.
+        file, line, function: where it is; the file relative to the package.
         source: its text; of a compound statement its head.
         equations: tags of the equations of functions that it called.
-        values: what it made, see `values.describe`.
-        iterations: of a loop, in the call that is shown; None for other statements.
+        values: what it assigned or returned, see `values.describe`.
+        iterations: how often a loop ran in the call that is shown; None for other statements.
     """
 
     file: str
@@ -43,8 +43,8 @@ class Source:
     """A source file: its text, and the statements of its public functions with a docstring.
 
     Attributes:
-        lines: of the text.
-        docstring: of the module.
+        lines: lines of the text.
+        docstring: the module's.
         shown: qualified names of these functions.
         statements: line number -> statement, for every line of a statement or of its head.
         steps: statement -> its step, until it is taken from here.
