@@ -19,6 +19,7 @@ SMALL = {
     "federation.local_epochs": 1,
     "federation.batch_size": 4,
     "run.precision": "fp32",
+    "run.replicas": 1,  # the tracer follows one thread
 }
 PROMPT = "Enter: next step, q: quit "
 

@@ -30,6 +30,7 @@ NOT_IDENTITY = frozenset(
         "diffusion.source",
         "anchors.images",
         "run.checkpoint_every",
+        "run.replicas",
     }
 )
 SMALLEST_IMAGE = 9  # pixels per side: below, the last stage would normalise over a single pixel
@@ -304,11 +305,9 @@ class RunSettings(Section):
         choices=("auto", "fp32", "bf16"),
     )
     threads: int = option(
-        0,
-        "CPU threads; 0: torch's default. Results are bitwise reproducible for a fixed number",
-        low=0,
-        high=1024,
+        1, "CPU threads per client (affects last bits); 0: torch's default", low=0, high=1024
     )
+    replicas: int = option(0, "clients trained side by side; 0: as many as fit", low=0)
     device: str = option("auto", "device; auto: CUDA if available", choices=("auto", "cpu", "cuda"))
     checkpoint_every: int = option(1, "rounds between checkpoints", low=1)
 

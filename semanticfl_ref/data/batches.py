@@ -25,41 +25,59 @@ def epoch_batches(
     Returns:
         int64 tensors [batch_size], the last one shorter or longer by one; on the indices' device.
     """
-    assert batch_size >= 1 and len(indices) >= 1, "a client without images has no batches"
     order = torch.randperm(len(indices), generator=generator).to(indices.device)
-    batches = list(indices[order].split(batch_size))
-    if batch_size > 1 and len(batches) > 1 and len(batches[-1]) == 1:
-        batches[-2:] = [torch.cat(batches[-2:])]
-    return batches
+    return list(indices[order].split(batch_sizes(len(indices), batch_size)))
 
 
-def network_input(
-    images: torch.Tensor, *, augment: bool, generator: torch.Generator | None
-) -> torch.Tensor:
+def batch_sizes(count: int, batch_size: int) -> list[int]:
+    """The sizes of an epoch's batches, see `epoch_batches`."""
+    assert batch_size >= 1 and count >= 1, "a client without images has no batches"
+    sizes = [min(batch_size, count - start) for start in range(0, count, batch_size)]
+    if batch_size > 1 and len(sizes) > 1 and sizes[-1] == 1:
+        sizes[-2:] = [batch_size + 1]
+    return sizes
+
+
+def draw_crops(batches: list[torch.Tensor], generator: torch.Generator) -> list[torch.Tensor]:
+    """Where to crop each image of each batch, and whether to flip it.
+
+    Args:
+        batches: of an epoch.
+        generator: CPU generator of this client and epoch.
+
+    Returns:
+        For each batch int64 [3, B]: top, left, flip; on the batches' device.
+    """
+    drawn, sizes = [], [len(index_B) for index_B in batches]
+    for size in sizes:
+        drawn.append(torch.randint(0, 2 * MARGIN + 1, (2, size), generator=generator))
+        drawn[-1] = torch.cat([drawn[-1], torch.randint(0, 2, (1, size), generator=generator)])
+    # One copy per epoch: each would hold a GPU up.
+    return list(torch.cat(drawn, dim=1).to(batches[0].device).split(sizes, dim=1))
+
+
+def network_input(images: torch.Tensor, crop_3B: torch.Tensor | None = None) -> torch.Tensor:
     """The network's input: equals `(images.permute(0, 3, 1, 2) / 255 - 0.5) / 0.5`.
 
     Args:
         images: uint8 [B, H, W, 3], on any device.
-        augment: first flip half of the images, and crop each after padding by 4 black pixels.
-        generator: CPU generator of the augmentation; None without it.
+        crop_3B: of `draw_crops`: images are flipped, and cropped after padding by 4 black pixels.
 
     Returns:
         float32 [B, 3, H, W] in -1 ... 1, channels_last, on the images' device.
     """
-    if augment:
-        images = _flip_and_crop(images, generator)
+    if crop_3B is not None:
+        images = _flip_and_crop(images, crop_3B)
     x_B3HW = images.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.channels_last)
     return x_B3HW.div_(127.5).sub_(1)
 
 
-def _flip_and_crop(images: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
+def _flip_and_crop(images: torch.Tensor, crop_3B: torch.Tensor) -> torch.Tensor:
     """One gather for the whole batch, from a view of all crops of every image."""
     B, H, W, _ = images.shape
-    device = images.device
-    top_B, left_B = torch.randint(0, 2 * MARGIN + 1, (2, B), generator=generator).to(device)
-    flip_B = torch.randint(0, 2, (B,), generator=generator).to(device).bool()
+    top_B, left_B, flip_B = crop_3B
     padded = F.pad(images, (0, 0, MARGIN, MARGIN, MARGIN, MARGIN))
     crops = padded.unfold(1, H, 1).unfold(2, W, 1)  # [B, top, left, 3, H, W]
-    crops_B3HW = crops[torch.arange(B, device=device), top_B, left_B]
-    crops_B3HW = torch.where(flip_B[:, None, None, None], crops_B3HW.flip(3), crops_B3HW)
+    crops_B3HW = crops[torch.arange(B, device=images.device), top_B, left_B]
+    crops_B3HW = torch.where(flip_B.bool()[:, None, None, None], crops_B3HW.flip(3), crops_B3HW)
     return crops_B3HW.permute(0, 2, 3, 1)

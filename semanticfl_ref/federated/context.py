@@ -20,6 +20,7 @@ from semanticfl_ref.device import (
 from semanticfl_ref.diffusion.anchors import Anchors
 from semanticfl_ref.federated.flat import FlatLayout, flat_layout
 from semanticfl_ref.federated.methods.method import Method
+from semanticfl_ref.federated.replicas import Replicas
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +30,8 @@ class RunContext:
     Attributes:
         config, dataset, partition, anchors: `anchors` is None for a method without.
         method: the federated method.
-        model: the model that clients train, one after another.
+        model: the global model.
+        replicas: copies of the model, which clients train side by side.
         layout: layout of its flat vector.
         device: where it runs.
         precision: "bf16" or "fp32", of the forward pass.
@@ -41,6 +43,7 @@ class RunContext:
     anchors: Anchors | None
     method: Method
     model: nn.Module
+    replicas: Replicas
     layout: FlatLayout
     device: torch.device
     precision: str
@@ -48,7 +51,10 @@ class RunContext:
     def autocast(self):
         """The context manager of a forward pass."""
         enabled = self.precision == "bf16"
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+        # No cache of weights in bf16: threads and captured steps would share it.
+        return torch.autocast(
+            self.device.type, torch.bfloat16, enabled=enabled, cache_enabled=False
+        )
 
     def anchors_for(
         self, client: int, labels_B: torch.Tensor, index_B: torch.Tensor
@@ -93,6 +99,7 @@ def make_context(
         anchors=anchors,
         method=method,
         model=model,
+        replicas=Replicas(model, config, device),
         layout=flat_layout(model),
         device=device,
         precision=resolve_precision(config.run.precision, device),

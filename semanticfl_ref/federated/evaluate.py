@@ -71,13 +71,13 @@ def share(correct_N: torch.Tensor) -> float | None:
     return correct_N.double().mean().item() if len(correct_N) else None
 
 
-@torch.no_grad()
 def predictions(model: nn.Module, context: RunContext, images: torch.Tensor) -> torch.Tensor:
     """The most likely class of each of images uint8 [N, H, W, 3]: int64 [N]."""
     model.eval()
-    predicted = []
-    for batch in images.split(BATCH):
-        with context.autocast():
-            logits_BC, _ = model(network_input(batch, augment=False, generator=None))
-        predicted.append(logits_BC.argmax(1))
-    return torch.cat(predicted)
+
+    def predict(batch: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad(), context.autocast():
+            logits_BC, _ = model(network_input(batch))
+        return logits_BC.argmax(1)
+
+    return torch.cat(context.replicas.map(predict, images.split(BATCH)))

@@ -1,7 +1,8 @@
 """A model <-> one flat vector: every floating parameter and buffer in a fixed order.
 
-So averaging, resuming, hashing and robust rules are each one operation on a matrix. Integer
-counters stay out.
+This makes averaging, resuming, hashing and robust rules one operation on a matrix each. Integer
+counters stay out. A convolution's weights are in the order [out, height, width, in], in which
+channels_last keeps them.
 
 Letters: P size of a flat vector.
 """
@@ -12,6 +13,8 @@ import torch
 from torch import nn
 
 from semanticfl_ref.federated.model import HEADS
+
+ORDER = "channels_last"  # of entries; part of a run's identity
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,9 @@ def flat_layout(model: nn.Module) -> FlatLayout:
 
 def flatten_params(model: nn.Module) -> torch.Tensor:
     """A new float32 vector [P] on the model's device."""
-    return torch.cat([t.reshape(-1) for t in _tensors(model).values()])
+    tensors = _tensors(model).values()
+    stored = [t.permute(0, 2, 3, 1) if t.ndim == 4 else t for t in tensors]
+    return torch.cat([t.reshape(-1) for t in stored])
 
 
 def load_params(model: nn.Module, params_P: torch.Tensor) -> None:
@@ -61,6 +66,13 @@ def load_params(model: nn.Module, params_P: torch.Tensor) -> None:
     tensors = model.state_dict()
     for name, part in _parts(model, params_P).items():
         tensors[name].copy_(part)
+
+
+def bind_params(model: nn.Module, row_P: torch.Tensor) -> None:
+    """Make the model's parameters and buffers views of a flat vector [P], and copy them into it."""
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    for name, part in _parts(model, row_P).items():
+        tensors[name].data = part.copy_(tensors[name].detach())
 
 
 def with_parameters(
@@ -83,5 +95,11 @@ def _parts(model: nn.Module, values_P: torch.Tensor) -> dict[str, torch.Tensor]:
     tensors = _tensors(model)
     sizes = [t.numel() for t in tensors.values()]
     assert len(values_P) == sum(sizes), "the flat vector belongs to another model"
-    parts = zip(tensors.items(), values_P.split(sizes), strict=True)
-    return {name: part.view(t.shape) for (name, t), part in parts}
+    parts = {}
+    for (name, tensor), part in zip(tensors.items(), values_P.split(sizes), strict=True):
+        if tensor.ndim == 4:
+            out, into, height, width = tensor.shape
+            parts[name] = part.view(out, height, width, into).permute(0, 3, 1, 2)
+        else:
+            parts[name] = part.view(tensor.shape)
+    return parts

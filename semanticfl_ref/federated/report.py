@@ -4,8 +4,7 @@ Letters: B batch, D feature width.
 """
 
 import math
-from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -34,13 +33,24 @@ class FirstBatch(NamedTuple):
         indices: int64 [B], into the training images.
         terms: name -> (weight, unweighted value).
         loss: the objective.
-        gradients: name -> gradient, of the terms that depend on the features.
+        products: of the terms that depend on the features, see `gradient_products`.
     """
 
     indices: torch.Tensor
     terms: Terms
     loss: torch.Tensor
-    gradients: dict[str, Gradient]
+    products: dict[str, torch.Tensor]
+
+    @property
+    def gradients(self) -> dict[str, Gradient]:
+        """Name -> gradient, of the terms that depend on the features."""
+        return gradients_of(self.products)
+
+    def clone(self) -> "FirstBatch":
+        """A copy that the next step does not overwrite."""
+        terms = {name: (weight, value.clone()) for name, (weight, value) in self.terms.items()}
+        products = {name: value.clone() for name, value in self.products.items()}
+        return FirstBatch(self.indices.clone(), terms, self.loss.clone(), products)
 
 
 @dataclass
@@ -55,11 +65,11 @@ class ClientReport:
         first: the first batch.
     """
 
-    steps: int = 0
-    loss: torch.Tensor | float = 0.0
-    last_epoch_loss: torch.Tensor | float = 0.0
-    terms: Counter[str] = field(default_factory=Counter)
-    first: FirstBatch | None = None
+    steps: int
+    loss: torch.Tensor
+    last_epoch_loss: torch.Tensor
+    terms: dict[str, torch.Tensor]
+    first: FirstBatch
 
 
 def first_batch(
@@ -67,11 +77,12 @@ def first_batch(
 ) -> FirstBatch:
     """What is reported of a client's first batch."""
     values = {name: (weight, value.detach()) for name, (weight, value) in terms.items()}
-    return FirstBatch(index_B, values, loss.detach(), feature_gradients(terms, features_BD))
+    return FirstBatch(index_B, values, loss.detach(), gradient_products(terms, features_BD))
 
 
-def feature_gradients(terms: Terms, features_BD: torch.Tensor) -> dict[str, Gradient]:
-    """Each weighted term's gradient at the features [B, D].
+def gradient_products(terms: Terms, features_BD: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Each weighted term's gradient at the features [B, D]: name -> [2], its norm, and its inner
+    product with cross-entropy's gradient.
 
     At the features rather than at all parameters, since the backbone's backward pass, nearly all of
     the cost, is then not repeated per term. Terms that do not depend on the features (distances
@@ -84,12 +95,20 @@ def feature_gradients(terms: Terms, features_BD: torch.Tensor) -> dict[str, Grad
         )
         if gradient is not None:
             found[name] = gradient.flatten()
-    norms = {name: gradient.norm().item() for name, gradient in found.items()}
-    total, base = sum(norms.values()), norms["cross_entropy"]
-    gradients = {}
-    for name, norm in norms.items():
-        cosine = math.nan
-        if norm * base:
-            cosine = found[name].dot(found["cross_entropy"]).item() / (norm * base)
-        gradients[name] = Gradient(norm, norm / total if total else 0.0, cosine)
-    return gradients
+    base = found["cross_entropy"]
+    return {name: torch.stack([g.norm(), g.dot(base)]) for name, g in found.items()}
+
+
+def gradients_of(products: dict[str, torch.Tensor]) -> dict[str, Gradient]:
+    """Name -> gradient, from the results of `gradient_products`."""
+    numbers = {name: pair.tolist() for name, pair in products.items()}
+    total = sum(norm for norm, _ in numbers.values())
+    base, _ = numbers["cross_entropy"]
+    return {
+        name: Gradient(
+            norm=norm,
+            share=norm / total if total else 0.0,
+            cosine=product / (norm * base) if norm * base else math.nan,
+        )
+        for name, (norm, product) in numbers.items()
+    }

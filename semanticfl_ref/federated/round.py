@@ -10,16 +10,10 @@ from dataclasses import replace
 import torch
 
 from semanticfl_ref.config.settings import Config
-from semanticfl_ref.federated.aggregate import (
-    COHORT,
-    average_selected,
-    cohorts,
-    robust_aggregate,
-)
-from semanticfl_ref.federated.client import train_client
+from semanticfl_ref.federated.aggregate import average_selected, cohorts, robust_aggregate
 from semanticfl_ref.federated.context import RunContext
 from semanticfl_ref.federated.evaluate import evaluate
-from semanticfl_ref.federated.flat import flatten_params, load_params
+from semanticfl_ref.federated.flat import load_params
 from semanticfl_ref.federated.methods.method import LocalUpdate, SampledClients
 from semanticfl_ref.federated.metrics import Drift, RoundMetrics
 from semanticfl_ref.federated.report import ClientReport
@@ -28,7 +22,8 @@ from semanticfl_ref.federated.state import FederatedState
 from semanticfl_ref.kernels.weighted_average import weighted_average
 from semanticfl_ref.randomness import generator
 
-# Called after each local update with the update, the client's parameters [P], and its report.
+# Called after a cohort has trained, with each update, the client's parameters [P] (which the next
+# cohort overwrites) and its report.
 Observer = Callable[[LocalUpdate, torch.Tensor, ClientReport], None]
 
 
@@ -47,16 +42,20 @@ def run_round(
     drift, average = Drift(state.params, excluded), None
     # The round writes into a copy: whatever interrupts it, the state before it stays intact.
     after = state.successor()
+    robust = []  # parameters of all clients, for the rules that need them at once
 
     # 1. Server: sample clients; send them the global parameters and, the first time, their anchors.
     sampled_K = sample_clients(config, after.round)
     histograms_KC = torch.tensor([context.partition.histograms[k] for k in sampled_K])
     weights_K = method.weights(SampledClients(config, histograms_KC)).to(context.device)
 
-    for cohort in cohorts(len(sampled_K), COHORT if rule == "mean" else len(sampled_K)):
+    for cohort in cohorts(len(sampled_K), len(context.replicas.params_RP)):
         # 2. Clients: train locally; their parameters are the rows of a matrix.
         updates = [received(state, context, client) for client in sampled_K[cohort]]
-        params_SP, reports = train_cohort(updates, observe)
+        reports = context.replicas.train(updates)
+        params_SP = context.replicas.params_RP[: len(updates)]
+        for each in zip(updates, params_SP, reports, strict=True):
+            observe(*each)
 
         # 3. Server: average the parameters by their weights, in ascending client number.
         weights_S, earlier, last = weights_K[cohort], average, cohort.stop == len(sampled_K)
@@ -65,6 +64,8 @@ def run_round(
         if not finite_S.all():  # again, without the clients that returned NaN or infinity
             weights_S = weights_S * finite_S
             average = weighted_average(params_SP, weights_S, state.params, earlier, final=last)
+        if rule != "mean":
+            robust.append(params_SP[finite_S])
         for s in finite_S.nonzero().flatten().tolist():
             drift.add(updates[s].client, params_SP[s], average.squared_norm_S[s], weights_S[s])
             method.update_state(after.method_state, updates[s], params_SP[s], reports[s])
@@ -73,7 +74,7 @@ def run_round(
     drift.require_weight(after.round)
     aggregate_P, norms = average.values_P, drift.norms
     if rule != "mean":
-        aggregate_P = robust_aggregate(params_SP[finite_S], rule, config.server)
+        aggregate_P = robust_aggregate(torch.cat(robust), rule, config.server)
     selected = method.select_models(context, after.method_state, list(norms), after.round)
     if selected is not None:
         aggregate_P, drift = average_selected(selected, state.params, excluded)
@@ -107,22 +108,8 @@ def received(state: FederatedState, context: RunContext, client: int) -> LocalUp
         start_P[context.layout.batch_norm] = state.batch_norm[client]
     return LocalUpdate(
         context=context,
-        model=context.model,
         client=client,
         round=state.round + 1,
         start_P=start_P,
         method_state=state.method_state,
     )
-
-
-def train_cohort(
-    updates: list[LocalUpdate], observe: Observer
-) -> tuple[torch.Tensor, list[ClientReport]]:
-    """Run local updates; returns the clients' parameters [S, P] and their reports."""
-    params, reports = [], []
-    for update in updates:
-        load_params(update.model, update.start_P)
-        reports.append(train_client(update))
-        params.append(flatten_params(update.model))
-        observe(update, params[-1], reports[-1])
-    return torch.stack(params), reports

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from semanticfl_ref.config.settings import Config
-from semanticfl_ref.data.batches import epoch_batches
+from semanticfl_ref.data.batches import batch_sizes
 from semanticfl_ref.diffusion.anchors import Anchors
 from semanticfl_ref.diffusion.model_files import TINY
 from semanticfl_ref.federated.context import make_context
@@ -28,11 +28,7 @@ def dry_run(config: Config) -> dict:
     anchors = placeholder_anchors(config, dataset.classes)
     context = make_context(config, dataset, partition, anchors)
     state, cost = initial_state(context), communication_cost(context)
-    source = torch.Generator()
-    batches = [
-        len(epoch_batches(own, batch_size=federation.batch_size, generator=source))
-        for own in partition.indices
-    ]
+    batches = [len(batch_sizes(size, federation.batch_size)) for size in partition.sizes]
     steps = federation.clients_per_round * federation.local_epochs * sum(batches) / len(batches)
     return {
         "dataset": dataset.name,

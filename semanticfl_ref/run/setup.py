@@ -22,6 +22,7 @@ from semanticfl_ref.diffusion.extract import open_or_build
 from semanticfl_ref.diffusion.feature_cache import CachePlan, plan_cache
 from semanticfl_ref.errors import DataError, UserError
 from semanticfl_ref.federated.context import RunContext
+from semanticfl_ref.federated.flat import ORDER
 from semanticfl_ref.formatting import Say
 from semanticfl_ref.randomness import generator
 from semanticfl_ref.storage import cache_folder, sha256_of
@@ -57,7 +58,7 @@ class RunData:
 
 
 def set_threads(config: Config) -> None:
-    """Set torch's CPU threads as configured: results are reproducible for a fixed number."""
+    """Set torch's CPU threads per client: results are reproducible for a fixed number."""
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
 
@@ -224,6 +225,7 @@ def identity_of(context: RunContext) -> dict:
             made_by["sha256"] = sha256_of({}, {"visual": anchors.visual, "text": anchors.text})
     return {
         **{name: value for name, value in settings.items() if name not in NOT_IDENTITY},
+        "order": ORDER,
         "data": context.dataset.sha256,
         "partition": context.partition.sha256,
         "anchors": made_by,

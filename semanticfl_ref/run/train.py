@@ -13,7 +13,7 @@ from semanticfl_ref.diffusion.anchors import Anchors
 from semanticfl_ref.federated.context import RunContext, make_context
 from semanticfl_ref.federated.evaluate import confusion
 from semanticfl_ref.federated.flat import load_params
-from semanticfl_ref.federated.round import run_round
+from semanticfl_ref.federated.round import received, run_round
 from semanticfl_ref.federated.state import (
     FederatedState,
     initial_state,
@@ -77,7 +77,7 @@ def train(
         "anchors.json": provenance_of(context),
     }
     folder = RunFolder.create(out, config, documents)
-    return _finish(context, folder, initial_state(context), on_round)
+    return _finish(context, folder, initial_state(context), on_round, say)
 
 
 def resume(
@@ -110,7 +110,7 @@ def resume(
     folder.truncate(state.round)
     folder.add_environment(now, state.round)
     say(f"resuming from round {state.round} in {path}")
-    return _finish(context, folder, state, on_round)
+    return _finish(context, folder, state, on_round, say)
 
 
 def _prepare(
@@ -129,10 +129,10 @@ def _prepare(
 
 
 def _finish(
-    context: RunContext, folder: RunFolder, state: FederatedState, on_round: OnRound
+    context: RunContext, folder: RunFolder, state: FederatedState, on_round: OnRound, say: Say
 ) -> RunFolder:
     """Run the remaining rounds and write the summary."""
-    state = _run_rounds(context, folder, state, on_round)
+    state = _run_rounds(context, folder, state, on_round, say)
     # A resumed run may have had no round left.
     load_params(context.model, state.params)
     config = context.config
@@ -150,9 +150,11 @@ def _finish(
 
 
 def _run_rounds(
-    context: RunContext, folder: RunFolder, state: FederatedState, on_round: OnRound
+    context: RunContext, folder: RunFolder, state: FederatedState, on_round: OnRound, say: Say
 ) -> FederatedState:
     """Each round is followed by its line of metrics and, as configured, a checkpoint."""
+    sizes = context.partition.sizes
+    context.replicas.fit(received(state, context, sizes.index(max(sizes))), say)
     config, identity = context.config, identity_of(context)
     rounds, method = config.federation.rounds, config.federation.method
     try:

@@ -13,7 +13,7 @@ from torch import nn
 from semanticfl_ref.config.registry import MODELS
 from semanticfl_ref.data.batches import network_input
 from semanticfl_ref.errors import DataError, MismatchError, UserError
-from semanticfl_ref.federated.flat import flat_layout, load_params
+from semanticfl_ref.federated.flat import ORDER, flat_layout, load_params
 from semanticfl_ref.run.folder import RunFolder
 from semanticfl_ref.storage import Damaged, load_tensors, write_atomic
 
@@ -37,7 +37,7 @@ class TrainedModel(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Images uint8 [N, H, W, 3] -> logits float32 [N, C]."""
-        logits_NC, _ = self.network(network_input(images, augment=False, generator=None))
+        logits_NC, _ = self.network(network_input(images))
         return logits_NC
 
 
@@ -55,9 +55,12 @@ def load_model(path: Path | str) -> TrainedModel:
     if not folder.checkpoint.is_file():
         raise DataError(f"{folder.path} has no checkpoint yet: wait for its first round")
     try:
-        params_P = load_tensors(folder.checkpoint)[0]["params"]
+        tensors, about, _ = load_tensors(folder.checkpoint)
+        params_P, order = tensors["params"], about["identity"].get("order")
     except (Damaged, KeyError):
         raise MismatchError(f"the checkpoint {folder.checkpoint} is damaged") from None
+    if order != ORDER:
+        raise MismatchError(f"{folder.checkpoint} was written by an earlier version: train again")
     try:
         names, side = partition["class_names"], partition["image_size"]
     except KeyError as missing:

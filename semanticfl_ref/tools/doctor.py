@@ -25,6 +25,7 @@ from semanticfl_ref.config.command_line import shell_command, to_flags
 from semanticfl_ref.config.registry import METHODS
 from semanticfl_ref.config.resolve import is_embedded
 from semanticfl_ref.config.settings import Config, DataSettings
+from semanticfl_ref.cores import cores
 from semanticfl_ref.errors import DataError, DownloadError, MismatchError, UserError
 from semanticfl_ref.formatting import format_bytes
 from semanticfl_ref.storage import cache_folder
@@ -176,7 +177,7 @@ def _device(config: Config) -> str:
     from semanticfl_ref.device import resolve_device, resolve_precision
 
     device = resolve_device(config.run.device)
-    name = f"cpu, threads: {config.run.threads or torch.get_num_threads()}"
+    name = f"cpu, cores: {cores()}, threads per client: {config.run.threads or 'default'}"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     return f"{name}; clients train in {resolve_precision(config.run.precision, device)}"

@@ -19,7 +19,7 @@ from semanticfl_ref.federated.methods.method import LocalBatch, Method, Terms
 def proximal_term(batch: LocalBatch) -> Terms:
     """mu * |w - w_t|^2 / 2."""
     mu = batch.settings.mu
-    return {"proximal": (mu, proximal(batch.update.parameters))} if mu > 0 else {}
+    return {"proximal": (mu, proximal(batch.parameters))} if mu > 0 else {}
 
 
 def proximal(parameters: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:

@@ -6,7 +6,6 @@ flat vector.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -14,7 +13,6 @@ from torch import nn
 
 from semanticfl_ref.config.settings import Config
 from semanticfl_ref.diffusion.anchors import Anchors
-from semanticfl_ref.federated.flat import with_parameters
 
 if TYPE_CHECKING:
     from semanticfl_ref.federated.context import RunContext
@@ -32,14 +30,12 @@ class LocalUpdate:
 
     Attributes:
         context: the constants of the run.
-        model: the model in training.
         client, round: which client, in which round.
         start_P: float32 [P], the parameters received.
         method_state: the method's state before the round; nothing of this round is in it.
     """
 
     context: "RunContext"
-    model: nn.Module
     client: int
     round: int
     start_P: torch.Tensor
@@ -54,18 +50,18 @@ class LocalUpdate:
         """The method's own settings."""
         return self.config.method
 
-    @cached_property
-    def parameters(self) -> list[tuple[nn.Parameter, torch.Tensor]]:
-        """The model's parameters, each with the value received."""
-        return with_parameters(self.model, self.start_P)
-
 
 @dataclass(frozen=True, kw_only=True)
 class LocalBatch:
     """What a local term may read: one batch of one client, after the forward pass.
 
+    A term may depend on these tensors and on settings, but not on the round or on the client's
+    number: on CUDA the step is captured as a graph and replayed with other clients' tensors.
+
     Attributes:
         update: the client's local update.
+        model: the model in training.
+        parameters: its parameters, each with the value received.
         features_BD: float32 [B, D].
         levels: float32 [B, width] of every level, for a method with `needs_levels`; else empty.
         references: name -> (reference model, its features [B, D] of the same images).
@@ -75,17 +71,14 @@ class LocalBatch:
     """
 
     update: LocalUpdate
+    model: nn.Module
+    parameters: list[tuple[nn.Parameter, torch.Tensor]]
     features_BD: torch.Tensor
     levels: list[torch.Tensor]
     references: dict[str, tuple[nn.Module, torch.Tensor]]
     labels_B: torch.Tensor
     visual_BD: torch.Tensor | None
     text_CD: torch.Tensor | None
-
-    @property
-    def model(self) -> nn.Module:
-        """The model in training."""
-        return self.update.model
 
     @property
     def settings(self):
@@ -160,6 +153,8 @@ class Method:
         payload: (config) -> what travels beside the model.
         needs_anchors: whether the server makes anchors.
         needs_levels: whether local terms read the features of every level.
+        capturable: whether a step with these terms can be captured as a CUDA graph: its operations
+            and the shapes of its tensors do not depend on values.
     """
 
     init_state: Callable[[Config, torch.Tensor], MethodState] = lambda config, params_P: {}
@@ -179,3 +174,4 @@ class Method:
     payload: Callable[[Config], Payload] = lambda config: Payload()
     needs_anchors: bool = False
     needs_levels: bool = False
+    capturable: bool = True

@@ -5,7 +5,6 @@ and the order of batches, since each is drawn from (seed, purpose, round, client
 numbers therefore do not depend on which others are in the grid.
 """
 
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from pathlib import Path
 from semanticfl_ref.config.presets import NID2_CLIENTS
 from semanticfl_ref.config.resolve import is_embedded, resolve
 from semanticfl_ref.config.settings import Config
+from semanticfl_ref.cores import cores
 from semanticfl_ref.errors import UserError
 
 # The setting that x stands for in a scenario such as nid1:x.
@@ -72,8 +72,8 @@ def plan(grid: Grid) -> list[Run]:
         UserError: an unknown name, a malformed entry, a setting out of range, a duplicate run, or a
             result to report that a run will not have.
     """
-    threads = max(1, (os.cpu_count() or 1) // grid.workers) if grid.workers > 1 else 0
-    shared = {"run.threads": threads, **grid.settings}
+    replicas = max(1, cores() // grid.workers) if grid.workers > 1 else 0
+    shared = {"run.replicas": replicas, **grid.settings}
     scenarios = grid.scenarios or [resolve(shared).partition.scenario]
     runs: dict[Path, Run] = {}
     for seed, scenario, method in product(range(grid.seeds), scenarios, grid.methods):

@@ -88,8 +88,12 @@ def trace_round(config: Config, *, images: int, round: int, offline: bool, say: 
         state, _ = run_round(state, context)
 
     updates = []
+
+    def keep(update: LocalUpdate, params_P: torch.Tensor, report: ClientReport) -> None:
+        updates.append((update, params_P.clone(), report))
+
     with Tracer(files) as tracer:
-        after, metrics = run_round(state, context, lambda *update: updates.append(update))
+        after, metrics = run_round(state, context, keep)
 
     first = updates[0][2].first
     shown_B = first.indices[:IMAGES].cpu()
