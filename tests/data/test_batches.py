@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from semanticfl_ref.data.batches import MARGIN, epoch_batches, network_input
+from semanticfl_ref.data.batches import MARGIN, draw_crops, epoch_batches, network_input
 from semanticfl_ref.randomness import generator
 
 
@@ -39,19 +39,19 @@ def test_the_seed_decides():
 
 def test_network_input_equals_its_expression():
     images = torch.randint(0, 256, (5, 6, 4, 3), dtype=torch.uint8, generator=generator(0, "test"))
-    x = network_input(images, augment=False, generator=None)
+    x = network_input(images)
     expected = (images.permute(0, 3, 1, 2).double() / 255 - 0.5) / 0.5
     assert x.dtype == torch.float32
     assert x.shape == (5, 3, 6, 4)
     assert x.is_contiguous(memory_format=torch.channels_last)
     assert (x - expected).abs().max() < 1e-6
-    assert network_input(images * 0 + 255, augment=False, generator=None).eq(1).all()
+    assert network_input(images * 0 + 255).eq(1).all()
 
 
 def test_every_augmented_image_is_its_own_flip_and_crop():
     images = torch.randint(0, 256, (64, 9, 8, 3), dtype=torch.uint8, generator=generator(0, "test"))
     kept = images.clone()
-    x = network_input(images, augment=True, generator=generator(0, "augment"))
+    x = network_input(images, draw_crops([torch.arange(64)], generator(0, "augment"))[0])
     pixels = ((x + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
     assert images.equal(kept)
     found = set()
@@ -75,6 +75,6 @@ def test_every_augmented_image_is_its_own_flip_and_crop():
 def test_the_global_generator_is_not_moved():
     before = torch.get_rng_state()
     images = torch.zeros(4, 8, 8, 3, dtype=torch.uint8)
-    network_input(images, augment=True, generator=generator(0, "augment"))
+    network_input(images, *draw_crops([torch.arange(4)], generator(0, "augment")))
     epoch_batches(torch.arange(9), batch_size=2, generator=generator(0, "batches"))
     assert torch.get_rng_state().equal(before)

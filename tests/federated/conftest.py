@@ -11,9 +11,10 @@ from semanticfl_ref.data.dataset import Dataset
 from semanticfl_ref.data.partition import Partition, make_partition
 from semanticfl_ref.diffusion.anchors import Anchors
 from semanticfl_ref.federated import client as client_module
-from semanticfl_ref.federated import round as round_module
+from semanticfl_ref.federated import replicas as replicas_module
 from semanticfl_ref.federated.context import RunContext, make_context
 from semanticfl_ref.federated.flat import flat_layout
+from semanticfl_ref.federated.replicas import Replicas
 
 CLASSES, TRAIN, TEST = 3, 30, 12
 
@@ -121,6 +122,7 @@ def quadratic_context(monkeypatch):
             method=METHODS[config.federation.method],
             model=model,
             layout=flat_layout(model),
+            replicas=Replicas(model, config, torch.device("cpu")),
             device=torch.device("cpu"),
             precision="fp32",
         )
@@ -130,16 +132,17 @@ def quadratic_context(monkeypatch):
 
 @pytest.fixture
 def tamper(monkeypatch):
-    """A function that takes a function (update, report) to call after every local training."""
-    honest = round_module.train_client
+    """A function that takes a function (update, replica, report) to call after every local
+    training."""
+    honest = replicas_module.train_client
 
     def install(change):
-        def train(update):
-            report = honest(update)
+        def train(update, replica):
+            report = honest(update, replica)
             with torch.no_grad():
-                change(update, report)
+                change(update, replica, report)
             return report
 
-        monkeypatch.setattr(round_module, "train_client", train)
+        monkeypatch.setattr(replicas_module, "train_client", train)
 
     return install

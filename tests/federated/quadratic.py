@@ -7,6 +7,7 @@ import torch
 
 from semanticfl_ref.federated.context import RunContext
 from semanticfl_ref.federated.methods.method import LocalUpdate
+from semanticfl_ref.federated.report import ClientReport
 from semanticfl_ref.federated.round import run_round
 from semanticfl_ref.federated.state import FederatedState, initial_state
 
@@ -41,12 +42,19 @@ def first_update(context: RunContext, client: int, start_P: torch.Tensor) -> Loc
     """A client's local update in round 1, of a method without state."""
     return LocalUpdate(
         context=context,
-        model=context.model,
         client=client,
         round=1,
         start_P=start_P,
         method_state={},
     )
+
+
+def trained_alone(
+    context: RunContext, client: int, start_P: torch.Tensor
+) -> tuple[torch.Tensor, ClientReport]:
+    """A client's parameters after its local update in round 1, and its report."""
+    (report,) = context.replicas.train([first_update(context, client, start_P)])
+    return context.replicas.params_RP[0].clone(), report
 
 
 def assert_near(actual: torch.Tensor, expected: torch.Tensor) -> None:

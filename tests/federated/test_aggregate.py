@@ -86,9 +86,9 @@ def test_drift_on_numbers():
 def test_a_client_that_is_not_finite_is_left_out(small_context, tamper, rule):
     """The aggregate is that of the other clients, as if it had not been sampled."""
 
-    def overflow(update, report):
+    def overflow(update, replica, report):
         if update.client == 0:
-            next(update.model.parameters())[0] = float("inf")
+            next(replica.model.parameters())[0] = float("inf")
 
     tamper(overflow)
     context = small_context(
@@ -124,12 +124,12 @@ def observed_round(context, trained):
 @pytest.mark.parametrize("rule", ["median", "trimmed-mean"])
 def test_a_hostile_client_does_not_carry_the_round(small_context, tamper, rule):
     """One of three returns its model times a million: the mean follows it, robust rules do not."""
-    returned = []
+    returned = {}
 
-    def attack(update, report):
+    def attack(update, replica, report):
         factor = 1e6 if update.client == 1 else 1
-        load_params(update.model, flatten_params(update.model) * factor)
-        returned.append(flatten_params(update.model))
+        load_params(replica.model, flatten_params(replica.model) * factor)
+        returned[update.client] = flatten_params(replica.model)
 
     tamper(attack)
     settings = {"federation__clients_per_round": 3, "federation__method": "fedavg"}
@@ -144,7 +144,7 @@ def test_a_hostile_client_does_not_carry_the_round(small_context, tamper, rule):
 def test_a_round_whose_survivors_have_no_weight(small_context, tamper, monkeypatch):
     """FedDisco gave the only surviving client no weight: an error instead of a division by zero."""
 
-    def diverge(update, report):
+    def diverge(update, replica, report):
         report.loss = report.loss * (1 if update.client == 0 else float("nan"))
 
     tamper(diverge)

@@ -20,7 +20,6 @@ from semanticfl_ref.federated.methods.fedrcl import divergence_penalty, supervis
 from semanticfl_ref.federated.methods.method import SampledClients
 from semanticfl_ref.federated.methods.moon import model_contrast
 from semanticfl_ref.federated.methods.scaffold import effective_steps, update_controls
-from semanticfl_ref.federated.report import ClientReport
 from semanticfl_ref.federated.round import run_round
 
 
@@ -120,7 +119,7 @@ def test_scaffold_under_momentum(steps, control):
         start_P=torch.zeros(3),
         method_state={name: value.clone() for name, value in state.items()},
     )
-    update_controls(state, update, w.detach(), ClientReport(steps=2))
+    update_controls(state, update, w.detach(), SimpleNamespace(steps=2))
     expected = torch.zeros(3, 3)
     expected[1, :2] = control  # the third entry is a buffer
     assert_near(state["scaffold.clients"], expected)

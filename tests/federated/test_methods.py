@@ -134,7 +134,7 @@ def test_state_survives_a_checkpoint(small_context, tmp_path, name, server):
 
 
 def test_a_dropped_client_changes_no_state(small_context, tamper):
-    def diverge(update, report):
+    def diverge(update, replica, report):
         report.loss = report.loss * (float("nan") if update.client == 2 else 1)
 
     tamper(diverge)
@@ -240,7 +240,7 @@ class FedHalfSettings(Section):
 
 
 def distance(batch):
-    return {"distance": (batch.settings.nu, proximal(batch.update.parameters))}
+    return {"distance": (batch.settings.nu, proximal(batch.parameters))}
 
 
 register_method("fedhalf", Method(local_terms=distance), FedHalfSettings)

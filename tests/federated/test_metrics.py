@@ -12,7 +12,12 @@ from quadratic import MEAN, TARGETS, run_rounds
 from semanticfl_ref.config.registry import METHODS
 from semanticfl_ref.federated.methods.method import Method
 from semanticfl_ref.federated.metrics import RoundMetrics
-from semanticfl_ref.federated.report import ClientReport, FirstBatch, feature_gradients
+from semanticfl_ref.federated.report import (
+    ClientReport,
+    FirstBatch,
+    gradient_products,
+    gradients_of,
+)
 from semanticfl_ref.federated.round import run_round
 from semanticfl_ref.federated.state import initial_state
 
@@ -93,7 +98,7 @@ def test_gradients_at_the_features_on_numbers():
         "still": (1.0, 0 * f_0),
         "aside": (1.0, weights.sum()),
     }
-    found, total = feature_gradients(terms, features), 8 + math.sqrt(2)
+    found, total = gradients_of(gradient_products(terms, features)), 8 + math.sqrt(2)
     expected = {
         "cross_entropy": (1, 1 / total, 1),
         "across": (4, 4 / total, 0),
@@ -131,10 +136,10 @@ def test_the_line_averages_over_clients_and_holds_no_nan():
     ]
     for client, (loss, direction) in enumerate(clients):
         terms = {"cross_entropy": (1.0, x[0, 0]), "other": (2.0, (x[0] * direction).sum())}
-        first = FirstBatch(torch.arange(1), terms, torch.tensor(loss), feature_gradients(terms, x))
+        first = FirstBatch(torch.arange(1), terms, torch.tensor(loss), gradient_products(terms, x))
         summed = {"cross_entropy": torch.tensor(loss)}
         update = SimpleNamespace(client=client, round=1, config=context.config)
-        report = ClientReport(steps=2, loss=loss, terms=summed, first=first)
+        report = ClientReport(steps=2, loss=loss, last_epoch_loss=loss, terms=summed, first=first)
         finite = metrics.add_cohort([update], [report], torch.tensor([True]))
         assert finite.tolist() == [math.isfinite(loss)]
     line = metrics.line()
@@ -204,9 +209,9 @@ def test_drift_is_over_what_descends_from_the_global_model(small_context, settin
 
 
 def test_a_dropped_client_has_no_drift(quadratic_context, tamper):
-    def overflow(update, report):
+    def overflow(update, replica, report):
         if update.client == 1:
-            update.model.w[0] = float("inf")
+            replica.model.w[0] = float("inf")
 
     tamper(overflow)
     context = quadratic_context(federation__method="fedavg", federation__non_finite="drop")

@@ -4,13 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from quadratic import first_update, run_rounds
+from quadratic import run_rounds, trained_alone
 
 from semanticfl_ref.data.batches import epoch_batches, network_input
 from semanticfl_ref.errors import NonFiniteError
-from semanticfl_ref.federated import aggregate
-from semanticfl_ref.federated import round as round_module
-from semanticfl_ref.federated.client import train_client
+from semanticfl_ref.federated import aggregate, replicas
 from semanticfl_ref.federated.flat import flatten_params, load_params
 from semanticfl_ref.federated.model import ResNet10
 from semanticfl_ref.federated.round import run_round
@@ -33,7 +31,7 @@ def test_a_round_by_hand(small_context):
     (batch,) = epoch_batches(
         context.partition.indices[0], batch_size=64, generator=generator(0, "batches", 1, 0, 0)
     )
-    logits, _ = model(network_input(data.train_images[batch], augment=False, generator=None))
+    logits, _ = model(network_input(data.train_images[batch]))
     torch.nn.functional.cross_entropy(logits, data.train_labels[batch]).backward()
     settings = context.config.federation
     with torch.no_grad():
@@ -88,9 +86,8 @@ def test_a_client_does_not_depend_on_who_trained_before_it(small_context):
     start_P, trained = initial_state(context).params, []
     for clients in ((1,), (0, 1), (2, 0, 1)):
         for client in clients:
-            load_params(context.model, start_P)
-            train_client(first_update(context, client, start_P))
-        trained.append(flatten_params(context.model))
+            params_P, _ = trained_alone(context, client, start_P)
+        trained.append(params_P)
     assert torch.equal(trained[0], trained[1])
     assert torch.equal(trained[0], trained[2])
     assert not torch.equal(trained[0], start_P)
@@ -100,7 +97,7 @@ def test_cohorts_do_not_change_the_result(small_context, monkeypatch):
     """Averaging one, two or all clients at a time gives the same bits."""
     results = []
     for size in (1, 2, 16):
-        monkeypatch.setattr(round_module, "COHORT", size)
+        monkeypatch.setattr(replicas, "COHORT", size)
         results.append(run_rounds(small_context(federation__clients_per_round=3)))
     for state, lines in results[1:]:
         assert torch.equal(state.params, results[0][0].params)
@@ -140,9 +137,8 @@ def test_running_statistics_are_averaged_like_any_parameter(small_context):
     after, line = run_round(start, context)
     trained, counts = [], [context.partition.sizes[k] for k in line["clients"]]
     for client in line["clients"]:
-        load_params(context.model, start.params)
-        train_client(first_update(context, client, start.params))
-        trained.append(flatten_params(context.model).double()[context.layout.buffers])
+        params_P, _ = trained_alone(context, client, start.params)
+        trained.append(params_P.double()[context.layout.buffers])
     running = [b for b in context.model.buffers() if b.is_floating_point()]
     assert len(context.layout.buffers) == sum(b.numel() for b in running) > 0
     average = after.params[context.layout.buffers].double()
@@ -152,9 +148,9 @@ def test_running_statistics_are_averaged_like_any_parameter(small_context):
 
 
 def break_client(number):
-    def change(update, report):
+    def change(update, replica, report):
         if update.client == number:
-            next(update.model.parameters())[0] = float("nan")
+            next(replica.model.parameters())[0] = float("nan")
 
     return change
 
@@ -170,7 +166,7 @@ def test_a_broken_client_is_dropped_and_leaves_the_others_intact(
     small_context, tamper, monkeypatch, cohort
 ):
     tamper(break_client(2))
-    monkeypatch.setattr(round_module, "COHORT", cohort)
+    monkeypatch.setattr(replicas, "COHORT", cohort)
     context = small_context(
         federation__clients_per_round=3, federation__non_finite="drop", federation__method="fedavg"
     )
@@ -180,9 +176,8 @@ def test_a_broken_client_is_dropped_and_leaves_the_others_intact(
     start_P = initial_state(small_context(federation__method="fedavg")).params
     trained, losses = [], []
     for client in (0, 1):
-        load_params(context.model, start_P)
-        report = train_client(first_update(context, client, start_P))
-        trained.append(flatten_params(context.model).double())
+        params_P, report = trained_alone(context, client, start_P)
+        trained.append(params_P.double())
         losses.append(float(report.loss) / report.steps)
     assert lines[0]["loss"] == pytest.approx(sum(losses) / 2, rel=1e-6), (
         "a dropped client's loss is not part of the round's, even if it is finite"
@@ -195,7 +190,7 @@ def test_a_broken_client_is_dropped_and_leaves_the_others_intact(
 def test_a_round_without_any_surviving_weight(small_context, tamper):
     """All clients diverge: the run stops by name instead of dividing by zero."""
 
-    def diverge(update, report):
+    def diverge(update, replica, report):
         report.loss = report.loss * float("nan")
 
     tamper(diverge)
@@ -227,17 +222,15 @@ def test_an_observer_sees_every_local_update(small_context):
     assert [client for client, _, _ in seen] == line["clients"]
     assert line == unobserved
     for client, params_P, report in seen:
-        load_params(context.model, state.params)
-        again = train_client(first_update(context, client, state.params))
-        assert torch.equal(params_P, flatten_params(context.model))
+        params_again_P, again = trained_alone(context, client, state.params)
+        assert torch.equal(params_P, params_again_P)
         assert report.steps == again.steps
 
 
 def test_the_first_batch_is_reported(small_context):
     context = small_context()
     state = initial_state(context)
-    report = train_client(first_update(context, 0, state.params))
-    first = report.first
+    first = trained_alone(context, 0, state.params)[1].first
     weighted = sum(weight * value for weight, value in first.terms.values())
     assert set(first.indices.tolist()) <= set(context.partition.indices[0].tolist())
     assert first.loss == pytest.approx(weighted.item(), rel=1e-6)
