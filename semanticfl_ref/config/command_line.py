@@ -27,6 +27,7 @@ FLAGS = {
     "--device": "run.device",
     "--precision": "run.precision",
     "--threads": "run.threads",
+    "--replicas": "run.replicas",
     "--seed": "run.seed",
 }
 

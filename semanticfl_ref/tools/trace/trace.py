@@ -28,6 +28,7 @@ from semanticfl_ref.tools.trace.values import describe, plain
 STORY = "federated/round.py"
 FILES = (
     STORY,
+    "federated/replicas.py",
     "federated/client.py",
     "federated/losses.py",
     "federated/aggregate.py",

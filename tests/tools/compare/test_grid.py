@@ -148,9 +148,11 @@ def test_the_settings_of_an_entry_win_over_flags_and_set(tmp_path, monkeypatch):
     assert {(run.config.partition.clients, run.config.run.threads) for run in planned} == {(6, 1)}
 
 
-def test_workers_share_the_threads(tmp_path, monkeypatch):
-    monkeypatch.setattr("os.cpu_count", lambda: 8)
-    for workers, threads in ((1, 0), (3, 2), (9, 1)):
+def test_workers_share_the_cores(tmp_path, monkeypatch):
+    """By the number of replicas, on which results do not depend."""
+    monkeypatch.setattr("semanticfl_ref.tools.compare.grid.cores", lambda: 8)
+    for workers, replicas in ((1, 0), (3, 2), (9, 1)):
         fields = {"methods": ["fedavg"], "seeds": 1, "settings": {}, "baseline": "fedavg"}
         (run,) = plan(Grid(**fields, workers=workers, out=tmp_path))
-        assert run.config.run.threads == threads
+        assert run.config.run.replicas == replicas
+        assert run.config.run.threads == 1

@@ -88,21 +88,21 @@ def test_a_loop_shows_its_first_iteration_and_counts_the_rest(default):
         (block,) = [text for text in shown if f"{loop['file']}:{loop['line']}\n" in text]
         return block.splitlines()[-1].strip()
 
-    loop = loops["for update in updates:"]
+    loop = loops["for s in finite_S.nonzero().flatten().tolist():"]
     assert loop["iterations"] == 2
-    assert [value["text"] for value in loop["values"]] == ["LocalUpdate(client=0, round=1)"]
+    assert [value["value"] for value in loop["values"]] == [0]
     assert last_line(loop) == "... and 1 more in this call"
     loop = loops["for epoch in range(settings.local_epochs):"]
     assert loop["iterations"] == 1 and loop["values"][0]["value"] == 0
     assert last_line(loop).split() == ["epoch", "0"]
-    loop = loops["for parameter, correction in corrections:"]
+    loop = loops["for parameter, correction in replica.corrections:"]
     assert (loop["iterations"], loop["values"]) == (0, [])
     assert last_line(loop) == "not entered"
     page = default.page.read_text(encoding="utf-8")
     for words in ("not entered", "... and 1 more in this call"):
         assert page.count(f"<span>{words}</span>") == sum(words in block for block in shown) > 0
     sources = [step["source"] for step in steps_of(default.document)]
-    assert sources.count("optimizer.step()") == 1
+    assert sources.count("replica.optimizer.step()") == 1
 
 
 def test_equations_stand_beside_the_statements_that_call_for_them(default):
@@ -110,7 +110,7 @@ def test_equations_stand_beside_the_statements_that_call_for_them(default):
     tags = [tag for step in steps for tag in step["equations"]]
     assert len(set(tags)) == len(tags), "once each"
     beside = {tag: step["source"] for step in steps for tag in step["equations"]}
-    assert beside["local-step"] == "reports.append(train_client(update))"
+    assert beside["local-step"].startswith("return local_step(update, self,")
     assert "objective(" in beside["objective"] and "consistency(" in beside["consistency"]
     assert beside["info-nce"] == "return info_nce(features_BD, text_CD, labels_B, tau)"
     assert "weighted_average(params_SP" in beside["weighted-average"]
@@ -193,7 +193,7 @@ def test_anchors_cross_the_network_in_the_first_round(default):
 def test_the_state_of_a_method_is_seen_in_the_second_round():
     for round, still in ((1, True), (2, False)):
         _, seen = watched("scaffold", round)
-        norm = made(seen.document, "train_client", "correction_P")["norm"]
+        norm = made(seen.document, "Replica.receive", "correction_P")["norm"]
         assert (norm == 0) is still
     _, seen = watched("moon", 2)
     names = {
