@@ -158,10 +158,12 @@ def interleaved(
 
 def fastest(*contenders: Callable, repeats: int = 5) -> list[float]:
     """Seconds of each contender on the CPU: the fastest of interleaved repeats, after a warm-up."""
-    for contender in contenders:
-        contender()
-    times = [[_milliseconds(contender) for contender in contenders] for _ in range(repeats)]
-    return [min(taken) / 1e3 for taken in zip(*times, strict=True)]
+    return [min(taken) for taken in _taking_turns(contenders, repeats)]
+
+
+def medians(*contenders: Callable, repeats: int = 9) -> list[float]:
+    """Seconds of each contender on the CPU: the median of interleaved repeats, after a warm-up."""
+    return [statistics.median(taken) for taken in _taking_turns(contenders, repeats)]
 
 
 def summary(milliseconds: list[float]) -> dict:
@@ -281,6 +283,13 @@ class _CudaClock:
         torch.cuda.synchronize(self.device)
         del result
         return start.elapsed_time(end)
+
+
+def _taking_turns(contenders: tuple[Callable, ...], repeats: int) -> list[tuple[float, ...]]:
+    for contender in contenders:
+        contender()
+    times = [[_milliseconds(contender) / 1e3 for contender in contenders] for _ in range(repeats)]
+    return list(zip(*times, strict=True))
 
 
 def _milliseconds(contender: Callable) -> float:

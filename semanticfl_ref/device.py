@@ -1,8 +1,13 @@
 """The device and the precision of a run, decided once."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from semanticfl_ref.errors import UserError
+
+DEFAULT_THREADS = torch.get_num_threads()  # torch's own choice, before a run sets its number
 
 
 def resolve_device(name: str) -> torch.device:
@@ -15,6 +20,17 @@ def resolve_device(name: str) -> torch.device:
     if name == "cuda" and not available:
         raise UserError("run.device = cuda: torch finds no CUDA device; use run.device=auto or cpu")
     return torch.device("cuda" if name != "cpu" and available else "cpu")
+
+
+@contextmanager
+def default_threads() -> Iterator[None]:
+    """As many CPU threads as torch chooses by itself, for work that nothing else runs beside."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(DEFAULT_THREADS)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def use_deterministic_kernels() -> None:

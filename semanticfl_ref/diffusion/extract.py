@@ -6,11 +6,13 @@ complete shard and ends with the same bytes. Processes that need the same cache 
 
 import fcntl
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from semanticfl_ref.device import default_threads
 from semanticfl_ref.diffusion.backbone import Backbone, check_finite
 from semanticfl_ref.diffusion.feature_cache import (
     MANIFEST,
@@ -144,9 +146,14 @@ def _extract(
     _announce(plan, done, 2 * sum(widths.values()), say)
     say(backbone.memory())
     options = {k: meta[k] for k in ("timestep", "seed", "pool", "input_size", "latent")}
-    with tqdm(
-        total=len(plan.images), initial=done, desc="diffusion features", unit=" images"
-    ) as bar:
+    # The embedded model is too small for several threads.
+    threads = default_threads() if backbone.batch == backbone.LARGE_PASS else nullcontext()
+    with (
+        threads,
+        tqdm(
+            total=len(plan.images), initial=done, desc="diffusion features", unit=" images"
+        ) as bar,
+    ):
         for file, part in missing.items():
             embedding, first = hidden, int(part[0])
             if meta["condition"] == "own-class":
