@@ -43,7 +43,7 @@ def assert_rounded_once(average_P: torch.Tensor, exact_P: torch.Tensor) -> None:
 
 def test_against_flower_on_the_cpu(benchmark):
     params_SP, weights_S, sizes = inputs()
-    reference_P = params_SP[0].clone()
+    start_P = params_SP[0].clone()
     name, aggregate = flower()
     clients = [
         (as_layers(params_P, sizes), int(weight))
@@ -58,7 +58,7 @@ def test_against_flower_on_the_cpu(benchmark):
         name: lambda: aggregate(clients),
         PRODUCT: lambda: one_product(params_SP, weights_S),
         "eager, fp64": lambda: eager_average(params_SP, weights_S),
-        "ours, with diagnostics": lambda: weighted_average(params_SP, weights_S, reference_P),
+        "ours, with diagnostics": lambda: weighted_average(params_SP, weights_S, start_P),
     }
     ours, *others = fastest(lambda: weighted_average(params_SP, weights_S), *peers.values())
     found = {peer: round(taken / ours, 2) for peer, taken in zip(peers, others, strict=True)}
