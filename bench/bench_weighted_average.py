@@ -1,6 +1,6 @@
 """The weighted average beside its peers.
 
-    pytest --benchmark-only bench/bench_weighted_average.py -s
+    pytest --benchmark-only bench/bench_weighted_average.py
 
 A3: at least 1.5x Flower's NumPy aggregation on a CPU, at 10 clients x ResNet-10.
 A1 (GPU): at least 85 % of the device's copy bandwidth in the same run.
@@ -25,6 +25,7 @@ from semanticfl_ref.federated.model import ResNet10
 from semanticfl_ref.kernels.weighted_average import weighted_average
 
 CLIENTS = 10
+pytestmark = pytest.mark.benchmark(group="weighted average")
 
 
 def inputs() -> tuple[torch.Tensor, torch.Tensor, list[int]]:
