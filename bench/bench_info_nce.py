@@ -1,11 +1,12 @@
 """InfoNCE against class anchors beside its peers.
 
-    pytest --benchmark-only bench/bench_info_nce.py -s
+    pytest --benchmark-only bench/bench_info_nce.py
 
-K1 (GPU): batch 64, D 512, 10 to 200 class anchors, 5 to 50 clients in one grid: forward and
-d(queries) at least 4x the eager expression, client by client. Off the GPU the same function is a
-torch expression, which must cost no more than the eager one that it equals. Each result is compared
-with fp64 in the same run. `bench/gpu.sh` also measures memory and CUDA graphs.
+K1 (GPU): batch 64, D 512, 10 to 200 class anchors, 1 to 50 clients in one grid: forward and
+d(queries) at least 4x the eager expression, client by client. Off the GPU the same function is the
+eager torch expression after checks of its arguments: its time over that of the bare expression is
+measured and printed (target 1.0; docs/kernels.md says what was found). Each result is compared with
+fp64 in the same run. `bench/gpu.sh` also measures memory and CUDA graphs.
 
 Letters: G clients, B queries, N keys, D feature width.
 """
@@ -22,6 +23,7 @@ from bench.record import Record
 from semanticfl_ref.kernels.info_nce import info_nce
 
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.benchmark(group="InfoNCE")
 
 
 @pytest.mark.parametrize("keys", [10, 200])
@@ -40,7 +42,7 @@ def test_one_client_on_the_cpu(benchmark, keys):
     benchmark.extra_info |= {"ours / eager": round(ours / eager, 3), **found["errors"]}
     print(
         f"\nInfoNCE, 64 x {keys} x 512, CPU, forward and backward: {ours / eager:.3f}x the eager "
-        f"expression's time, {1e6 * (ours - eager):+.0f} microseconds (target: no more)"
+        f"expression's time, {1e6 * (ours - eager):+.0f} microseconds (target 1.0)"
     )
     benchmark(step, info_nce)
 

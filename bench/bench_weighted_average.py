@@ -1,6 +1,6 @@
 """The weighted average beside its peers.
 
-    pytest --benchmark-only bench/bench_weighted_average.py -s
+    pytest --benchmark-only bench/bench_weighted_average.py
 
 A3: at least 1.5x Flower's NumPy aggregation on a CPU, at 10 clients x ResNet-10.
 A1 (GPU): at least 85 % of the device's copy bandwidth in the same run.
@@ -25,6 +25,7 @@ from semanticfl_ref.federated.model import ResNet10
 from semanticfl_ref.kernels.weighted_average import weighted_average
 
 CLIENTS = 10
+pytestmark = pytest.mark.benchmark(group="weighted average")
 
 
 def inputs() -> tuple[torch.Tensor, torch.Tensor, list[int]]:
@@ -43,7 +44,7 @@ def assert_rounded_once(average_P: torch.Tensor, exact_P: torch.Tensor) -> None:
 
 def test_against_flower_on_the_cpu(benchmark):
     params_SP, weights_S, sizes = inputs()
-    reference_P = params_SP[0].clone()
+    start_P = params_SP[0].clone()
     name, aggregate = flower()
     clients = [
         (as_layers(params_P, sizes), int(weight))
@@ -58,7 +59,7 @@ def test_against_flower_on_the_cpu(benchmark):
         name: lambda: aggregate(clients),
         PRODUCT: lambda: one_product(params_SP, weights_S),
         "eager, fp64": lambda: eager_average(params_SP, weights_S),
-        "ours, with diagnostics": lambda: weighted_average(params_SP, weights_S, reference_P),
+        "ours, with diagnostics": lambda: weighted_average(params_SP, weights_S, start_P),
     }
     ours, *others = fastest(lambda: weighted_average(params_SP, weights_S), *peers.values())
     found = {peer: round(taken / ours, 2) for peer, taken in zip(peers, others, strict=True)}

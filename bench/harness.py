@@ -302,8 +302,8 @@ def _equal(first, second) -> bool:
     """Whether two results are bitwise the same."""
     if isinstance(first, torch.Tensor):
         return torch.equal(first, second)
-    if first is None:
-        return second is None
+    if first is None or isinstance(first, bool):
+        return first == second
     return all(_equal(a, b) for a, b in zip(first, second, strict=True))
 
 

@@ -13,15 +13,16 @@ import json
 import sys
 from pathlib import Path
 
-from bench.claims import claims
+from bench.claims import EARLIER, claims, is_earlier
 from bench.compile_report import COMMAND, broken_rules
+from bench.harness import OURS
 from bench.record import RESULTS, ROOT, kernels_digest
 
 NO_GPU = (
     "No results from a GPU yet, so nothing is claimed about speed on one; run `bench/gpu.sh` on a "
     "machine with a CUDA device."
 )
-VARIANT_COLUMNS = ("variant", "registers", "spills", "shared KiB", "tensor cores", "loads")
+VARIANT_COLUMNS = ("variant", "registers", "spills", "shared KiB", "loads")
 COLUMNS = (
     "kernel",
     "case",
@@ -139,8 +140,7 @@ def variant_line(name: str, rows: list[dict]) -> str:
         joined(
             [f"{row['shared_bytes'] / 1024:.0f}" if "shared_bytes" in row else "?" for row in rows]
         ),
-        joined([counts(row.get("tensor_instructions", {})) for row in rows]),
-        counts(rows[-1].get("load_bits", {})),
+        ", ".join(f"{bits} x{count}" for bits, count in rows[-1].get("load_bits", {}).items()),
     ]
     return f"| {' | '.join(cells)} |"
 
@@ -164,12 +164,13 @@ def device_section(result: dict) -> str:
         lines.append(f"In the same run the device copies {copy_rate:.0f} GB/s.")
     if "tests" in result:
         lines.append(f"Tests on it: {result['tests']['last'].strip('= ')}.")
-    lines += ["", *table_head(("", "claim", "target", "measured")), *claims(result)]
+    lines += ["", *table_head(("", "claim", "target", "measured", "met")), *claims(result)]
     diffusion = result.get("diffusion", {}).get("lines")
     if diffusion:
         lines += ["", diffusion[0], "", *diffusion[1:]]
     lines += ["", "<details><summary>Every measurement</summary>", "", *table_head(COLUMNS)]
-    lines += [measurement(row, copy_rate) for row in result.get("rows", [])]
+    rows = result.get("rows", [])
+    lines += [measurement(row, copy_rate, is_earlier(result)) for row in rows]
     return "\n".join([*lines, "", "</details>"])
 
 
@@ -181,14 +182,18 @@ def heading(result: dict) -> str:
         f"{result['triton']}, CUDA {result['cuda']}, driver {result['driver']}; "
         f"`{result['command']}`. {result['timer']}."
     )
-    if result["kernels"] != kernels_digest():
-        text += " **The kernels have changed since.**"
+    if is_earlier(result):
+        text += (
+            f" **The kernels have changed since:** what is marked as of an {EARLIER} has to be "
+            f"measured again; the rows of the other contenders hold."
+        )
     return text
 
 
-def measurement(row: dict, copy_rate: float | None) -> str:
-    """A row of the table of measurements."""
-    head = f"| {' | '.join(row[name] for name in COLUMNS[:5])} |"
+def measurement(row: dict, copy_rate: float | None, earlier: bool = False) -> str:
+    """A row of the table of measurements; `earlier`: ours was an earlier kernel."""
+    mark = f" ({EARLIER})" if earlier and row["contender"].startswith(OURS) else ""
+    head = f"| {' | '.join(row[name] for name in COLUMNS[:5])}{mark} |"
     if "median_ms" not in row:
         return f"{head} {row['failed']} | | | | |"
     rate, extra = row["bytes"] / row["median_ms"] / 1e6, row.get("peak_bytes")
@@ -207,16 +212,11 @@ def table_head(columns: tuple[str, ...]) -> list[str]:
     return [f"| {' | '.join(columns)} |", "|" + " --- |" * len(columns)]
 
 
-def counts(found: dict) -> str:
-    """{"HMMA": 8} as words."""
-    return ", ".join(f"{kind} x{count}" for kind, count in found.items())
-
-
 def joined(cells: list[str]) -> str:
     """The cells of several architectures, or the one value that all have."""
     if len(set(cells)) == 1:
         return cells[0]
-    return " / ".join(cell or "none" for cell in cells)
+    return " / ".join(cells)
 
 
 if __name__ == "__main__":

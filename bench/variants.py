@@ -81,12 +81,12 @@ def weighted_average_variants() -> Iterator[Variant]:
         forms = {
             "final": {"values": pointer},
             "running sum": {"values": "*fp64", "sums": "*fp64", "weight": "*fp64"},
-            "with diagnostics": {"values": pointer, "reference": pointer},
+            "with diagnostics": {"values": pointer, "start": pointer},
         }
         for form, types in forms.items():
-            absent = {"reference", "sums", "weight"} - set(types)
+            absent = {"start", "sums", "weight"} - set(types)
             constants = {**dict.fromkeys(absent), "FINAL": form != "running sum", "ALIGNMENT": 16}
-            blocks = weighted_average.block_sizes(dtype, "reference" in types)
+            blocks = weighted_average.block_sizes(dtype, "start" in types)
             name = f"weighted_average {name_of(dtype)}, {form}"
             yield variant(name, kernel, common | types, constants | blocks, ragged=counts)
     yield variant(

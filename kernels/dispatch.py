@@ -1,9 +1,13 @@
 """Which implementation of a kernel runs: plain torch, or Triton.
 
-The choice is `impl="auto" | "torch" | "triton"`; the environment variable `SEMANTICFL_KERNELS`,
-with the same three values, replaces "auto". "auto" takes Triton for CUDA tensors where Triton can
-be used, and torch everywhere else. Where Triton is missing, older than 3.6, or cannot compile, one
-warning says why, and torch runs from then on: there is never an import error.
+The choice is `impl="auto" | "torch" | "triton"`. "auto" takes Triton for CUDA tensors where Triton
+can be used and the kernel takes the call, and torch everywhere else. "triton" is Triton or an error
+that says why not: who measures it must not measure torch. Where Triton is missing, older than 3.6,
+or cannot compile, one warning says why, and torch runs from then on: there is never an import
+error.
+
+The environment variable `SEMANTICFL_KERNELS`, with the same three values, replaces "auto". Its
+"triton" is a preference for a whole run: calls that the kernel does not take run in torch.
 
 The kernels' files import `triton` and `tl` from here. Importing Triton at once costs a run nothing:
 torch's optimizers do it too.
@@ -39,7 +43,7 @@ _unusable: str | None = None  # why Triton cannot be used in this process
 _examined = False
 
 
-def implementation(impl: str, *tensors: torch.Tensor) -> str:
+def implementation(impl: str, *tensors: torch.Tensor, obstacle: str | None = None) -> str:
     """Choose the implementation for a call on these tensors.
 
     Under `torch.compile` the choice is made once, when the call is compiled.
@@ -47,22 +51,29 @@ def implementation(impl: str, *tensors: torch.Tensor) -> str:
     Args:
         impl: "auto", "torch" or "triton".
         tensors: every tensor that the kernel reads.
+        obstacle: what the kernel does not take in this call, if anything; float64 is looked for
+            here.
 
     Returns:
         "torch" or "triton".
 
     Raises:
-        ValueError: an unknown value; Triton asked for by name with float64 tensors, or with CPU
-            tensors outside Triton's interpreter.
+        ValueError: an unknown value; `impl="triton"` where there is an obstacle or Triton cannot be
+            used; Triton, asked for in either way, with CPU tensors outside its interpreter.
     """
     on_cuda = all(tensor.is_cuda for tensor in tensors)
-    return _choose(impl, on_cuda, any(tensor.dtype == torch.float64 for tensor in tensors))
+    if any(tensor.dtype == torch.float64 for tensor in tensors):
+        obstacle = "float64 tensors"
+    return _choose(impl, on_cuda, obstacle)
 
 
-def with_fallback(launch: Callable, reference: Callable):
+def with_fallback(launch: Callable, reference: Callable, impl: str = "auto"):
     """`launch()`, or `reference()` if Triton cannot compile here; other errors are raised.
 
     After the first such failure this process warns once, and uses torch from then on.
+
+    Raises:
+        ValueError: Triton cannot compile, and `impl` is "triton".
     """
     global _unusable, _examined
     try:
@@ -75,6 +86,8 @@ def with_fallback(launch: Callable, reference: Callable):
             _unusable = f"it could not compile a kernel ({type(error).__name__}: {first_line})"
             _examined = True
             _warn()
+        if impl == "triton":
+            raise _cannot_be_used() from error
         return reference()
 
 
@@ -92,20 +105,22 @@ def on_device(tensor: torch.Tensor):
 
 
 @torch.compiler.assume_constant_result
-def _choose(impl: str, on_cuda: bool, float64: bool) -> str:
-    name = "impl"
+def _choose(impl: str, on_cuda: bool, obstacle: str | None) -> str:
+    name, by_name = "impl", impl == "triton"
     if impl == "auto" and os.environ.get(ENVIRONMENT):
         impl, name = os.environ[ENVIRONMENT], f"environment variable {ENVIRONMENT}"
     if impl not in CHOICES:
         raise ValueError(f"{name} = {impl!r}: expected one of {', '.join(CHOICES)}")
-    if impl == "torch" or (impl == "auto" and (not on_cuda or float64)):
-        return "torch"
-    if impl == "triton" and float64:
+    if by_name and obstacle is not None:
         raise ValueError(
-            f"{name} = 'triton' with float64 tensors: the kernels take float32, bfloat16 and "
-            "float16; convert the tensors, or use 'torch'"
+            f"impl = 'triton' with {obstacle}: the kernel does not take that; change the call, or "
+            "use 'auto', which runs it in torch"
         )
+    if impl == "torch" or obstacle is not None or (impl == "auto" and not on_cuda):
+        return "torch"
     if not _usable():
+        if by_name:
+            raise _cannot_be_used()
         return "torch"
     if not on_cuda and not interpreted():
         raise ValueError(
@@ -142,6 +157,10 @@ def _examine() -> str | None:
             f"{needs[0]}.{needs[1]} or later"
         )
     return None
+
+
+def _cannot_be_used() -> ValueError:
+    return ValueError(f"impl = 'triton', but Triton cannot be used: {_unusable}; use 'auto'")
 
 
 def _warn() -> None:

@@ -13,22 +13,22 @@ vectors q^ = q / |q| and k^ = k / |k|, and because probabilities sum to one,
     dloss/dq_b = (g_b - q^_b (q^_b . g_b)) / (|q_b| B)
 
 The last line removes the part of g along q, since a change of q along itself does not change q^.
-Two details keep d(query) accurate at small tau. The differences are formed as written: where the
-positive has nearly all of the probability, p_by - 1 would lose its digits to cancellation. And
-q^ . g is the product with the g that was computed, so that its rounding errors along q go too.
+Two details keep d(query) accurate at small tau. The positive is left out of both sums, so p_by - 1
+is never formed: it would lose its digits where p_by is nearly 1. And q^ . g is the product with the
+g that was computed, so that its rounding errors along q go too.
 
 One launch gives d(query) and the loss of every BLOCK_B queries; a second, tiny one adds up these
 losses in a fixed order. A program owns BLOCK_B queries of one client and walks that client's keys
 in blocks. The logits of a block live in registers. Their exponentials are relative to the largest
 logit so far, and sums of them are rescaled when a larger one comes (online softmax);
-sum_n exp(x_bn) k^_n is carried along. Bytes of device memory per client, e to an entry:
+sum_n exp(x_bn) k^_n is carried along. Bytes of device memory, for entries of e bytes:
 
-    reads     (B + N) D e, and 8 B of labels (keys once; every program, and the gradient, reads them
-              again from the cache)
-    writes    4 B D of d(query), and 4 of loss for every BLOCK_B queries
+    reads     G B D e (queries) + N D e (keys; G N D e unless shared) + 8 G B (labels)
+    writes    4 G B D (d(query)) + 4 G ceil(B / BLOCK_B) (losses)
 
-Never allocated: logits, probabilities, normalised copies. All products are float32: a client's
-batch is too small for tensor cores to pay, and rounded probabilities would cost accuracy.
+Keys count once: every program reads them again from the cache, twice for a gradient. Never
+allocated: logits, probabilities, normalised copies. All products are float32: a client's batch is
+too small for tensor cores to pay, and rounded probabilities would cost accuracy.
 
 Letters: G clients, B queries, N keys, D feature width.
 """
@@ -37,13 +37,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from semanticfl_ref.kernels.checks import require_floating, require_positive, require_tensors
 from semanticfl_ref.kernels.dispatch import implementation, on_device, tl, triton, with_fallback
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MOST_KEYS = 1024  # that the kernel takes; torch takes more
 MOST_FEATURES = 1024  # that the kernel takes: d(query) of a block of queries lives in registers
 PRECISION = "ieee"  # of products; "tf32x3" uses tensor cores, but is unproven at tau = 0.005
-NO_LABEL = -(2**63)  # what F.cross_entropy may ignore: a label that nobody passes
+NO_LABEL = -(2**63)  # ignore_index that no caller uses: -100 is an error, and is not skipped
 
 
 def info_nce_reference(
@@ -200,7 +200,7 @@ ADD_TILES = {"BLOCK": 128, "num_warps": 1}
 
 
 def block_sizes(N: int, D: int, dtype: torch.dtype) -> dict[str, int]:
-    """Tile shape and launch options, by the keys alone: bits do not depend on G and B."""
+    """Tile shape and launch options, by the keys alone: they depend on neither G nor B."""
     block_d = max(16, triton.next_power_of_2(D))
     # A block of keys passes through shared memory, of which many devices have 99 KiB a program;
     # only wide float32 rows go straight from memory to registers.
@@ -301,7 +301,7 @@ def info_nce(
 
     Equals `F.cross_entropy(normalize(q) @ normalize(k).T / temperature, labels)` in float32,
     without allocating the logits on a GPU. The kernel takes up to 1024 keys of up to 1024 features
-    that want no gradient, and a temperature that is a number; otherwise the torch reference runs.
+    that want no gradient, a temperature that is a number, and at least one query.
 
     Equation (info-nce) [van den Oord et al. 2018, Eq. 4]:
         l_b = log sum_n exp(x_bn) - x_{b, y_b},
@@ -313,12 +313,14 @@ def info_nce(
         queries: float32, bfloat16, float16 or float64 (torch only), [B, D], or [G, B, D]: G
             independent losses, one per client.
         keys: [N, D], shared by all clients, or [G, N, D]. If queries and keys have two dtypes, both
-            are converted to the wider one.
+            are converted to their common type (`torch.promote_types`).
         labels: int64 [B] or [G, B], the positive key of each query, 0 ... N - 1.
         temperature: tau > 0, a number or a tensor of one element.
-        impl: "auto" (the kernel on CUDA, torch elsewhere), "torch" or "triton"; see `dispatch`.
+        impl: "auto" (the kernel for CUDA tensors where it takes the call, else torch), "torch", or
+            "triton" (the kernel or an error); see `dispatch`.
         validate: check the values of labels and of a temperature tensor, which waits for a GPU.
-            Unchecked, a label out of range gives NaN in the kernel and an error in torch.
+            Unchecked, one label out of range makes its client's loss NaN in the kernel; in torch it
+            is an IndexError on a CPU, and on a GPU an assertion that ends the CUDA context.
 
     Returns:
         float32 (float64 for float64) in nats, [] or [G]; the mean of no queries is NaN. All keys
@@ -326,31 +328,47 @@ def info_nce(
         Gradients have the inputs' dtype.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit; a temperature that is not positive
-            and finite; an unknown `impl`; with `validate`, labels out of range.
+        TypeError: an argument of a wrong type.
+        ValueError: shapes, dtypes or devices that do not fit; a temperature that is not a positive
+            number in float32's range (a tensor on a GPU or under `torch.compile`: with `validate`);
+            with `validate`, labels out of range; `impl` unknown, or "triton" where it cannot run.
 
     Source: van den Oord et al. 2018 (Eq. 4); the contrastive term of SemanticFL's client objective
     (arXiv 2603.19337, tau = 0.05 as summarised second-hand).
     """
-    _check(queries, keys, labels, temperature)
+    _check(queries, keys, labels)
+    dtype = torch.promote_types(queries.dtype, keys.dtype)
+    computed = torch.promote_types(dtype, torch.float32)
+    require_positive("temperature", temperature, computed, queries.device, validate)
     if validate:
-        _check_values(labels, keys.shape[-2], float(temperature))
+        _check_labels(labels, keys.shape[-2])
 
     def reference() -> Tensor:
         return info_nce_reference(queries, keys, labels, temperature)
 
     def kernel() -> Tensor:
-        dtype = torch.promote_types(queries.dtype, keys.dtype)
         q, k, tau = queries.to(dtype), keys.to(dtype), float(temperature)
         return info_nce_operator(q, k, labels, tau, torch.is_grad_enabled() and q.requires_grad)[0]
 
-    learnt = isinstance(temperature, Tensor) or (torch.is_grad_enabled() and keys.requires_grad)
-    fits = keys.shape[-2] <= MOST_KEYS and keys.shape[-1] <= MOST_FEATURES and queries.numel() > 0
-    if implementation(impl, queries, keys) == "torch" or learnt or not fits:
+    obstacle = _obstacle(queries, keys, temperature)
+    if implementation(impl, queries, keys, obstacle=obstacle) == "torch":
         return reference()
     if torch.compiler.is_compiling():  # whether the kernel can be compiled shows in the run
         return kernel()
-    return with_fallback(kernel, reference)
+    return with_fallback(kernel, reference, impl)
+
+
+def _obstacle(queries: Tensor, keys: Tensor, temperature: float | Tensor) -> str | None:
+    """What the kernel does not take in this call."""
+    if isinstance(temperature, Tensor):
+        return "a temperature that is a tensor"
+    if keys.requires_grad and torch.is_grad_enabled():
+        return "keys that want a gradient"
+    if keys.shape[-2] > MOST_KEYS:
+        return f"more than {MOST_KEYS} keys"
+    if keys.shape[-1] > MOST_FEATURES:
+        return f"more than {MOST_FEATURES} features"
+    return "no queries" if queries.numel() == 0 else None
 
 
 def _rows(vectors: Tensor) -> Tensor:
@@ -358,8 +376,10 @@ def _rows(vectors: Tensor) -> Tensor:
     return vectors if vectors.stride(-1) == 1 else vectors.contiguous()
 
 
-def _check(queries: Tensor, keys: Tensor, labels: Tensor, temperature: float | Tensor) -> None:
-    q, k, device = tuple(queries.shape), tuple(keys.shape), queries.device
+def _check(queries: Tensor, keys: Tensor, labels: Tensor) -> None:
+    require_tensors(queries=queries, keys=keys, labels=labels)
+    require_floating(queries=queries, keys=keys)
+    q, k = tuple(queries.shape), tuple(keys.shape)
     same_clients = len(k) == 2 or k[:-2] == q[:-2]
     if len(q) not in (2, 3) or len(k) not in (2, len(q)) or q[-1] != k[-1] or not same_clients:
         raise ValueError(
@@ -367,34 +387,14 @@ def _check(queries: Tensor, keys: Tensor, labels: Tensor, temperature: float | T
             "[G, B, D] and [N, D] or [G, N, D]"
         )
     if 0 in k[-2:]:
-        raise ValueError(f"keys {k}: no loss is defined; expected at least one key and feature")
+        raise ValueError(f"keys {k}: must have at least one row and one feature")
     if tuple(labels.shape) != q[:-1] or labels.dtype != torch.int64:
         raise ValueError(
             f"labels {tuple(labels.shape)} {labels.dtype}: expected one int64 per query, {q[:-1]}"
         )
-    if queries.dtype not in DTYPES or keys.dtype not in DTYPES:
-        raise ValueError(f"queries {queries.dtype}, keys {keys.dtype}: each one of {DTYPES}")
-    if keys.device != device or labels.device != device:
-        devices = f"keys on {keys.device}, labels on {labels.device}"
-        raise ValueError(f"{devices}, queries on {device}: move them to one device")
-    if not isinstance(temperature, Tensor):
-        _check_temperature(temperature)
-    elif (
-        temperature.numel() != 1 or temperature.dtype not in DTYPES or temperature.device != device
-    ):
-        raise ValueError(
-            f"temperature {tuple(temperature.shape)} {temperature.dtype} on {temperature.device}: "
-            f"expected one floating-point number on {device}"
-        )
 
 
-def _check_values(labels: Tensor, N: int, tau: float) -> None:
-    _check_temperature(tau)
+def _check_labels(labels: Tensor, N: int) -> None:
     low, high = (0, 0) if labels.numel() == 0 else map(int, labels.aminmax())
     if low < 0 or high >= N:
         raise ValueError(f"labels from {low} to {high}, {N} keys: expected 0 ... {N - 1}")
-
-
-def _check_temperature(tau: float) -> None:
-    if not 0 < tau < float("inf"):
-        raise ValueError(f"temperature = {tau}: must be positive and finite")

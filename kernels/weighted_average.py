@@ -3,26 +3,26 @@
     average_p = sum_s w_s params_sp / sum_s w_s
 
 A product of a float32 entry (24 bits) and a weight that is an integer below 2**29, as a number of
-samples is, is exact in float64. Rounded are the sum, in the order of s, then the division, and once
-the result (a 16-bit one by way of float32). A weight of 0 means that the client is absent, even if
-its parameters are NaN. There is no gradient.
+samples is, is exact in float64. Rounding happens in the sum (in the order of s), in the division,
+and once when the result is stored (in 16 bits: by way of float32). A weight of 0 means that the
+client is absent, even if its parameters are NaN. There is no gradient.
 
-The same pass may compare every client with a reference, the parameters that all started from: how
-many entries are NaN or infinite, and |params - reference|^2. And it may continue an earlier pass: K
-clients in cohorts of S take O(S P) memory, and give the bits of all of them at once.
+The same pass may compare every client with the parameters that the clients started from: how many
+of its entries are NaN or infinite, and |params - start|^2. And it may continue an earlier pass: K
+clients in cohorts of S take O(S P) memory and give, bit for bit, the result of one pass over all K.
 
 One program owns a block of columns and adds the clients in order: nothing depends on timing. Its
 comparisons are partial sums, which a second, tiny launch adds in a fixed order. Bytes of device
 memory for S clients, e to an entry:
 
-    reads     S P e                              + P e with a reference, + 8 P to continue
-    writes    P e, or 8 P if more cohorts follow + 12 S per KiB of a row with a reference
+    reads     S P e                              + P e with the start, + 8 P to continue
+    writes    P e, or 8 P if more cohorts follow + 12 S per KiB of a row with the start
 
 Each thread loads 128 bits at a time where addresses allow it: give rows a stride that is a multiple
 of 16 bytes. Never allocated: parameters in float64, a mask [S, P]. (`weights @ params` moves the
 same bytes, but sums in float32, in an order of its own.)
 
-Letters: S clients of a cohort, P parameters.
+Letters: K clients of a round, S clients of a cohort, P parameters.
 """
 
 import math
@@ -33,9 +33,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from semanticfl_ref.kernels.checks import require_floating, require_tensors
 from semanticfl_ref.kernels.dispatch import implementation, on_device, tl, triton, with_fallback
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = ["P", "S", "row_stride"]  # one compiled kernel for all their values
 
 
@@ -46,22 +46,24 @@ class Average(NamedTuple):
         values_P: the average [P] in the parameters' dtype; of a pass that is not final, float64
             [P], the sum of weight * parameters so far.
         weight: float64 [], the sum of the weights so far.
-        non_finite_S: int64 [S], entries of each client that are NaN or infinite; None without a
-            reference.
-        squared_norm_S: float64 [S], |params - reference|^2 of each client, not finite for a client
-            that is not; None without a reference.
+        non_finite_S: int64 [S], entries of each client that are NaN or infinite; None without
+            `start_P`.
+        squared_norm_S: float64 [S], |params - start|^2 of each client, not finite for a client that
+            is not; None without `start_P`.
+        final: whether the sum was divided by the weights; if so, it cannot be continued.
     """
 
     values_P: Tensor
     weight: Tensor
     non_finite_S: Tensor | None
     squared_norm_S: Tensor | None
+    final: bool
 
 
 def weighted_average_reference(
     params_SP: Tensor,
     weights_S: Tensor,
-    reference_P: Tensor | None,
+    start_P: Tensor | None,
     sums_P: Tensor | None,
     weight: Tensor | None,
     final: bool,
@@ -69,11 +71,11 @@ def weighted_average_reference(
     """The definition in plain torch, which reads values on the host.
 
     Args:
-        params_SP, weights_S, reference_P, final: as `weighted_average` has them.
+        params_SP, weights_S, start_P, final: as `weighted_average` has them.
         sums_P, weight: of the pass to continue.
 
     Returns:
-        The fields of `Average`; without a reference the last two are empty.
+        The tensors of `Average`; without `start_P` the last two are empty.
     """
     (S, P), device = params_SP.shape, params_SP.device
     weights, total = weights_S.tolist(), 0.0 if weight is None else weight.item()
@@ -90,15 +92,15 @@ def weighted_average_reference(
             if w != 0:
                 added_P.add_(params_SP[s, p], alpha=w)
         values_P[p] = added_P.div_(total) if final else added_P
-        if reference_P is None:
+        if start_P is None:
             continue
         for s in range(S):
-            update_P = params_SP[s, p].to(torch.float64, copy=True).sub_(reference_P[p])
+            update_P = params_SP[s, p].to(torch.float64, copy=True).sub_(start_P[p])
             square = update_P.dot(update_P).item()
             squared_norm[s] += square
             if not math.isfinite(square):
                 non_finite[s] += int((~torch.isfinite(params_SP[s, p])).sum())
-    compared = S if reference_P is not None else 0
+    compared = S if start_P is not None else 0
     non_finite_S = torch.tensor(non_finite[:compared], dtype=torch.int64, device=device)
     squared_norm_S = torch.tensor(squared_norm[:compared], dtype=torch.float64, device=device)
     return values_P, total, non_finite_S, squared_norm_S
@@ -106,28 +108,28 @@ def weighted_average_reference(
 
 @triton.jit(do_not_specialize=INTEGERS)
 def weighted_average_kernel(
-    params, weights, reference, sums, weight, values, total, non_finite, squared_norm, P, S,
+    params, weights, start, sums, weight, values, total, non_finite, squared_norm, P, S,
     row_stride, FINAL: tl.constexpr, ALIGNMENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One block of columns of the average, and its part of each client's comparison; `reference`,
-    or `sums` and `weight`, may be None. Grid (blocks,).
+    """One block of columns of the average, and its part of each client's comparison; `start`, or
+    `sums` and `weight`, may be None. Grid (blocks,).
     """
     # Whole blocks take a path without masks: a mask that ends inside a vector splits it.
     if (tl.program_id(0).to(tl.int64) + 1) * BLOCK <= P:
         average_block(
-            params, weights, reference, sums, weight, values, total, non_finite, squared_norm, P, S,
+            params, weights, start, sums, weight, values, total, non_finite, squared_norm, P, S,
             row_stride, FINAL, ALIGNMENT, BLOCK, False,
         )  # fmt: skip
     else:
         average_block(
-            params, weights, reference, sums, weight, values, total, non_finite, squared_norm, P, S,
+            params, weights, start, sums, weight, values, total, non_finite, squared_norm, P, S,
             row_stride, FINAL, ALIGNMENT, BLOCK, True,
         )  # fmt: skip
 
 
 @triton.jit
 def average_block(
-    params, weights, reference, sums, weight, values, total, non_finite, squared_norm, P, S,
+    params, weights, start, sums, weight, values, total, non_finite, squared_norm, P, S,
     row_stride, FINAL: tl.constexpr, ALIGNMENT: tl.constexpr, BLOCK: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -139,17 +141,17 @@ def average_block(
     if sums is not None:
         added = load(sums, p, P, MASKED)
         weight_sum = tl.load(weight)
-    start = tl.zeros((BLOCK,), tl.float64)
-    if reference is not None:
-        start = load(reference, p, P, MASKED).to(tl.float64)
+    start_row = tl.zeros((BLOCK,), tl.float64)
+    if start is not None:
+        start_row = load(start, p, P, MASKED).to(tl.float64)
     for s in tl.range(0, S, loop_unroll_factor=4):  # four rows are under way at once
         row = load(tl.multiple_of(params + s * stride, ALIGNMENT), p, P, MASKED)
         w = tl.load(weights + s)
         weight_sum += w
         with_row = tl.fma(tl.broadcast_to(w, (BLOCK,)), row.to(tl.float64), added)
         added = tl.where(w == 0, added, with_row)
-        if reference is not None:
-            update = row.to(tl.float64) - start
+        if start is not None:
+            update = row.to(tl.float64) - start_row
             is_finite = tl.abs(row.to(tl.float32)) < float("inf")
             place = tl.cast(s, tl.int64) * blocks + block
             tl.store(non_finite + place, tl.sum(tl.where(is_finite, 0, 1)))
@@ -209,7 +211,7 @@ ADD_BLOCKS = {"BLOCK": 1024, "num_warps": 4}
 
 
 def block_sizes(dtype: torch.dtype, compared: bool) -> dict[str, int]:
-    """32 bytes of a row for each thread. With a reference one warp: its sums need no barrier."""
+    """32 bytes of a row for each thread. A comparison takes one warp: its sums need no barrier."""
     warps = 1 if compared else 4
     return {"BLOCK": warps * 1024 // dtype.itemsize, "num_warps": warps}
 
@@ -217,14 +219,14 @@ def block_sizes(dtype: torch.dtype, compared: bool) -> dict[str, int]:
 def launch(
     params_SP: Tensor,
     weights_S: Tensor,
-    reference_P: Tensor | None,
+    start_P: Tensor | None,
     sums_P: Tensor | None,
     weight: Tensor | None,
     final: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Arguments and result as `weighted_average_reference` has them; weights float64."""
     params_SP = params_SP if params_SP.stride(1) == 1 else params_SP.contiguous()
-    (S, P), compared, new = params_SP.shape, reference_P is not None, params_SP.new_empty
+    (S, P), compared, new = params_SP.shape, start_P is not None, params_SP.new_empty
     sizes = block_sizes(params_SP.dtype, compared)
     blocks = triton.cdiv(P, sizes["BLOCK"])
     partials, totals = ((S, blocks), S) if compared else (0, 0)
@@ -238,7 +240,7 @@ def launch(
         weighted_average_kernel[(blocks,)](
             params=params_SP,
             weights=weights_S.contiguous(),
-            reference=reference_P.contiguous() if compared else None,
+            start=start_P.contiguous() if compared else None,
             sums=None if sums_P is None else sums_P.contiguous(),
             weight=weight,
             values=values_P,
@@ -269,26 +271,26 @@ def launch(
 def weighted_average_operator(
     params_SP: Tensor,
     weights_S: Tensor,
-    reference_P: Tensor | None,
+    start_P: Tensor | None,
     sums_P: Tensor | None,
     weight: Tensor | None,
     final: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The chosen implementation as a torch operator, which `torch.compile` knows. No gradient."""
-    arguments = (params_SP, weights_S, reference_P, sums_P, weight, final)
-    if implementation(impl, params_SP) == "torch" or params_SP.numel() == 0:
-        return weighted_average_reference(*arguments)
-    return with_fallback(
-        partial(launch, *arguments), partial(weighted_average_reference, *arguments)
-    )
+    arguments = (params_SP, weights_S, start_P, sums_P, weight, final)
+    reference = partial(weighted_average_reference, *arguments)
+    obstacle = "no parameters" if params_SP.numel() == 0 else None
+    if implementation(impl, params_SP, obstacle=obstacle) == "torch":
+        return reference()
+    return with_fallback(partial(launch, *arguments), reference, impl)
 
 
 @weighted_average_operator.register_fake
-def _(params_SP, weights_S, reference_P, sums_P, weight, final, impl):
+def _(params_SP, weights_S, start_P, sums_P, weight, final, impl):
     (S, P), new = params_SP.shape, params_SP.new_empty
     values_P = new(P, dtype=params_SP.dtype if final else torch.float64)
-    totals = S if reference_P is not None else 0
+    totals = S if start_P is not None else 0
     total, norms = new((), dtype=torch.float64), new(totals, dtype=torch.float64)
     return values_P, total, new(totals, dtype=torch.int64), norms
 
@@ -296,7 +298,7 @@ def _(params_SP, weights_S, reference_P, sums_P, weight, final, impl):
 def weighted_average(
     params_SP: Tensor,
     weights_S: Tensor,
-    reference_P: Tensor | None = None,
+    start_P: Tensor | None = None,
     earlier: Average | None = None,
     *,
     final: bool = True,
@@ -316,11 +318,12 @@ def weighted_average(
             number. Rows may lie apart; a matrix whose rows are not contiguous is copied.
         weights_S: [S], real, not negative; normalised here. 0: the client is absent, whatever its
             parameters are.
-        reference_P: floating [P], the parameters that every client started from; with it the result
+        start_P: floating [P], the parameters that the clients started from; with it the result
             compares every client with them, those of weight 0 too.
         earlier: the result of an earlier cohort, which was not final, to be continued.
         final: divide by the weights. Otherwise the result is the sum so far, for `earlier`.
-        impl: "auto" (the kernel on CUDA, torch elsewhere), "torch" or "triton"; see `dispatch`.
+        impl: "auto" (the kernel for CUDA tensors where it takes the call, else torch), "torch", or
+            "triton" (the kernel or an error); see `dispatch`.
         validate: check the weights' values too, which waits for the device. Unchecked, weights that
             sum to zero give NaN.
 
@@ -328,20 +331,21 @@ def weighted_average(
         The average, or the sum so far, with the comparison of this cohort's clients.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit; parameters that want a gradient; an
-            unknown `impl`; with `validate`, weights that are negative, not finite, or sum to zero.
+        TypeError: an argument that is no tensor.
+        ValueError: shapes, dtypes or devices that do not fit; a tensor that wants a gradient; a
+            final average as `earlier`; with `validate`, weights that are negative, not finite, or
+            sum to zero; an unknown `impl`; `impl="triton"` where the kernel cannot run.
 
     Source: FedAvg (McMahan et al. 2017, Algorithm 1); weights by sample count.
     """
-    _check(params_SP, weights_S, reference_P, earlier)
+    _check(params_SP, weights_S, start_P, earlier)
     if validate:
         _check_values(weights_S, earlier)
     sums_P, weight = (None, None) if earlier is None else earlier[:2]
-    weights_S = weights_S.detach().to(torch.float64)
-    average = weighted_average_operator(
-        params_SP, weights_S, reference_P, sums_P, weight, final, impl
-    )
-    return Average(*average) if reference_P is not None else Average(*average[:2], None, None)
+    weights_S = weights_S.to(torch.float64)
+    average = weighted_average_operator(params_SP, weights_S, start_P, sums_P, weight, final, impl)
+    compared = average[2:] if start_P is not None else (None, None)
+    return Average(*average[:2], *compared, final)
 
 
 def _column_slices(params_SP: Tensor) -> Iterator[slice]:
@@ -356,37 +360,34 @@ def _column_slices(params_SP: Tensor) -> Iterator[slice]:
 
 
 def _check(
-    params_SP: Tensor, weights_S: Tensor, reference_P: Tensor | None, earlier: Average | None
+    params_SP: Tensor, weights_S: Tensor, start_P: Tensor | None, earlier: Average | None
 ) -> None:
     """Shapes, dtypes and devices: all that can be checked without looking at values."""
-    shape, device = tuple(params_SP.shape), params_SP.device
+    vectors = {"start": start_P, "earlier": None if earlier is None else earlier.values_P}
+    vectors = {name: tensor for name, tensor in vectors.items() if tensor is not None}
+    given = {"params": params_SP, "weights": weights_S, **vectors}
+    require_tensors(**given)
+    require_floating(params=params_SP, **vectors)
+    shape = tuple(params_SP.shape)
     if len(shape) != 2 or shape[0] == 0:
         raise ValueError(f"params {shape}: expected [S, P], at least one client")
     if tuple(weights_S.shape) != shape[:1] or weights_S.dtype.is_complex:
         weights = f"weights {tuple(weights_S.shape)} {weights_S.dtype}"
         raise ValueError(f"{weights}, params {shape}: expected one real number per client")
-    if earlier is not None and earlier.values_P.dtype != torch.float64:
+    if earlier is not None and (earlier.final or earlier.values_P.dtype != torch.float64):
         raise ValueError(
-            f"earlier of {earlier.values_P.dtype}: a final average cannot be continued; pass "
-            "final=False to every cohort but the last"
+            f"earlier of {earlier.values_P.dtype}, final = {earlier.final}: a final average cannot "
+            "be continued; pass final=False to every cohort but the last"
         )
-    vectors = {"reference": reference_P, "earlier": None if earlier is None else earlier.values_P}
-    vectors = {name: tensor for name, tensor in vectors.items() if tensor is not None}
     for name, tensor in vectors.items():
         if tuple(tensor.shape) != shape[1:]:
             raise ValueError(f"{name} {tuple(tensor.shape)}, params {shape}: expected [P]")
-    for name, tensor in {"params": params_SP, **vectors}.items():
-        if tensor.dtype not in DTYPES:
-            raise ValueError(f"{name} of {tensor.dtype}: expected one of {DTYPES}")
+    for name, tensor in given.items():
         if tensor.requires_grad and torch.is_grad_enabled():
             raise ValueError(
                 f"{name} with requires_grad = True: the average has no gradient; use "
                 "torch.no_grad() or .detach()"
             )
-    for name, tensor in {"weights": weights_S, **vectors}.items():
-        if tensor.device != device:
-            devices = f"{name} on {tensor.device}, params on {device}"
-            raise ValueError(f"{devices}: move them to one device")
 
 
 def _check_values(weights_S: Tensor, earlier: Average | None) -> None:

@@ -116,19 +116,19 @@ def ours(
     exact_P: torch.Tensor,
 ) -> dict[str, Contender]:
     """The forms that a round uses."""
-    reference_P, impl = exact_P.to(params_SP.dtype), bench.impl
+    start_P, impl = exact_P.to(params_SP.dtype), bench.impl
     first, second = slice(0, len(weights_S) // 2), slice(len(weights_S) // 2, None)
 
     def in_two_parts() -> Average:
         earlier = weighted_average(params_SP[first], weights_S[first], final=False, impl=impl)
         return weighted_average(params_SP[second], weights_S[second], None, earlier, impl=impl)
 
-    one_row = reference_P.nbytes
+    one_row = start_P.nbytes
     running_sum = 2 * exact_P.nbytes  # written and read
     return {
         OURS: Contender(lambda: weighted_average(params_SP, weights_S, impl=impl)),
         WITH_DIAGNOSTICS: Contender(
-            lambda: weighted_average(params_SP, weights_S, reference_P, impl=impl),
+            lambda: weighted_average(params_SP, weights_S, start_P, impl=impl),
             {"bytes": case.bytes + one_row},
         ),
         "ours, in two parts": Contender(in_two_parts, {"bytes": case.bytes + running_sum}),

@@ -147,9 +147,9 @@ def small_calls(
     for dtype in (torch.bfloat16,) if interpreted() else dtypes:  # the interpreter is slow
         params_SP = normal(3, 1_001, dtype=dtype)
         weights_S = torch.tensor([1.0, 2.0, 3.0], device=device)
-        reference_P = params_SP[0].clone()
-        part = weighted_average(params_SP, weights_S, reference_P, final=False, impl=impl)
-        weighted_average(params_SP, weights_S, reference_P, part, impl=impl)
+        start_P = params_SP[0].clone()
+        part = weighted_average(params_SP, weights_S, start_P, final=False, impl=impl)
+        weighted_average(params_SP, weights_S, start_P, part, impl=impl)
         weighted_average(params_SP, weights_S, impl=impl)
         for clients, queries, keys, width in ((2, 37, 11, 70), (1, 131, 301, 96)):
             queries_GBD = normal(clients, queries, width, dtype=dtype).requires_grad_()

@@ -1,8 +1,8 @@
 """InfoNCE at the training shape on a GPU, a stage of `bench/gpu.sh`.
 
-K1: at most 15 us as a CUDA-graph node, and at least 4x the eager expression per client. K2: one
-launch for the loss and d(queries), and one that scales by the upstream gradient. K3: a CUDA graph
-captures it.
+K1: at most 15 us as a CUDA-graph node, and at least 4x the eager expression per client. K2: at
+most three launches: the kernel, the sum of its tiles, and the scaling by the upstream gradient; a
+fourth in 16 bits, where the gradient is cast. K3: a CUDA graph captures it.
 
 Bytes are the least that a call must move: each input read once, each output written once.
 

@@ -4,6 +4,7 @@ that a reader redoes on paper.
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -126,23 +127,31 @@ def place(tmp_path):
 
 
 def test_claims_are_ratios_of_the_rows():
-    lines = [line.strip("| ").split(" | ") for line in claims.claims(made_up())]
-    assert [(line[0], line[-1]) for line in lines] == [
-        ("K1", "12 us"),
-        ("K1", "8.00x"),
-        ("K2", "info_nce_kernel x1, elementwise x1"),
-        ("K3", "25.00x"),
-        ("K8", "1 of 2 cases"),
-        ("A1", "90%"),
-        ("A1", "50%"),
+    lines = [line[2:-2].split(" | ") for line in claims.claims(made_up())]
+    assert [(line[0], *line[3:]) for line in lines] == [
+        ("K1", "12 us", "yes"),
+        ("K1", "8.00x", "yes"),
+        ("K2", "info_nce_kernel x1, elementwise x1", "yes"),
+        ("K3", "25.00x", "yes"),
+        ("K8", "1 of 2 cases", "missed in 1 of 2"),
+        ("A1", "90%", "yes"),
+        ("A1", "50%", "missed in 1 of 1"),
         # Its result was wrong, and a wrong result has no speed.
-        ("A3", f"not measured ({NUMPY})"),
+        ("A3", f"not measured ({NUMPY})", ""),
     ]
 
 
 def test_claims_without_measurements_say_so():
     lines = claims.claims({"rows": []})
-    assert len(lines) == 8 and all(line.endswith("| not measured |") for line in lines)
+    assert len(lines) == 8 and all(line.endswith("| not measured |  |") for line in lines)
+
+
+def test_launches_are_counted_by_dtype():
+    many = {"info_nce_kernel": 1, "add_tiles_kernel": 1, "mul": 1, "cast": 1}
+    ours = row("info_nce", TRAINING, "ours", 0.1, launches=many)
+    assert claims.launched([ours])[1] == "missed in 1 of 1"
+    assert claims.launched([ours | {"dtype": "bf16"}])[1] == "yes"
+    assert claims.launched([ours, ours | {"dtype": "bf16"}])[1] == "missed in 1 of 2"
 
 
 def test_share_of_the_copy_rate_on_paper():
@@ -175,8 +184,7 @@ def test_results_are_rendered_and_checked(place, monkeypatch, capsys):
     assert run(monkeypatch, "--check") == 1, "the tables are not in the document yet"
     assert run(monkeypatch) == 0
     text = (folder / "kernels.md").read_text()
-    tensor = "HMMA x4 / HGMMA x4 / UTCHMMA x4"
-    assert f"| `forward` | 180 / 190 / 200 | 0 | 64 | {tensor} | 128 x8 |" in text
+    assert "| `forward` | 180 / 190 / 200 | 0 | 64 | 128 x8 |" in text
     place_of_row = f"| weighted_average | {AVERAGE} | fp32 | forward |"
     assert f"{place_of_row} ours | 2 (2 ... 2) | 900 | 90% | 1 | loss 1.0e-04 |" in text
     assert f"{place_of_row} {NUMPY} | 20 (20 ... 20) |  |  | 1 | **wrong** loss 1.0e-04 |" in text
@@ -203,9 +211,28 @@ def test_a_broken_rule_is_in_the_table():
 
 
 def test_results_of_older_kernels_say_so():
-    older = made_up() | {"kernels": "of another day"}
-    assert "The kernels have changed since" in render.gpu_section([older])
-    assert "The kernels have changed since" not in render.gpu_section([made_up()])
+    older = render.gpu_section([made_up() | {"kernels": "of another day"}])
+    assert "The kernels have changed since" in older
+    assert "| 90% | yes, earlier kernel |" in older
+    assert f"| not measured ({NUMPY}) |  |" in older, "nothing was measured"
+    assert "| ours, with diagnostics (earlier kernel) | 4 (4 ... 4) |" in older
+    assert "| device copy | 2 (2 ... 2) |" in older, "a peer's row still holds"
+    now = render.gpu_section([made_up()])
+    assert "The kernels have changed since" not in now and "earlier kernel" not in now
+
+
+def test_what_benchmarks_print_is_in_the_summary():
+    """And nothing that tests print."""
+    from bench.conftest import pytest_terminal_summary
+
+    def report(nodeid: str, when: str = "call") -> SimpleNamespace:
+        return SimpleNamespace(nodeid=nodeid, when=when, capstdout=f"{nodeid} {when};")
+
+    passed = [report("bench/a.py::x"), report("tests/b.py::y"), report("bench/a.py::x", "teardown")]
+    written = []
+    reporter = SimpleNamespace(getreports=lambda outcome: passed, write=written.append)
+    pytest_terminal_summary(reporter)
+    assert written == ["bench/a.py::x call;"]
 
 
 def test_a_stage_that_is_not_done_is_named():

@@ -19,9 +19,9 @@ def accesses(name: str, dtype: torch.dtype, compared: bool, alignment: int) -> l
     constants = {"sums": None, "weight": None, "FINAL": True, "ALIGNMENT": alignment}
     constants["BLOCK"] = sizes["BLOCK"]
     if not compared:
-        constants["reference"] = None
+        constants["start"] = None
     types = dict.fromkeys(kernel.arg_names, "*fp64") | {"non_finite": "*i32"}
-    types |= dict.fromkeys(("params", "reference", "values"), f"*{name}")
+    types |= dict.fromkeys(("params", "start", "values"), f"*{name}")
     types |= dict.fromkeys(("P", "S", "row_stride"), "i32")
     types |= dict.fromkeys(constants, "constexpr")
     aligned = [argument for argument, kind in types.items() if kind.startswith("*")]

@@ -31,6 +31,15 @@ def impl(request, device) -> str:
 
 
 @pytest.fixture
+def preferred(impl, monkeypatch) -> str:
+    """Both implementations as a preference of the environment, for calls that the kernel may not
+    take.
+    """
+    monkeypatch.setenv("SEMANTICFL_KERNELS", impl)
+    return "auto"
+
+
+@pytest.fixture
 def guarded() -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
     """Makes a copy of a tensor that lies in the middle of a buffer of NaN (of a sentinel, for
     integers); afterwards every buffer's guard must be untouched.

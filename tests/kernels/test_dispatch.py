@@ -42,6 +42,16 @@ def chosen_with_warnings(*arguments) -> tuple[str, list[str]]:
         return implementation(*arguments), [str(w.message) for w in caught]
 
 
+def test_an_obstacle_is_an_error_by_name_and_left_to_torch_otherwise(usable_triton, monkeypatch):
+    with pytest.raises(ValueError, match=r"impl = 'triton' with no queries: .*use 'auto'"):
+        implementation("triton", CUDA, obstacle="no queries")
+    assert implementation("auto", CUDA, obstacle="no queries") == "torch"
+    assert implementation("torch", CUDA, obstacle="no queries") == "torch"
+    monkeypatch.setenv("SEMANTICFL_KERNELS", "triton")
+    assert implementation("auto", CUDA, obstacle="no queries") == "torch"
+    assert implementation("auto", CUDA) == "triton"
+
+
 @pytest.mark.parametrize(
     ("impl", "tensors", "expected"),
     [
@@ -96,21 +106,27 @@ def test_unknown_values_are_named(monkeypatch):
         implementation("auto", CPU)
 
 
-def test_float64_by_name_is_refused(usable_triton):
+def test_float64_by_name_is_refused(usable_triton, monkeypatch):
     with pytest.raises(ValueError, match="float64"):
         implementation("triton", CUDA_FLOAT64)
+    monkeypatch.setenv("SEMANTICFL_KERNELS", "triton")
+    assert implementation("auto", CUDA_FLOAT64) == "torch", "the variable is a preference"
 
 
-@pytest.mark.parametrize("impl", ["auto", "triton"])
+@pytest.mark.parametrize("preference", ["auto", "triton"])
 @pytest.mark.parametrize(
     "error", [ImportError("No module named 'triton'"), OSError("libcuda.so.1: wrong ELF class")]
 )
-def test_triton_missing_or_broken(usable_triton, monkeypatch, impl, error):
+def test_triton_missing_or_broken(usable_triton, monkeypatch, preference, error):
+    monkeypatch.setenv("SEMANTICFL_KERNELS", preference)
     monkeypatch.setattr(dispatch, "IMPORT_ERROR", error)
-    chosen, messages = chosen_with_warnings(impl, CUDA)
+    chosen, messages = chosen_with_warnings("auto", CUDA)
     assert chosen == "torch" and len(messages) == 1
     assert "cannot be imported" in messages[0] and str(error) in messages[0]
-    assert chosen_with_warnings(impl, CUDA) == ("torch", []), "one warning in a process"
+    assert chosen_with_warnings("auto", CUDA) == ("torch", []), "one warning in a process"
+    with pytest.raises(ValueError, match="impl = 'triton', but Triton cannot be used") as raised:
+        implementation("triton", CUDA)
+    assert str(error) in str(raised.value)
 
 
 @pytest.mark.parametrize("version", ["2.1.0", "3.5.1", "unknown"])
@@ -167,6 +183,8 @@ def test_a_failed_compilation_is_warned_of_once_and_replaced_for_good(usable_tri
     message = str(caught[0].message)
     assert type(error).__name__ in message and "more" not in message
     assert chosen_with_warnings("auto", CUDA) == ("torch", [])
+    with pytest.raises(ValueError, match=f"could not compile a kernel .{type(error).__name__}"):
+        with_fallback(raising(error), lambda: "reference", "triton")
 
 
 @pytest.mark.parametrize(

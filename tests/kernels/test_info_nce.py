@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 from info_nce_cases import derive, draw, eager, factors_of, inputs
@@ -28,11 +29,11 @@ SHAPES = {  # (clients, B, N, D), keys shared by the clients
 
 
 @pytest.mark.parametrize("keys", [1, 2, 10, 200, 257, 1000, 1024, 1025])
-def test_equal_keys_give_log_n(keys, impl, device):
+def test_equal_keys_give_log_n(keys, preferred, device):
     queries = draw(7, 16, device=device)
     key = draw(1, 16, seed=1, device=device)
     labels = torch.full((7,), keys - 1, device=device)
-    loss = info_nce(queries, key.repeat(keys, 1), labels, 0.05, impl=impl)
+    loss = info_nce(queries, key.repeat(keys, 1), labels, 0.05, impl=preferred)
     assert loss.item() == pytest.approx(math.log(keys), rel=1e-6, abs=1e-7)
 
 
@@ -52,10 +53,10 @@ def test_orthonormal_pairs_in_both_implementations(impl, device):
 
 
 @pytest.mark.parametrize("keys_learn", [False, True])
-def test_one_key_has_no_loss_and_no_gradient(keys_learn, impl, device):
+def test_one_key_has_no_loss_and_no_gradient(keys_learn, preferred, device):
     q, k, y = inputs((None, 5, 1, 12), device=device)
     leaves = (q, k) if keys_learn else (q,)
-    results = derive(lambda q, k=k: info_nce(q, k, y, 0.1, impl=impl), *leaves)
+    results = derive(lambda q, k=k: info_nce(q, k, y, 0.1, impl=preferred), *leaves)
     assert not any(result.any() for result in results)
 
 
@@ -87,27 +88,27 @@ def test_scale_of_queries_and_keys_does_not_matter(impl, device):
 
 @pytest.mark.parametrize("keys_learn", [False, True])
 @pytest.mark.parametrize("shape", [(0, 8), (3, 0, 8), (0, 4, 8)])
-def test_nothing_in_nothing_out(shape, keys_learn, impl, device):
+def test_nothing_in_nothing_out(shape, keys_learn, preferred, device):
     q = torch.zeros(shape, device=device, requires_grad=True)
     k = draw(5, 8, device=device).requires_grad_(keys_learn)
     y = torch.zeros(shape[:-1], dtype=torch.long, device=device)
-    loss = info_nce(q, k, y, 0.1, impl=impl)
+    loss = info_nce(q, k, y, 0.1, impl=preferred)
     assert loss.shape == shape[:-2] and loss.isnan().all()
     gradients = torch.autograd.grad(loss.sum(), (q, k) if keys_learn else (q,))
     assert all(g.shape == t.shape for g, t in zip(gradients, (q, k), strict=False))
 
 
 @pytest.mark.parametrize(("keys", "shared"), [(9, True), (70, False)])
-def test_a_client_alone_is_the_client_in_a_batch_of_clients(keys, shared, impl, device):
+def test_a_client_alone_is_the_client_in_a_batch_of_clients(keys, shared, preferred, device):
     q, k, y = inputs((3, 35, keys, 20), device=device, shared=shared)
     k_1 = k if shared else k[1]
-    loss, dq = derive(lambda q: info_nce(q, k, y, 0.05, impl=impl)[1], q)
-    alone, dq_alone = derive(lambda q: info_nce(q, k_1, y[1], 0.05, impl=impl), q[1])
+    loss, dq = derive(lambda q: info_nce(q, k, y, 0.05, impl=preferred)[1], q)
+    alone, dq_alone = derive(lambda q: info_nce(q, k_1, y[1], 0.05, impl=preferred), q[1])
     assert torch.equal(loss, alone) and torch.equal(dq[1], dq_alone)
     assert not dq[[0, 2]].any()
     if not shared:
-        *_, dk = derive(lambda q, k: info_nce(q, k, y, 0.05, impl=impl)[1], q, k)
-        *_, dk_alone = derive(lambda q, k: info_nce(q, k, y[1], 0.05, impl=impl), q[1], k[1])
+        *_, dk = derive(lambda q, k: info_nce(q, k, y, 0.05, impl=preferred)[1], q, k)
+        *_, dk_alone = derive(lambda q, k: info_nce(q, k, y[1], 0.05, impl=preferred), q[1], k[1])
         assert torch.equal(dk[1], dk_alone)
 
 
@@ -121,13 +122,28 @@ BAD_SHAPES = [
     ("labels on meta", {"labels": torch.zeros(4, dtype=torch.long, device="meta")}),
     ("temperature = 0.0", {"temperature": 0.0}),
     ("temperature = nan", {"temperature": float("nan")}),
+    ("temperature = 1e-50.*1.2e-38 ... 3.4e.38, for torch.float32", {"temperature": 1e-50}),
+    ("temperature = 1e.50", {"temperature": 1e50}),
     ("temperature.*2", {"temperature": torch.ones(2)}),
+    ("temperature of torch.int64", {"temperature": torch.tensor(1)}),
+    ("temperature.* on meta", {"temperature": torch.tensor(1.0, device="meta")}),
+    # On a CPU a tensor's value is always checked.
+    ("temperature = -1.0", {"temperature": torch.tensor(-1.0)}),
+    ("temperature = 0.0", {"temperature": torch.tensor([0.0], requires_grad=True)}),
+    ("temperature = nan", {"temperature": torch.tensor(float("nan"))}),
     ("impl = 'cuda'", {"impl": "cuda"}),
 ]
 BAD_VALUES = [
     ("labels from 0 to 2", {"labels": torch.tensor([0, 1, 2, 0])}),
     ("labels from -100", {"labels": torch.tensor([0, 1, -100, 0])}),
     ("temperature = -1.0", {"temperature": torch.tensor(-1.0)}),
+]
+BAD_TYPES = [
+    ("temperature of type str", {"temperature": "0.05"}),
+    ("temperature of type NoneType", {"temperature": None}),
+    ("temperature of type list", {"temperature": [0.05]}),
+    ("queries of type list", {"queries": [[0.0, 0.0, 0.0]] * 4}),
+    ("labels of type list", {"labels": [0, 1, 1, 0]}),
 ]
 
 
@@ -138,6 +154,21 @@ def test_bad_input_is_named(message, change):
     validate = (message, change) in BAD_VALUES
     with pytest.raises(ValueError, match=message):
         info_nce(**good | change, validate=validate)
+
+
+@pytest.mark.parametrize(("message", "change"), BAD_TYPES)
+def test_an_argument_of_a_wrong_type_is_named(message, change):
+    good = {"queries": draw(4, 3), "keys": draw(2, 3), "labels": torch.tensor([0, 1, 1, 0])}
+    with pytest.raises(TypeError, match=message):
+        info_nce(**good | change)
+
+
+def test_a_temperature_is_checked_in_the_precision_that_computes():
+    q, k, y = inputs((None, 4, 3, 5), torch.float64)
+    assert info_nce(q, k, y, 1e-50).isfinite()
+    smallest = torch.finfo(torch.float32).tiny
+    for tau in (smallest, torch.tensor(smallest), np.float32(smallest), 1):
+        assert info_nce(q.float(), k.float(), y, tau).isfinite()
 
 
 @pytest.mark.parametrize("label", [2, -1, -100])
@@ -175,27 +206,39 @@ def test_as_exact_as_eager_on_hard_inputs(dtype, tau, device):
 @needs_triton
 @pytest.mark.parametrize("keys", [1025, 9])
 def test_what_the_kernel_does_not_take_is_left_to_torch(keys, device, monkeypatch):
-    """More keys, wider keys, keys or a temperature that learn; and nothing else."""
+    """More keys, wider keys, keys that learn, a temperature that is a tensor; and nothing else. By
+    name it is an error: who asks for Triton must not get torch.
+    """
+    monkeypatch.setenv("SEMANTICFL_KERNELS", "triton")
     launches, launch = [], module.launch
     monkeypatch.setattr(module, "launch", lambda *given: launches.append(given) or launch(*given))
     q, k, y = inputs((None, 4, keys, 8), device=device)
     tau = torch.tensor(0.1, device=device)
 
     def check(*leaves):
-        ours = derive(lambda q, k=k, tau=0.1: info_nce(q, k, y, tau, impl="triton"), *leaves)
+        ours = derive(lambda q, k=k, tau=0.1: info_nce(q, k, y, tau), *leaves)
         plain = derive(lambda q, k=k, tau=0.1: eager(q, k, y, tau), *leaves)
         for our, expected in zip(ours, plain, strict=True):
             torch.testing.assert_close(our, expected, rtol=1e-5, atol=1e-6)
 
     check(q, k)
     check(q, k, tau)
-    info_nce(q, k, y, tau, impl="triton")
     wide_q, wide_k, _ = inputs((None, 4, keys, 1025), device=device)
-    info_nce(wide_q, wide_k, y, 0.1, impl="triton")
+    learning_k = k.clone().requires_grad_()
+    for arguments, obstacle in [
+        ((q, k, y, tau), "a temperature that is a tensor"),
+        ((q, learning_k, y, 0.1), "keys that want a gradient"),
+        ((wide_q, wide_k, y, 0.1), "more than 1024 (keys|features)"),
+        ((q[:0], k, y[:0], 0.1), "no queries" if keys == 9 else "more than 1024 keys"),
+        ((q.double(), k, y, 0.1), "float64 tensors"),
+    ]:
+        info_nce(*arguments)
+        with pytest.raises(ValueError, match=f"impl = 'triton' with {obstacle}"):
+            info_nce(*arguments, impl="triton")
     assert not launches
     check(q)
     with torch.no_grad():
-        info_nce(q, k.requires_grad_(), y, 0.1, impl="triton")
+        info_nce(q, learning_k, y, 0.1, impl="triton" if keys == 9 else "auto")
     assert len(launches) == (0 if keys == 1025 else 2)
 
 

@@ -26,12 +26,12 @@ def test_opcheck(clients, dtype, device):
 
 
 @pytest.mark.parametrize("learn", [False, True])
-def test_in_a_compiled_function_with_its_gradients(learn, impl, device):
+def test_in_a_compiled_function_with_its_gradients(learn, preferred, device):
     """Without a break in the graph."""
     q, k, y = inputs((None, 7, 7, 12), device=device)
 
     def loss(q, k=k, tau=0.1):
-        return 2 * info_nce(q, k, y, tau, impl=impl)
+        return 2 * info_nce(q, k, y, tau, impl=preferred)
 
     leaves = (q, k, torch.tensor(0.1, device=device)) if learn else (q,)
     torch.compiler.reset()
@@ -41,11 +41,11 @@ def test_in_a_compiled_function_with_its_gradients(learn, impl, device):
 
 
 @pytest.mark.parametrize("learn", [False, True])
-def test_autocast_changes_nothing(learn, impl, device):
+def test_autocast_changes_nothing(learn, preferred, device):
     q, k, y = inputs((2, 7, 5, 12), device=device)
 
     def loss(q, k=k):
-        return info_nce(q, k, y, 0.05, impl=impl)
+        return info_nce(q, k, y, 0.05, impl=preferred)
 
     def under_autocast(q, k=k):
         with torch.autocast(device.type, dtype=torch.bfloat16):

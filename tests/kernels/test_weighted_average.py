@@ -25,6 +25,7 @@ def test_on_paper(impl, device):
     weights = torch.tensor([1.0, 1.0, 2.0], device=device)
     average = weighted_average(params, weights, impl=impl)
     assert (average.values_P.tolist(), average.weight.item()) == ([3.5, 6.0], 4.0)
+    assert average.final
     assert average.non_finite_S is None and average.squared_norm_S is None
 
 
@@ -34,6 +35,7 @@ def test_cohorts_on_paper(impl, device):
     first = weighted_average(params[:2], weights[:2], final=False, impl=impl)
     assert (first.values_P.tolist(), first.weight.item()) == ([4.0, 6.0], 2.0)
     assert first.values_P.dtype == first.weight.dtype == torch.float64
+    assert not first.final
     average = weighted_average(params[2:], weights[2:], None, first, impl=impl)
     assert (average.values_P.tolist(), average.weight.item()) == ([3.5, 6.0], 4.0)
 
@@ -79,16 +81,16 @@ def test_16_bit_rows_lose_nothing_against_averaging_in_fp32_and_rounding_once(im
 @pytest.mark.parametrize(("clients", "entries"), SHAPES)
 def test_cohorts_of_any_size_give_the_bits_of_all_at_once(impl, device, dtype, clients, entries):
     params = normal(clients, entries, device=device, dtype=dtype)
-    reference = normal(entries, device=device, seed=1)
+    start = normal(entries, device=device, seed=1)
     weights = counts(clients, device=device)
-    whole = weighted_average(params, weights, reference, impl=impl)
+    whole = weighted_average(params, weights, start, impl=impl)
     assert whole.values_P.dtype == dtype
-    plain = weighted_average(params, weights, reference, impl="torch")
+    plain = weighted_average(params, weights, start, impl="torch")
     assert torch.equal(whole.values_P, plain.values_P), "the two implementations agree"
     alone = weighted_average(params, weights, impl=impl)
-    assert torch.equal(alone.values_P, whole.values_P), "a reference does not change the average"
+    assert torch.equal(alone.values_P, whole.values_P), "a comparison does not change the average"
     for size in {1, 2, 4, clients}:
-        average, parts = in_cohorts(size, params, weights, reference, impl)
+        average, parts = in_cohorts(size, params, weights, start, impl)
         assert torch.equal(average.values_P, whole.values_P)
         assert torch.equal(average.weight, whole.weight)
         assert torch.equal(torch.cat([p.non_finite_S for p in parts]), whole.non_finite_S)
@@ -119,7 +121,7 @@ def test_uniform_weights_are_the_mean_and_one_client_is_its_row(impl, device):
 def test_the_first_call_on_a_fresh_shape_and_a_second_give_the_same_bits(impl, device, dtype):
     params, weights = normal(6, 3011, device=device, dtype=dtype), counts(6, device=device)
     first, again = (weighted_average(params, weights, params[0], impl=impl) for _ in range(2))
-    assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(first[:4], again[:4], strict=True))
 
 
 def test_clients_in_ascending_number_give_one_result_whoever_finished_first(impl, device):
@@ -159,9 +161,9 @@ def test_weights_that_sum_to_zero_give_nan(impl, device):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_comparison_against_plain_torch(impl, device, dtype):
     params, weights = normal(5, 2700, device=device, dtype=dtype), counts(5, device=device)
-    reference = normal(2700, device=device, seed=9)
-    average = weighted_average(params, weights, reference, impl=impl)
-    exact = (params.double() - reference.double()).square().sum(1)
+    start = normal(2700, device=device, seed=9)
+    average = weighted_average(params, weights, start, impl=impl)
+    exact = (params.double() - start.double()).square().sum(1)
     torch.testing.assert_close(average.squared_norm_S, exact, rtol=1e-12, atol=0)
     assert average.non_finite_S.dtype == torch.int64 and not average.non_finite_S.any()
 
@@ -221,12 +223,12 @@ def test_the_alignment_that_a_launch_promises(device, monkeypatch, width, offset
 
 def test_inputs_that_are_not_contiguous(impl, device):
     params, weights = normal(3, 1200, device=device), counts(3, device=device)
-    reference = normal(1200, device=device, seed=1)
+    start = normal(1200, device=device, seed=1)
     first = weighted_average(params, weights, final=False, impl=impl)
-    expected = weighted_average(params, weights, reference, first, impl=impl)
+    expected = weighted_average(params, weights, start, first, impl=impl)
     strided = [
         tensor.repeat_interleave(2, dim=-1)[..., ::2]
-        for tensor in (params, weights, reference, first.values_P)
+        for tensor in (params, weights, start, first.values_P)
     ]
     earlier = first._replace(values_P=strided[3])
     for matrix in (params.T.contiguous().T, strided[0]):
@@ -236,11 +238,13 @@ def test_inputs_that_are_not_contiguous(impl, device):
         torch.testing.assert_close(*norms, rtol=1e-12, atol=0)
 
 
-def test_no_entries(impl, device):
+def test_no_entries(preferred, device):
     params, ones = torch.empty(2, 0, device=device), torch.ones(2, device=device)
-    average = weighted_average(params, ones, params[0], impl=impl)
+    average = weighted_average(params, ones, params[0], impl=preferred)
     assert average.values_P.shape == (0,) and average.weight == 2
     assert average.squared_norm_S.tolist() == [0.0, 0.0]
+    with pytest.raises(ValueError, match="impl = 'triton' with no parameters"):
+        weighted_average(params, ones, impl="triton")
 
 
 @needs_triton
@@ -254,10 +258,10 @@ def test_the_kernel_stays_inside_its_buffers(
     results.
     """
     params, weights = normal(3, 1029, device=device, dtype=dtype), counts(3, device=device)
-    reference = normal(1029, device=device, dtype=dtype, seed=1) if compared else None
+    start = normal(1029, device=device, dtype=dtype, seed=1) if compared else None
     sums = normal(1029, device=device, dtype=torch.float64, seed=2) if continued else None
     weight = torch.tensor(5.0, dtype=torch.float64, device=device) if continued else None
-    given = (params, weights.double(), reference, sums, weight)
+    given = (params, weights.double(), start, sums, weight)
     expected = module.weighted_average_reference(*given, final)
     given = [None if tensor is None else guarded(tensor) for tensor in given]
     outputs = request.getfixturevalue("guarded_outputs")
@@ -266,55 +270,6 @@ def test_the_kernel_stays_inside_its_buffers(
     assert torch.equal(values_P, expected[0]) and torch.equal(total, expected[1])
     assert torch.equal(non_finite_S, expected[2])
     torch.testing.assert_close(squared_norm_S, expected[3], rtol=1e-12, atol=0)
-
-
-def test_wrong_shapes_dtypes_and_options_are_named(impl, device):
-    params, ones = torch.zeros(2, 3, device=device), torch.ones(2, device=device)
-    weight = torch.ones((), dtype=torch.float64, device=device)
-    for arguments, options, message in [
-        ((params, ones[:1]), {}, r"weights \(1,\).*params \(2, 3\)"),
-        ((params, torch.ones(2, 2, device=device)), {}, r"weights \(2, 2\)"),
-        ((params[0], ones), {}, r"params \(3,\)"),
-        ((params[:0], ones[:0]), {}, "at least one client"),
-        ((params.int(), ones), {}, "int32"),
-        ((params, ones.to(torch.complex64)), {}, "complex64"),
-        ((params, ones, params), {}, r"reference \(2, 3\)"),
-        ((params, ones, params[0].long()), {}, "reference of torch.int64"),
-        ((params, ones, None, Average(params[0], weight, None, None)), {}, "earlier of .*float32"),
-        ((params, ones, None, Average(ones.double(), weight, None, None)), {}, r"earlier \(2,\)"),
-        ((params.clone().requires_grad_(), ones), {}, "requires_grad"),
-        ((params, ones.to("meta")), {}, "weights on meta"),
-        ((params, ones, params[0].to("meta")), {}, "reference on meta"),
-        ((params, ones), {"impl": "cuda"}, "impl = 'cuda'"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            weighted_average(*arguments, **({"impl": impl} | options))
-
-
-def test_parameters_that_want_a_gradient_leave_no_graph(impl, device):
-    params, ones = torch.zeros(2, 3, device=device), torch.ones(2, device=device)
-    with torch.no_grad():
-        average = weighted_average(params.requires_grad_(), ones, impl=impl).values_P
-    assert average.tolist() == [0.0, 0.0, 0.0] and not average.requires_grad
-
-
-@pytest.mark.parametrize(
-    ("weights", "message"),
-    [
-        ([-1.0, 2.0], r"weights\[0\] = -1.0"),
-        ([1.0, float("nan")], r"weights\[1\] = nan"),
-        ([0.0, float("inf")], "inf"),
-        ([0.0, 0.0], "weights sum to 0"),
-    ],
-)
-def test_wrong_values_are_named_on_request(impl, device, weights, message):
-    params, weights = torch.zeros(2, 3, device=device), torch.tensor(weights, device=device)
-    with pytest.raises(ValueError, match=message):
-        weighted_average(params, weights, validate=True, impl=impl)
-    ones = torch.ones(2, device=device)
-    earlier = weighted_average(params, ones, final=False, validate=True, impl=impl)
-    zeros = torch.zeros(2, device=device)
-    weighted_average(params, zeros, None, earlier, validate=True, impl=impl)
 
 
 def test_float64_rows_are_left_to_torch(device):
@@ -371,12 +326,12 @@ def counts(*shape: int, device) -> torch.Tensor:
     return torch.randint(1, 1000, shape, generator=source).to(device)
 
 
-def in_cohorts(size, params, weights, reference, impl) -> tuple[Average, list[Average]]:
+def in_cohorts(size, params, weights, start, impl) -> tuple[Average, list[Average]]:
     """The average, `size` clients at a time, and the results of the passes."""
     average, parts = None, []
-    for start in range(0, len(params), size):
-        cohort, last = slice(start, start + size), start + size >= len(params)
-        given = (params[cohort], weights[cohort], reference, average)
+    for first in range(0, len(params), size):
+        cohort, last = slice(first, first + size), first + size >= len(params)
+        given = (params[cohort], weights[cohort], start, average)
         average = weighted_average(*given, final=last, impl=impl)
         parts.append(average)
     return average, parts
