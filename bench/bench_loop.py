@@ -27,12 +27,11 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
-from bench.contexts import random_images, synthetic_context
+from bench.contexts import bare_steps, random_images, synthetic_context
 from bench.harness import fastest, medians
 from semanticfl_ref.cores import cores
 from semanticfl_ref.data.batches import draw_crops, epoch_batches, network_input
 from semanticfl_ref.device import has_bf16
-from semanticfl_ref.federated.context import RunContext
 from semanticfl_ref.federated.flat import flatten_params, load_params
 from semanticfl_ref.federated.model import ResNet10
 from semanticfl_ref.federated.round import received, run_round, sample_clients
@@ -41,30 +40,6 @@ from semanticfl_ref.randomness import generator
 
 CPU = torch.device("cpu")
 REPEATS = 5
-
-
-def bare_steps(context: RunContext, clients: list[int]) -> None:
-    """The SGD steps of some clients' first round, and nothing else: each goes on from the model of
-    the one before."""
-    settings, data = context.config.federation, context.dataset
-    optimizer = torch.optim.SGD(
-        context.model.parameters(),
-        settings.learning_rate,
-        momentum=settings.momentum,
-        weight_decay=settings.weight_decay,
-    )
-    context.model.train()
-    for client in clients:
-        source = generator(0, "batches", 1, client, 0)
-        indices, batch_size = context.partition.indices[client], settings.batch_size
-        for batch in epoch_batches(indices, batch_size=batch_size, generator=source):
-            images = network_input(data.train_images[batch])
-            with context.autocast():
-                logits, _ = context.model(images)
-            loss = F.cross_entropy(logits, data.train_labels[batch])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
 
 
 def quiet_and_busy(call) -> tuple[float, float]:

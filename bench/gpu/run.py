@@ -28,6 +28,7 @@ from bench.record import RESULTS, ROOT, Record, versions
 # Name -> the function, and the seconds that it may take.
 STAGES = {
     "copy": ("bench.gpu.checks:copy_stage", 30),
+    "loop": ("bench.gpu.loop:stage", 180),
     "info_nce": ("bench.gpu.info_nce:stage", 150),
     "weighted_average": ("bench.gpu.average:stage", 100),
     "tests": ("bench.gpu.checks:tests_stage", 150),

@@ -24,6 +24,7 @@ from torch import nn
 from semanticfl_ref.config.settings import Config
 from semanticfl_ref.cores import cores
 from semanticfl_ref.data.batches import batch_sizes
+from semanticfl_ref.errors import UserError
 from semanticfl_ref.federated.client import local_step, train_client
 from semanticfl_ref.federated.flat import bind_params, flatten_params, load_params, with_parameters
 from semanticfl_ref.federated.methods.method import LocalUpdate
@@ -126,6 +127,7 @@ class Replica:
                 self.references[name] = reference.requires_grad_(False).eval()
             load_params(self.references[name], params_P)
         correction_P = method.correction(update)
+        self.corrections = []
         if correction_P is not None:
             self._correction_P.copy_(correction_P)
             self.corrections = with_parameters(self.model, self._correction_P)
@@ -169,6 +171,7 @@ class Replica:
 
         Raises:
             torch.OutOfMemoryError: there is no room for it.
+            UserError: a term of the method waits for the device.
         """
         context = update.context
         count = len(context.partition.indices[update.client])
@@ -189,8 +192,17 @@ class Replica:
             self.stream.synchronize()
             graph = torch.cuda.CUDAGraph()
             pool = next((other.graph.pool() for other in self._captured.values()), None)
-            with torch.cuda.graph(graph, pool=pool, stream=self.stream):
-                first = local_step(*inputs)
+            try:
+                with torch.cuda.graph(graph, pool=pool, stream=self.stream):
+                    first = local_step(*inputs)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                name = context.config.federation.method
+                raise UserError(
+                    f"a training step of {name} cannot be captured as a CUDA graph ({error}): make "
+                    f"its Method with capturable=False"
+                ) from error
             self._captured[key] = CapturedStep(graph, index_B, crop_3B, first)
 
 
@@ -267,7 +279,8 @@ class Replicas:
         """
         if not self.params_RP.is_cuda:
             return
-        for kept, replica in enumerate(self.replicas):
+        kept = 0
+        for replica in self.replicas:
             free, _ = torch.cuda.mem_get_info()
             try:
                 replica.capture(update)
@@ -275,15 +288,14 @@ class Replicas:
                 if kept == 0:
                     raise
                 break
+            kept += 1
             left, _ = torch.cuda.mem_get_info()
             if self._is_automatic and left < 2 * (free - left):
-                kept += 1
                 break
-        else:
-            return
-        say(f"memory suffices for {kept} clients side by side (run.replicas)")
-        del self.replicas[kept:]
-        self.params_RP = self.params_RP[:kept]
+        if kept < len(self.replicas):
+            say(f"memory suffices for {kept} clients side by side (run.replicas)")
+            del self.replicas[kept:]
+            self.params_RP = self.params_RP[:kept]
 
     def _side_by_side(self, work: Callable, shares: list[Iterable[int]]) -> None:
         futures = [

@@ -4,13 +4,17 @@ No GPU is needed: a captured step is emulated by a recording of its operations, 
 again on the same tensors.
 """
 
+import subprocess
+import sys
 import threading
 from concurrent.futures import CancelledError
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+from processes import ROOT
 from quadratic import run_rounds
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
@@ -26,10 +30,22 @@ SETTINGS = {name: {} for name in METHODS} | {
     "fedcda": {"fedcda__warm_up": 0},
 }
 
+ROUND_OF = """
+import resource
+from bench.contexts import synthetic_context
+from semanticfl_ref.federated.round import run_round
+from semanticfl_ref.federated.state import initial_state
 
-def five_clients(small_context, name, **settings):
+context = synthetic_context(clients={clients}, samples=2, width=8, federation__batch_size=2)
+state, line = run_round(initial_state(context), context)
+assert line["steps"] == {clients}
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+def five_clients(small_context, name, modalities=(), **settings):
     """Five clients in every round."""
-    return small_context(
+    context = small_context(
         federation__method=name,
         partition__clients=5,
         federation__clients_per_round=5,
@@ -37,6 +53,7 @@ def five_clients(small_context, name, **settings):
         **SETTINGS[name],
         **settings,
     )
+    return replace(context, partition=replace(context.partition, modalities=modalities))
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -72,6 +89,17 @@ def test_more_clients_than_rows(small_context, monkeypatch):
     state, again = run_rounds(context)
     assert torch.equal(state.params, whole.params)
     assert again == lines
+
+
+@pytest.mark.heavy
+def test_memory_is_flat_in_the_clients_of_a_round():
+    """In MiB: 10 models of 78 000 parameters are 3, 10 000 would be 3 000."""
+    peaks = {}
+    for clients in (10, 100, 1_000, 10_000):
+        command = [sys.executable, "-c", ROUND_OF.format(clients=clients)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+        peaks[clients] = int(done.stdout)
+    assert peaks[10_000] < peaks[10] + 100, peaks
 
 
 def test_the_automatic_number(small_context, monkeypatch):
@@ -200,7 +228,7 @@ def emulated(monkeypatch):
 VARIANTS = [
     *((name, {}) for name in METHODS),
     ("semanticfl", {"semanticfl__consistency": "cosine"}),
-    ("semanticfl", {"partition__modality": "mixed"}),
+    ("semanticfl", {"modalities": ("visual", "neither", "text", "visual and text", "text")}),
     ("moon", {"federation__momentum": 0.0}),
     ("fedavg", {"run__precision": "bf16"}),
 ]
