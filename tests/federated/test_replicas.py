@@ -93,13 +93,14 @@ def test_more_clients_than_rows(small_context, monkeypatch):
 
 @pytest.mark.heavy
 def test_memory_is_flat_in_the_clients_of_a_round():
-    """In MiB: 10 models of 78 000 parameters are 3, 10 000 would be 3 000."""
+    """In MiB: the models of 10 000 clients would take 3 000; their images take 59, and what each
+    reports a few KiB."""
     peaks = {}
     for clients in (10, 100, 1_000, 10_000):
         command = [sys.executable, "-c", ROUND_OF.format(clients=clients)]
         done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
         peaks[clients] = int(done.stdout)
-    assert peaks[10_000] < peaks[10] + 100, peaks
+    assert peaks[10_000] < peaks[10] + 200, peaks
 
 
 def test_the_automatic_number(small_context, monkeypatch):
