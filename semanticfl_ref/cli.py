@@ -5,6 +5,7 @@ Nothing heavy is imported here, so that `--help` is instant.
 
 import argparse
 import difflib
+import importlib
 import os
 import re
 import runpy
@@ -12,33 +13,16 @@ import sys
 from pathlib import Path
 
 from semanticfl_ref import __version__
-from semanticfl_ref.commands import (
-    compare,
-    config,
-    doctor,
-    export,
-    features,
-    partition,
-    report,
-    reproduce,
-    trace,
-    train,
-)
 from semanticfl_ref.commands.output import say
 from semanticfl_ref.config.registry import IMPORTED
 from semanticfl_ref.errors import DataError, UserError, unknown
 
 COMMANDS = {
-    "train": train,
-    "trace": trace,
-    "features": features,
-    "compare": compare,
-    "reproduce": reproduce,
-    "report": report,
-    "export": export,
-    "partition": partition,
-    "config": config,
-    "doctor": doctor,
+    name: importlib.import_module(f"semanticfl_ref.commands.{name}")
+    for name in (
+        *("train", "trace", "features", "compare", "reproduce"),
+        *("report", "export", "partition", "config", "doctor"),
+    )
 }
 # Flags of other tools -> what to do here.
 ELSEWHERE = {

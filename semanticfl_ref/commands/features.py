@@ -66,7 +66,7 @@ def run(arguments) -> int:
                 f"{what}`: leave it out"
             )
     if arguments.figure:
-        need_matplotlib("--figure", arguments.figure)
+        need_matplotlib(arguments.figure)
     say(f"{config.data.name}, {config.diffusion.source}: loading torch ...")
     from semanticfl_ref.tools import features
 

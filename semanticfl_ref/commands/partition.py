@@ -29,7 +29,7 @@ def add_flags(parser, argv: list[str]) -> None:
 def run(arguments) -> int:
     config = settings_of(arguments)
     if arguments.figure:
-        need_matplotlib("--figure", arguments.figure)
+        need_matplotlib(arguments.figure)
     say(f"{config.data.name}: loading torch ...")
     from semanticfl_ref.data.partition_file import save_partition
     from semanticfl_ref.run.setup import load_images, partition_images

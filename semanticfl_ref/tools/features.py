@@ -54,7 +54,6 @@ def caches(config: Config, action: str, *, offline: bool, rebuild: bool = False,
         MismatchError: a cache is damaged; the message names the command that builds it again.
         DataError: a cache to verify is not complete, or see `open_or_build`.
     """
-    assert action in ("build", "verify", "info"), action
     set_threads(config)
     images = anchor_images(config, load_data(config, offline=offline))
     plans = cache_plans(config, images, offline=offline)
