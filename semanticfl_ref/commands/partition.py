@@ -10,7 +10,7 @@ HELP = "show: how training images are partitioned across clients"
 
 
 def add_flags(parser, argv: list[str]) -> None:
-    parser.add_argument("what", choices=["show"])
+    parser.add_argument("what", choices=["show"], metavar="show")
     add_settings(parser, argv)
     parser.add_argument(
         "--figure",

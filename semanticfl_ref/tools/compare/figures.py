@@ -43,9 +43,13 @@ def gains_figure(comparison: Comparison):
             panels.setdefault(result.scenario, {})[result.method] = result.gain
     if not panels:
         return None
-    height = 1.2 + 0.42 * max(map(len, panels.values()))
-    width = 1.6 + 3.1 * len(panels)
-    figure, axes = new_figure(len(panels), width=width, height=height, sharex=True, sharey=True)
+    figure, axes = new_figure(
+        len(panels),
+        width=1.6 + 3.1 * len(panels),
+        height=1.2 + 0.42 * max(map(len, panels.values())),
+        sharex=True,
+        sharey=True,
+    )
     for axis, (scenario, gains) in zip(axes, panels.items(), strict=True):
         for method, gain in gains.items():
             axis.barh(method, gain.mean, color=method_colour(method), alpha=0.75, height=0.7)
