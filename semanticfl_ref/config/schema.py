@@ -34,16 +34,7 @@ def option(
         source: where the default comes from; the tags are explained in settings.py.
         unit: for numbers with one, for example "pixels".
     """
-    metadata = {
-        "help": help,
-        "low": low,
-        "high": high,
-        "above": above,
-        "choices": choices,
-        "source": source,
-        "unit": unit,
-    }
-    return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=locals())  # the arguments, by name
 
 
 class Section:
