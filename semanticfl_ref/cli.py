@@ -5,6 +5,7 @@ Nothing heavy is imported here, so that `--help` is instant.
 
 import argparse
 import difflib
+import importlib
 import os
 import re
 import runpy
@@ -12,33 +13,25 @@ import sys
 from pathlib import Path
 
 from semanticfl_ref import __version__
-from semanticfl_ref.commands import (
-    compare,
-    config,
-    doctor,
-    export,
-    features,
-    partition,
-    report,
-    reproduce,
-    trace,
-    train,
-)
 from semanticfl_ref.commands.output import say
 from semanticfl_ref.config.registry import IMPORTED
+from semanticfl_ref.config.settings import setting_fields
 from semanticfl_ref.errors import DataError, UserError, unknown
 
 COMMANDS = {
-    "train": train,
-    "trace": trace,
-    "features": features,
-    "compare": compare,
-    "reproduce": reproduce,
-    "report": report,
-    "export": export,
-    "partition": partition,
-    "config": config,
-    "doctor": doctor,
+    name: importlib.import_module(f"semanticfl_ref.commands.{name}")
+    for name in (
+        "train",
+        "trace",
+        "features",
+        "compare",
+        "reproduce",
+        "report",
+        "export",
+        "partition",
+        "config",
+        "doctor",
+    )
 }
 # Flags of other tools -> what to do here.
 ELSEWHERE = {
@@ -86,10 +79,11 @@ def run_imports(argv: list[str]) -> list[str]:
     for file in found.files:
         if not file.is_file():
             raise DataError(f"--import {file}: there is no such file")
+        sys.path.insert(0, str(file.resolve().parent))  # as `python FILE` does
         try:
             runpy.run_path(str(file))
-        except UserError:
-            raise
+        except UserError as error:
+            raise type(error)(f"--import {file}: {error}") from None
         except Exception as error:
             raise UserError(f"--import {file} raised {type(error).__name__}: {error}") from error
     IMPORTED[:] = [file.absolute() for file in found.files]
@@ -159,6 +153,8 @@ def _unknown_argument(text: str, parser: argparse.ArgumentParser) -> UserError:
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     if name in ELSEWHERE:
         hint = ELSEWHERE[name]
+    elif name[2:] in setting_fields():
+        hint = f"use --set {name[2:]}=..."
     elif near:
         hint = f"did you mean {near[0]}?"
     else:

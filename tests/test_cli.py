@@ -101,6 +101,11 @@ def test_config_list_shows_every_setting_once(capsys):
         ("train --batchsize 2", 2, "--batch-size"),
         ("train --learning-rate 2", 2, "--lr"),
         ("train --epochs 2", 2, "--local-epochs"),
+        ("train --semanticfl.tau 1", 2, "use --set semanticfl.tau=..."),
+        ("compare --at x", 2, "such as 40,80"),
+        ("compare --method fedavg", 2, "list the methods with --methods A,B"),
+        ("compare --seed 1", 2, "--seeds N runs the seeds 0 to N - 1"),
+        ("config lst", 2, "argument list|show: invalid choice: 'lst'"),
         ("train nonsense", 2, "'nonsense'"),
         ("train --rounds", 2, "--rounds"),
         ("train --set semanticfl.tua=1", 2, "'semanticfl.tau'"),
@@ -296,8 +301,11 @@ def test_dry_run_prints_sizes_and_writes_nothing(capsys, elsewhere, job):
     assert (sizes["clients"], sizes["clients_per_round"]) == (3, 2)
     assert sizes["bytes_up_per_round"] == 2 * 4 * sizes["parameters"]
     assert sum(sizes["client_images"]) == sizes["images"]["train"]
+    assert cli.main(["train", *job, "--dry-run"]) == 0
+    assert "anchors" not in capsys.readouterr().out
     assert cli.main(["train", *job, "--dry-run", "--method", "semanticfl"]) == 0
-    assert "steps per round" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "steps per round" in out and out.endswith("back; plus each client's anchors, once\n")
 
 
 def test_first_line_within_two_seconds(elsewhere):
@@ -335,6 +343,13 @@ def test_what_to_try_next_keeps_the_users_settings():
         assert flag in command
     for flag in ("--width 4", "--seed 3", "--method semanticfl"):
         assert flag in command
+
+
+def test_what_to_try_next_after_another_method():
+    """The paper's setting is that of FedAvg and SemanticFL."""
+    lines = [try_next(resolve({"federation.method": name})) for name in ("semanticfl", "moon")]
+    assert "cifar10" in lines[0]
+    assert "cifar10" not in lines[1] and lines[1].endswith("(for comparison)")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """`compare`: methods side by side on the same partitions, seeds and batches."""
 
-import argparse
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,25 +18,26 @@ from semanticfl_ref.tools.compare.grid import Grid, split_entries
 HELP = "compare methods in a grid of scenarios and seeds; writes tables and figures"
 # Settings that differ between the runs of a grid -> what to do instead of setting them.
 VARIED = {
-    "federation.method": "list the methods with --methods",
-    "partition.scenario": "list the scenarios with --scenarios",
-    "run.seed": "give their number with --seeds",
+    "federation.method": "list the methods with --methods A,B",
+    "partition.scenario": "list the scenarios with --scenarios A,B",
+    "run.seed": "--seeds N runs the seeds 0 to N - 1",
 }
 
 
-def add_flags(parser: argparse.ArgumentParser, argv: list[str]) -> None:
+def add_flags(parser, argv: list[str]) -> None:
     parser.add_argument(
         "--methods",
         default="fedavg,semanticfl",
         metavar="A,B",
         help="methods, separated by commas, each with settings of its own in brackets if needed, "
-        "such as semanticfl[anchors.control=shuffled;semanticfl.tau=0.1] (default: %(default)s)",
+        "such as 'semanticfl[anchors.control=shuffled;semanticfl.tau=0.1]', quoted for the shell "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--scenarios",
         metavar="A,B",
         help="scenarios, separated by commas: iid, nid1:0.1 (alpha), nid2 (six clients), "
-        "nid1[partition.alpha=0.1;...] (default: the configured one)",
+        "'nid1[partition.alpha=0.1;...]' (default: the configured one)",
     )
     parser.add_argument(
         "--baseline",
@@ -55,13 +55,13 @@ def add_flags(parser: argparse.ArgumentParser, argv: list[str]) -> None:
         type=integers,
         default=[],
         metavar="N,N",
-        help="numbers of rounds after which to report, such as 40,80 (default: the last)",
+        help="rounds at which to report, such as 40,80 (default: the last)",
     )
     add_grid_flags(parser, Path("runs/compare"))
     add_settings(parser, argv, hidden=VARIED)
 
 
-def add_grid_flags(parser: argparse.ArgumentParser, out: Path) -> None:
+def add_grid_flags(parser, out: Path) -> None:
     """The flags of every command that runs an experiment grid."""
     parser.add_argument(
         "--seeds",
@@ -75,7 +75,7 @@ def add_grid_flags(parser: argparse.ArgumentParser, out: Path) -> None:
         type=positive,
         default=1,
         metavar="N",
-        help="runs at a time, which share the CPU threads (default: %(default)s)",
+        help="runs in parallel, which share the CPU threads (default: %(default)s)",
     )
     parser.add_argument(
         "--out",
@@ -86,7 +86,7 @@ def add_grid_flags(parser: argparse.ArgumentParser, out: Path) -> None:
     )
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments) -> int:
     from semanticfl_ref.tools.compare.experiment import run_grid
     from semanticfl_ref.tools.compare.tables import markdown
 
@@ -108,7 +108,7 @@ def run(arguments: argparse.Namespace) -> int:
     return show(asdict(comparison), arguments.json, lambda _: markdown(comparison))
 
 
-def grid_of(arguments: argparse.Namespace, **entries) -> Grid:
+def grid_of(arguments, **entries) -> Grid:
     """The grid that the flags of `add_grid_flags` and of settings describe.
 
     Args:
@@ -121,7 +121,7 @@ def grid_of(arguments: argparse.Namespace, **entries) -> Grid:
     settings = given(arguments)
     for name in settings:
         if name in VARIED:
-            raise UserError(f"{name} differs between the runs of a grid: {VARIED[name]}")
+            raise UserError(f"a grid has no single {name}: {VARIED[name]}")
     return Grid(
         seeds=arguments.seeds,
         settings={**from_file(arguments), **settings},

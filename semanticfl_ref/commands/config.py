@@ -13,7 +13,7 @@ LIMITS = {"low": "at least", "above": "above", "high": "at most"}
 
 
 def add_flags(parser, argv: list[str]) -> None:
-    parser.add_argument("what", choices=["list", "show"])
+    parser.add_argument("what", choices=["list", "show"], metavar="list|show")
     add_settings(parser, argv)
 
 

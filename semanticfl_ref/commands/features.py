@@ -10,7 +10,6 @@ from semanticfl_ref.commands.settings_flags import (
     settings_of,
 )
 from semanticfl_ref.errors import UserError
-from semanticfl_ref.formatting import format_bytes
 from semanticfl_ref.tools.report.drawing import need_matplotlib, save_figure
 
 HELP = (
@@ -27,7 +26,9 @@ ONLY_FOR = {
 
 
 def add_flags(parser, argv: list[str]) -> None:
-    parser.add_argument("what", choices=["build", "info", "verify", "probe"])
+    parser.add_argument(
+        "what", choices=["build", "info", "verify", "probe"], metavar="build|info|verify|probe"
+    )
     add_settings(parser, argv)
     parser.add_argument(
         "--rebuild", action="store_true", help="build: discard existing caches first"
@@ -66,7 +67,7 @@ def run(arguments) -> int:
                 f"{what}`: leave it out"
             )
     if arguments.figure:
-        need_matplotlib("--figure", arguments.figure)
+        need_matplotlib(arguments.figure)
     say(f"{config.data.name}, {config.diffusion.source}: loading torch ...")
     from semanticfl_ref.tools import features
 
@@ -86,46 +87,4 @@ def run(arguments) -> int:
     if arguments.figure:
         save_figure(features.probe_figure(document), arguments.figure)
         say(f"figure: {arguments.figure}")
-    return show(document, arguments.json, probe_table if what == "probe" else cache_table)
-
-
-def cache_table(document: dict) -> str:
-    """Where the caches are, what they contain, and how far they are built."""
-    lines = []
-    checked = ", every byte checked" if document["verified"] else ""
-    for cache in document["caches"]:
-        size, layers = format_bytes(cache["bytes"]), ", ".join(cache["layers"])
-        lines += [
-            f"{cache['use'] + ' cache':<12}  {cache['path']}",
-            f"              {cache['images_done']} of {cache['images']} images, {size} on disk"
-            f"{checked}",
-            f"              {cache['source']}, {layers} at t = {cache['timestep']}, condition "
-            f"{cache['condition']}, {cache['precision']}",
-            *(f"              note: {note}" for note in cache["notes"]),
-        ]
-    if not all(cache["complete"] for cache in document["caches"]):
-        lines.append(f"to build      {document['command']}")
-    return "\n".join(lines)
-
-
-def probe_table(document: dict) -> str:
-    """The five numbers of every layer, as a Markdown table."""
-    lines = [
-        f"{document['dataset']} by {document['source']}: fitted on {document['fitted_on']} "
-        f"training images, evaluated on {document['evaluated_on']} {document['evaluated_part']} "
-        f"images",
-        *(f"note: {note}" for note in document["notes"]),
-        "",
-        "| t | layer | width | linear probe | nearest | Fisher ratio | effective rank | "
-        "text alignment |",
-        "|" + " --- |" * 8,
-    ]
-    for row in document["rows"]:
-        timestep = "" if row["timestep"] is None else row["timestep"]
-        text = "" if row["text_alignment"] is None else f"{row['text_alignment']:.2f}"
-        lines.append(
-            f"| {timestep} | {row['layer']} | {row['width']} "
-            f"| {row['linear_probe']:.1%} | {row['nearest']:.1%} "
-            f"| {row['fisher_ratio']:.3f} | {row['effective_rank']:.1f} | {text} |"
-        )
-    return "\n".join(lines)
+    return show(document, arguments.json, features.table)

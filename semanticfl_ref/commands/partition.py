@@ -10,7 +10,7 @@ HELP = "show: how training images are partitioned across clients"
 
 
 def add_flags(parser, argv: list[str]) -> None:
-    parser.add_argument("what", choices=["show"])
+    parser.add_argument("what", choices=["show"], metavar="show")
     add_settings(parser, argv)
     parser.add_argument(
         "--figure",
@@ -29,7 +29,7 @@ def add_flags(parser, argv: list[str]) -> None:
 def run(arguments) -> int:
     config = settings_of(arguments)
     if arguments.figure:
-        need_matplotlib("--figure", arguments.figure)
+        need_matplotlib(arguments.figure)
     say(f"{config.data.name}: loading torch ...")
     from semanticfl_ref.data.partition_file import save_partition
     from semanticfl_ref.run.setup import load_images, partition_images

@@ -5,7 +5,7 @@ from pathlib import Path
 from semanticfl_ref.commands.output import say, show
 from semanticfl_ref.errors import UserError
 
-HELP = "HTML pages of run folders: a report with figures in each, and with --out a comparison"
+HELP = "write RUN/report.html for each run; with --out, also a page that compares them"
 
 
 def add_flags(parser, argv: list[str]) -> None:

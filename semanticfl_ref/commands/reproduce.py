@@ -1,6 +1,5 @@
 """`reproduce`: a published result, run and printed beside its number."""
 
-import argparse
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from semanticfl_ref.tools.compare.grid import scenario_settings
 HELP = "run a published result of the paper, and print its number beside ours"
 
 
-def add_flags(parser: argparse.ArgumentParser, argv: list[str]) -> None:
+def add_flags(parser, argv: list[str]) -> None:
     parser.add_argument(
         "name", nargs="?", metavar="NAME", help="published result (default: list them)"
     )
@@ -25,7 +24,7 @@ def add_flags(parser: argparse.ArgumentParser, argv: list[str]) -> None:
     add_settings(parser, argv, preset, hidden=VARIED)
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run(arguments) -> int:
     results, name = reproduce.published(), arguments.name
     if name is None:
         document = {key: asdict(result) for key, result in results.items()}

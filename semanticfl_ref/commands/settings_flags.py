@@ -50,7 +50,7 @@ def add_settings(
         )
     _add_sources(parser)
     parser.add_argument(
-        "--offline", action="store_true", help="no network access; what is missing is named"
+        "--offline", action="store_true", help="no network access; stop and name any missing file"
     )
 
 
@@ -79,7 +79,7 @@ def integers(text: str) -> list[int]:
     try:
         return [int(number) for number in text.split(",")]
     except ValueError:
-        message = f"expected integers separated by commas, such as 20,150, not {text!r}"
+        message = f"expected integers separated by commas, such as 40,80, not {text!r}"
         raise argparse.ArgumentTypeError(message) from None
 
 

@@ -32,7 +32,7 @@ clients          {clients} with {fewest} to {most} training images each
 rounds           {rounds} with {clients_per_round} clients each
 steps per round  {steps_per_round} on average
 model            {parameters} parameters and buffers, {bytes}
-communication    per round {down} to the clients, {up} back; plus each client's anchors, once"""
+communication    per round {down} to the clients, {up} back{anchors}"""
 
 
 def add_flags(parser, argv: list[str]) -> None:
@@ -79,7 +79,8 @@ def _resume(arguments) -> int:
     config = _resumed_config(arguments, folder.config())
     if folder.finished:
         say(f"the run {folder.path} is finished; nothing is left to do")
-        return show(folder.summary(), arguments.json, summary_table)
+        # Where it is now, since it may have been moved.
+        return show({**folder.summary(), "folder": str(folder.path)}, arguments.json, summary_table)
     _announce(config)
     from semanticfl_ref.run.train import resume
 
@@ -128,11 +129,11 @@ def try_next(config: Config) -> str:
     flags = to_flags(resolve({**to_flat(config), "federation.method": other}))
     if "--method" not in flags:  # a default, but a reader wants to see it
         flags += ["--method", other]
-    reason = "what the anchors add" if method in ("fedavg", "semanticfl") else "for comparison"
-    reasons = {shell_command("train", *flags): reason}
-    if is_embedded(config):
-        reasons[shell_command("train", "--dataset", "cifar10")] = "the paper's setting"
-    lines = [f"{command}    ({why})" for command, why in reasons.items()]
+    is_pair = method in ("fedavg", "semanticfl")
+    reason = "what the anchors add" if is_pair else "for comparison"
+    lines = [shell_command("train", *flags) + f"    ({reason})"]
+    if is_pair and is_embedded(config):
+        lines.append(shell_command("train", "--dataset", "cifar10") + "    (the paper's setting)")
     return "try next: " + "\n          ".join(lines)
 
 
@@ -152,8 +153,10 @@ def summary_table(summary: dict) -> str:
 
 def sizes_table(sizes: dict) -> str:
     """The sizes of a dry run."""
+    anchors = "; plus each client's anchors, once" if sizes["needs_anchors"] else ""
     return SIZES.format(
         **sizes,
+        anchors=anchors,
         fewest=min(sizes["client_images"]),
         most=max(sizes["client_images"]),
         bytes=format_bytes(4 * sizes["parameters"]),

@@ -7,6 +7,7 @@ nothing heavy. An entry from outside the package is registered by the same calls
 import pkgutil
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -91,13 +92,15 @@ def register_method(
         preset: defaults of other settings that this method changes.
 
     Raises:
-        UserError: the name is taken, or cannot be that of a section of settings.
+        UserError: the name is taken, or cannot be that of a section of settings; or the method or
+            its settings are something else.
     """
     if name in SECTIONS or not re.fullmatch(r"[\w-]+", name):
         raise UserError(
             f"method {name!r}: choose a name of letters, digits, - and _ that is none of "
             f"{', '.join(SECTIONS)}"
         )
+    _check_method(name, method, settings)
     if settings:
         settings.section = name
     METHODS.register(name, Entry(method, settings, preset))
@@ -149,3 +152,27 @@ def register_scenario(name: str, assign) -> None:
 register_model("resnet10", "semanticfl_ref.federated.model:ResNet10")
 for _name in ("iid", "nid1", "nid2", "pathological", "quantity"):
     register_scenario(_name, f"semanticfl_ref.data.scenarios:{_name}")
+
+
+def _check_method(name: str, method, settings) -> None:
+    """Refuse the usual mistakes in a method of one's own."""
+    if not isinstance(method, str) and not hasattr(method, "local_terms"):
+        raise UserError(
+            f"method {name!r}: expected a Method, such as Method(local_terms=...), or "
+            f"'module:attribute', not {method!r}"
+        )
+    if settings is None:
+        return
+    if not (
+        isinstance(settings, type) and issubclass(settings, Section) and is_dataclass(settings)
+    ):
+        raise UserError(
+            f"method {name!r}: its settings must be a class that derives from Section and has "
+            f"@dataclass(frozen=True, kw_only=True) above it, not {settings!r}"
+        )
+    for field in fields(settings):
+        if "help" not in field.metadata:
+            raise UserError(
+                f"method {name!r}: the setting {field.name} is not made by option: write "
+                f"{field.name}: TYPE = option(DEFAULT, HELP)"
+            )

@@ -40,7 +40,7 @@ SMALLEST_IMAGE = 9  # pixels per side: below, the last stage would normalise ove
 class DataSettings(Section):
     name: str = option("digit-scenes", "data set", choices=DATASETS)
     dir: str = option(
-        "", "folder with the data files, or with class folders; empty: the download cache"
+        "", "folder of class folders, or local copy of a published data set (empty: download)"
     )
     sha256: str = option(
         "", "SHA-256 of a local file to accept although it differs from the published one"
@@ -168,7 +168,7 @@ class DiffusionSettings(Section):
 @dataclass(frozen=True, kw_only=True)
 class AnchorsSettings(Section):
     control: str = option(
-        "sd", "source of the anchors; the others are control conditions", choices=CONTROLS
+        "sd", "source of the anchors: sd (diffusion model), or a control", choices=CONTROLS
     )
     images: str = option(
         "train",

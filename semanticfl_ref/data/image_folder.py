@@ -23,7 +23,9 @@ def read(options: ReadOptions) -> Parts:
     """
     settings = options.settings
     if not settings.dir or settings.sha256:
-        raise UserError("--dataset image_folder needs --data-dir FOLDER, and no --data-sha256")
+        raise UserError(
+            "--dataset image_folder needs --data-dir FOLDER (and takes no --data-sha256)"
+        )
     folder, size = Path(settings.dir), settings.image_size or SIDE
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder: correct --data-dir")

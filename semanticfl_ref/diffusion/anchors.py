@@ -220,7 +220,8 @@ def _fit(cache: FeatureCache, layer: str, width: int, whiten: bool) -> _Projecti
     if width > available:
         raise UserError(
             f"layer {layer}: only {available} PCA components available ({cache.meta.get('images')} "
-            f"images), {width} requested; lower anchors.width, or raise diffusion.pool"
+            f"images), {width} requested; request fewer (--set anchors.width={available} for one "
+            f"layer), use more images, or, if the layer has too few channels, raise diffusion.pool"
         )
     kept = variances[:width]
     # Without whitening, one number per layer, so that no layer dominates by its scale.

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from semanticfl_ref.diffusion.anchors import fisher_ratio
 
 NEIGHBOURS = 10
+PENALTY = 1e-3  # weight of the sum of squared weights beside the mean cross-entropy
 CHUNK = 1024  # test images whose neighbours are looked up at a time
 
 
@@ -67,14 +68,12 @@ def linear_probe(
     labels: torch.Tensor,
     test_ND: torch.Tensor,
     test_labels: torch.Tensor,
-    penalty: float = 1e-3,
 ) -> float:
-    """Test accuracy, 0 ... 1, of softmax regression by L-BFGS.
+    """Test accuracy, 0 ... 1, of softmax regression by L-BFGS, with a penalty on squared weights.
 
     Args:
         train_ND, test_ND: standardised features, float32.
         labels, test_labels: int64 [N].
-        penalty: weight of the sum of squared weights beside the mean cross-entropy.
     """
     classes = int(labels.max()) + 1
     weight = torch.zeros(train_ND.shape[1], classes, requires_grad=True)
@@ -85,7 +84,7 @@ def linear_probe(
 
     def closure() -> torch.Tensor:
         optimizer.zero_grad()
-        loss = F.cross_entropy(train_ND @ weight + bias, labels) + penalty * weight.square().sum()
+        loss = F.cross_entropy(train_ND @ weight + bias, labels) + PENALTY * weight.square().sum()
         loss.backward()
         return loss
 

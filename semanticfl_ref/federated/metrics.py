@@ -144,8 +144,9 @@ class Drift:
         """
         if not self.weight:
             raise NonFiniteError(
-                f"round {round}: every client with a weight returned NaN or infinity. Lower "
-                f"federation.learning_rate"
+                f"round {round}: every client with a weight returned NaN or infinity (lower "
+                f"federation.learning_rate), or all aggregation weights are 0 (correct the "
+                f"method's weights)"
             )
 
     def summary(self, aggregate_P: torch.Tensor) -> dict[str, float | None]:
@@ -198,9 +199,16 @@ def communication_cost(context: RunContext) -> dict[str, dict[str, int]]:
 
 
 def non_finite_part(report: ClientReport) -> str:
-    """The first term that is not finite, or else the parameters, for messages."""
-    bad = (name for name, total in report.terms.items() if not math.isfinite(total))
-    return next((f"the term {name!r}" for name in bad), "the parameters")
+    """The terms that are not finite, or else the parameters, for messages.
+
+    Those of the first batch if there are any: NaN in the parameters spreads to every term.
+    """
+    first = {name: value for name, (_, value) in report.first.terms.items()}
+    for terms in (first, report.terms):
+        bad = [repr(name) for name, value in terms.items() if not math.isfinite(value)]
+        if bad:  # the method's terms, the more likely cause, come last
+            return f"the term {' or '.join(reversed(bad))}"
+    return "the parameters"
 
 
 def _means(reports: list[dict[str, float]]) -> dict[str, float | None]:

@@ -55,8 +55,8 @@ def server_step(
     2021, Algorithm 2 (no bias correction). fedavgm with beta = 0, eta = 1 is the average within
     rounding.
     Choice: the optimizer moves parameters; BatchNorm's running statistics take the clients'
-    average: they are no directions, and Adam could make a variance negative. Choice: v starts at
-    zero, where the paper has at least tau^2.
+    average: they are not update directions, and Adam could make a variance negative. Choice: v
+    starts at zero, where the paper has at least tau^2.
     """
     settings, kind = config.server, config.federation.server_optimizer
     if kind == "none":

@@ -45,6 +45,7 @@ def dry_run(config: Config) -> dict:
         "rounds": federation.rounds,
         "steps_per_round": round(steps, 1),
         "parameters": context.layout.size,
+        "needs_anchors": context.method.needs_anchors,
         "checkpoint_bytes": sum(tensor.nbytes for tensor in state.tensors.values()),
         "bytes_down_per_round": federation.clients_per_round * sum(cost["down"].values()),
         "bytes_up_per_round": federation.clients_per_round * sum(cost["up"].values()),

@@ -105,11 +105,13 @@ class RunFolder:
             raise DataError(f"{named}: there is no such run folder")
         if not (self.path / "config.toml").is_file():
             raise DataError(f"{named}: there is no config.toml in it, so it is not a run folder")
+        settings = read_toml(self.path / "config.toml")
         try:
-            return resolve(read_toml(self.path / "config.toml"))
+            return resolve(settings)
         except UserError as error:
-            raise type(error)(
-                f"{named}: {error} (if a file registers it, add --import FILE)"
+            problem = str(error).partition(";")[0]  # without the guess at another name
+            raise UserError(
+                f"{named}: {problem}; if a file registers it, add --import FILE"
             ) from None
 
     def append(self, line: dict, seconds: float) -> None:

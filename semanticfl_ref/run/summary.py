@@ -35,8 +35,8 @@ def summarise(rounds: list[dict], seconds: float, about: dict) -> dict:
     validated = [line for line in rounds if line["validation_accuracy"] is not None]
     best = max(validated, key=lambda line: line["validation_accuracy"], default=None)
     gradients = {name: mean_by_name([line[name] for line in rounds]) for name in GRADIENTS}
-    drift = [line["drift"] for line in rounds]
-    drift = [{**each, "update_norm": mean(each["update_norm"])} for each in drift]
+    drifts = (line["drift"] for line in rounds)
+    drift = [{**drift, "update_norm": mean(drift["update_norm"])} for drift in drifts]
     return {
         **about,
         "rounds": last["round"],

@@ -36,7 +36,15 @@ class TrainedModel(nn.Module):
         self.image_size = image_size
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Images uint8 [N, H, W, 3] -> logits float32 [N, C]."""
+        """Images uint8 [N, H, W, 3] -> logits float32 [N, C].
+
+        Raises:
+            ValueError: anything else.
+        """
+        if images.dtype != torch.uint8 or images.shape[3:] != (3,):
+            raise ValueError(
+                f"expected images uint8 [N, H, W, 3], not {images.dtype} {list(images.shape)}"
+            )
         logits_NC, _ = self.network(network_input(images))
         return logits_NC
 
@@ -53,7 +61,10 @@ def load_model(path: Path | str) -> TrainedModel:
     folder = RunFolder(path)
     config, partition = folder.config("the model of"), folder.read("partition.json")
     if not folder.checkpoint.is_file():
-        raise DataError(f"{folder.path} has no checkpoint yet: wait for its first round")
+        raise DataError(
+            f"{folder.path} has no checkpoint.safetensors: wait for the first round, or, if the "
+            f"run is finished, put the file back"
+        )
     try:
         tensors, about, _ = load_tensors(folder.checkpoint)
         params_P, order = tensors["params"], about["identity"].get("order")

@@ -83,7 +83,7 @@ def examine(config: Config, offline: bool) -> Iterator[Finding]:
     yield from found
     yield _check("disk", partial(_disk, config, sizes, anchored))
     missing = ", ".join(finding.item for finding in found if finding.state != "ok")
-    told = f"not ready, these are missing: {missing}" if missing else "ready: no network needed"
+    told = f"not ready, missing or damaged: {missing}" if missing else "ready: no network needed"
     yield Finding("offline", "warn" if missing else "ok", told)
 
 

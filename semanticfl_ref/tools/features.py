@@ -4,13 +4,14 @@ Letters: N images, C classes, D width of a vector.
 """
 
 from dataclasses import replace
+from pathlib import Path
 
 from semanticfl_ref.config.settings import Config
 from semanticfl_ref.data.dataset import Dataset, Labelled, hold_out, stratified
 from semanticfl_ref.diffusion.extract import complete_files, open_or_build
 from semanticfl_ref.diffusion.feature_cache import CachePlan, open_cache
 from semanticfl_ref.diffusion.probe import describe_layer
-from semanticfl_ref.errors import DataError
+from semanticfl_ref.errors import DataError, UserError
 from semanticfl_ref.formatting import Say
 from semanticfl_ref.randomness import generator
 from semanticfl_ref.run.setup import (
@@ -23,6 +24,7 @@ from semanticfl_ref.run.setup import (
     set_threads,
 )
 from semanticfl_ref.tools.report.drawing import new_figure
+from semanticfl_ref.tools.report.page import render
 
 PANELS = ("linear_probe", "nearest", "fisher_ratio", "effective_rank", "text_alignment")
 # diffusion.condition -> what a reader must know.
@@ -54,7 +56,6 @@ def caches(config: Config, action: str, *, offline: bool, rebuild: bool = False,
         MismatchError: a cache is damaged; the message names the command that builds it again.
         DataError: a cache to verify is not complete, or see `open_or_build`.
     """
-    assert action in ("build", "verify", "info"), action
     set_threads(config)
     images = anchor_images(config, load_data(config, offline=offline))
     plans = cache_plans(config, images, offline=offline)
@@ -111,8 +112,10 @@ def probe(
     rows = [{"timestep": None, "layer": "pixels", **numbers(*pixels, None)}]
     for probed in configs:
         plans = [cache_plan(probed, part, offline=offline) for part in (fitted, evaluated)]
-        remedy = "delete its folder and probe again"
-        train, test = (open_or_build(replace(plan, remedy=remedy), say) for plan in plans)
+        train, test = (
+            open_or_build(replace(plan, remedy="delete its folder and probe again"), say)
+            for plan in plans
+        )
         for layer in train.widths:
             row = {"timestep": probed.diffusion.timestep, "layer": layer}
             rows.append(row | numbers(train.read(layer), test.read(layer), train.text))
@@ -125,6 +128,12 @@ def probe(
         "evaluated_part": evaluated_part,
         "rows": rows,
     }
+
+
+def table(document: dict) -> str:
+    """The result of `caches` or of `probe` for a reader."""
+    template = "probe.md.jinja" if "rows" in document else "caches.txt.jinja"
+    return render(Path(__file__).parent, template, **document).rstrip()
 
 
 def probe_figure(document: dict):
@@ -152,8 +161,14 @@ def split_for_probe(dataset: Dataset, limit: int, seed: int) -> tuple[Dataset, D
     """Images to fit on and images to evaluate on, as training parts, and a name for the latter.
 
     Raises:
+        UserError: the limit is too low.
         DataError: there are too few images.
     """
+    if limit < 2 * dataset.classes:
+        raise UserError(
+            f"--probe-images {limit}: at least {2 * dataset.classes} are needed, since one image "
+            f"per class has no variance within its class"
+        )
     fitted = Labelled(dataset.train_images, dataset.train_labels)
     evaluated, name = Labelled(dataset.validation_images, dataset.validation_labels), "validation"
     if not len(evaluated.labels):

@@ -103,5 +103,6 @@ def side_by_side(document: dict) -> str:
     from semanticfl_ref.tools.compare.tables import mean_and_deviation
     from semanticfl_ref.tools.report.page import render
 
-    folder = Path(__file__).parent
-    return render(folder, "reproduce.md.jinja", spread=mean_and_deviation, **document)
+    return render(
+        Path(__file__).parent, "reproduce.md.jinja", spread=mean_and_deviation, **document
+    )

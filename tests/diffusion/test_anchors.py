@@ -180,6 +180,7 @@ def test_aggregation_by_widths(cache):
 
 def test_a_width_that_the_levels_cannot_give_is_refused(cache):
     message = r"layer up\.0: only 20 PCA components available \(120 images\), 30 requested"
+    message += r"; request fewer \(--set anchors\.width=20 for one layer\), use more images"
     with pytest.raises(UserError, match=message):
         make(cache, width=60)
     ones = {"mid": torch.ones(N, 30).half()}

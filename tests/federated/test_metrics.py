@@ -10,8 +10,9 @@ import torch
 from quadratic import MEAN, TARGETS, run_rounds
 
 from semanticfl_ref.config.registry import METHODS
+from semanticfl_ref.errors import NonFiniteError
 from semanticfl_ref.federated.methods.method import Method
-from semanticfl_ref.federated.metrics import RoundMetrics
+from semanticfl_ref.federated.metrics import Drift, RoundMetrics, non_finite_part
 from semanticfl_ref.federated.report import (
     ClientReport,
     FirstBatch,
@@ -236,3 +237,35 @@ def test_the_server_optimizer_comes_after_the_mean_update(quadratic_context):
     )
     (line,) = run_rounds(context, 1)[1]
     assert line["drift"]["mean_update_norm"] == pytest.approx(0.75 * MEAN.norm().item())
+
+
+@pytest.mark.parametrize(
+    ("first", "sums", "named"),
+    [
+        (
+            {"cross_entropy": 1.0, "own": math.nan},
+            {"cross_entropy": math.nan, "own": math.nan},
+            "the term 'own'",
+        ),
+        (
+            {"cross_entropy": 1.0, "own": 1.0},
+            {"cross_entropy": math.nan, "own": math.nan},
+            "the term 'own' or 'cross_entropy'",
+        ),
+        ({"cross_entropy": 1.0}, {"cross_entropy": math.inf}, "the term 'cross_entropy'"),
+        ({"cross_entropy": 1.0}, {"cross_entropy": 1.0}, "the parameters"),
+    ],
+)
+def test_the_term_that_was_first_not_finite_is_named(first, sums, named):
+    """From the second batch on, NaN in the parameters is in every term."""
+    terms = {name: (1.0, torch.tensor(value)) for name, value in first.items()}
+    batch = FirstBatch(torch.arange(1), terms, torch.tensor(0.0), {})
+    report = SimpleNamespace(terms=sums, first=batch)
+    assert non_finite_part(report) == named
+
+
+def test_weights_that_are_all_zero_are_not_reported_as_nan_alone():
+    drift = Drift(torch.zeros(2), torch.tensor([], dtype=torch.int64))
+    drift.add(0, torch.ones(2), 2.0, 0.0)
+    with pytest.raises(NonFiniteError, match="or all aggregation weights are 0"):
+        drift.require_weight(1)

@@ -235,6 +235,28 @@ def test_a_finished_run_is_left_alone(unbroken_run, capsys):
     assert before == {p.name: p.read_bytes() for p in unbroken_run.iterdir()}
 
 
+def test_a_finished_run_that_was_moved_is_shown_where_it_is(unbroken_run, tmp_path, capsys):
+    moved = tmp_path / "moved"
+    shutil.copytree(unbroken_run, moved)
+    assert cli.main(["train", "--resume", str(moved), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["folder"] == str(moved)
+
+
+def test_a_configuration_that_nobody_knows(unfinished, capsys):
+    """The hint at --import replaces a guess at another name, and is not given for other damage."""
+    file = unfinished / "config.toml"
+    text = file.read_text()
+    file.write_text(f"{text}\n[featnorm]\nmu = 0.5\n")
+    assert cli.main(["train", "--resume", str(unfinished)]) == 2
+    error = capsys.readouterr().err
+    assert "unknown setting 'featnorm.mu'; if a file registers it, add --import FILE" in error
+    assert "did you mean" not in error
+    file.write_text("not TOML")
+    assert cli.main(["train", "--resume", str(unfinished)]) == 3
+    error = capsys.readouterr().err
+    assert "is not TOML" in error and "--import" not in error
+
+
 def test_the_mean_of_the_last_rounds_says_how_many(unbroken_run, capsys):
     """Four rounds have no last five."""
     assert cli.main(["train", "--resume", str(unbroken_run)]) == 0

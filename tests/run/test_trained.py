@@ -75,6 +75,14 @@ def test_the_model_is_rebuilt_with_its_preprocessing(trained):
     assert not model.training
 
 
+def test_images_of_another_kind_are_refused(trained):
+    folder, data, _ = trained
+    model, images = semanticfl_ref.load_model(folder.path), data.dataset.test_images[:2]
+    for wrong in (images.float(), images.permute(0, 3, 1, 2), images[0]):
+        with pytest.raises(ValueError, match=r"expected images uint8 \[N, H, W, 3\], not torch"):
+            model(wrong)
+
+
 def test_exported_tensors_describe_themselves(trained, tmp_path, capsys):
     folder, data, _ = trained
     file = tmp_path / "model.safetensors"
@@ -165,5 +173,7 @@ def test_a_model_of_another_checkpoint_is_refused(trained, tmp_path):
     with pytest.raises(MismatchError, match="damaged"):
         semanticfl_ref.load_model(copy)
     (copy / "checkpoint.safetensors").unlink()
-    with pytest.raises(DataError, match="no checkpoint yet"):
+    with pytest.raises(
+        DataError, match=r"has no checkpoint\.safetensors: wait for the first round, or"
+    ):
         semanticfl_ref.load_model(copy)

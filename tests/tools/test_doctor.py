@@ -151,7 +151,7 @@ def test_a_data_set_that_is_not_here(capsys, no_self_test):
     assert found["data set"]["state"] == "FAIL"
     assert "partition show --dataset cifar10" in found["data set"]["found"]
     assert found["weights"]["state"] == "ok" and found["disk"]["state"] == "warn"
-    assert "data set" in found["offline"]["found"]
+    assert found["offline"]["found"] == "not ready, missing or damaged: data set"
     fetched = checks(capsys, 0, *NO_DATA)["data set"]
     assert fetched["state"] == "warn", "a run would download it"
     absent = checks(capsys, 3, *NO_DATA, "--data-dir", "absent")["data set"]

@@ -18,13 +18,12 @@ from PIL import Image
 from processes import ROOT, command, environment
 
 from semanticfl_ref import cli
-from semanticfl_ref.commands.features import cache_table, probe_table
 from semanticfl_ref.commands.settings_flags import settings_of
 from semanticfl_ref.config.resolve import resolve
 from semanticfl_ref.config.settings import to_flat
 from semanticfl_ref.diffusion import extract
 from semanticfl_ref.run.setup import load_images, rebuild_command
-from semanticfl_ref.tools.features import split_for_probe
+from semanticfl_ref.tools.features import split_for_probe, table
 
 pytestmark = pytest.mark.skipif(
     not (ROOT / "semanticfl_ref" / "diffusion" / "tiny" / "unet").is_dir(),
@@ -240,15 +239,20 @@ def test_probe_without_matplotlib_says_so_before_it_works(folder, monkeypatch, c
 
 
 def test_the_tables_say_when_the_label_is_in_the_features(probed, folder):
-    table = probe_table(probed[0])
-    assert "| 20 | mid | 112 |" in table and "contain its label" not in table
+    text = table(probed[0])
+    assert "| 20 | mid | 112 |" in text and "contain its label" not in text
+    row = next(line for line in text.splitlines() if line.startswith("|  | pixels |"))
+    cells, pixels = row.split(" | "), probed[0]["rows"][0]
+    assert cells[3] == f"{pixels['linear_probe']:.1%}"
+    assert cells[5:7] == [f"{pixels['fisher_ratio']:.3f}", f"{pixels['effective_rank']:.1f}"]
+    assert row.endswith("|  |"), "pixels have no text alignment"
     asked = ["--condition", "own-class", "--probe-images", "30", "--layers", "vae"]
     own_class, _ = printed_by("features", "probe", *DIGITS, *asked)
-    assert "contain its label" in probe_table(own_class)
+    assert "contain its label" in table(own_class)
     caches, _ = printed_by("features", "info", *DIGITS)
-    assert "contain its label" not in cache_table(caches)
+    assert "contain its label" not in table(caches)
     caches, _ = printed_by("features", "info", *DIGITS, "--condition", "own-class")
-    assert "contain its label" in cache_table(caches)
+    assert "contain its label" in table(caches)
 
 
 def test_probe_without_a_validation_part_evaluates_on_other_training_images():
@@ -268,12 +272,13 @@ def test_probe_without_a_validation_part_evaluates_on_other_training_images():
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["features"], "what"),
-        (["features", "make"], "'make'"),
+        (["features"], "build|info|verify|probe"),
+        (["features", "make"], "argument build|info|verify|probe: invalid choice: 'make'"),
         (["features", "info", "--rebuild"], "--rebuild belongs to `features build`"),
         (["features", "build", "--figure", "x"], "--figure belongs to `features probe`"),
         (["features", "probe", "--timesteps", "a"], "--timesteps"),
         (["features", "probe", "--timestep", "20"], "--timesteps"),
+        (["features", "probe", *DIGITS, "--probe-images", "19"], "at least 20 are needed"),
         (
             ["features", "probe", *DIGITS, "--timesteps", "20,1000"],
             "diffusion.timestep = 1000: must be at most 999",

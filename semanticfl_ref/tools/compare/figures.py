@@ -23,8 +23,8 @@ def curves_figure(comparison: Comparison):
             deviation = np.array(curve["deviation"], dtype=float)  # NaN draws no band
             rounds = range(1, len(mean) + 1)
             axis.plot(rounds, mean, label=method, color=colour, linestyle=style)
-            low, high = mean - deviation, mean + deviation
-            axis.fill_between(rounds, low, high, color=colour, alpha=0.08, linewidth=0)
+            band = mean - deviation, mean + deviation
+            axis.fill_between(rounds, *band, color=colour, alpha=0.08, linewidth=0)
         axis.set(title=scenario, xlabel="round")
         axis.grid(alpha=0.25)
     axes[0].set_ylabel(f"{comparison.part} accuracy, %")
@@ -43,10 +43,13 @@ def gains_figure(comparison: Comparison):
             panels.setdefault(result.scenario, {})[result.method] = result.gain
     if not panels:
         return None
-    height = 1.2 + 0.42 * max(map(len, panels.values()))
-    width = 1.6 + 3.1 * len(panels)
-    shared = {"sharex": True, "sharey": True}
-    figure, axes = new_figure(len(panels), width=width, height=height, **shared)
+    figure, axes = new_figure(
+        len(panels),
+        width=1.6 + 3.1 * len(panels),
+        height=1.2 + 0.42 * max(map(len, panels.values())),
+        sharex=True,
+        sharey=True,
+    )
     for axis, (scenario, gains) in zip(axes, panels.items(), strict=True):
         for method, gain in gains.items():
             axis.barh(method, gain.mean, color=method_colour(method), alpha=0.75, height=0.7)
@@ -54,8 +57,7 @@ def gains_figure(comparison: Comparison):
             if gain.low is not None:
                 axis.plot([gain.low, gain.high], [method, method], "k-", linewidth=1.2)
         axis.axvline(0, color="black", linewidth=0.8)
-        label = f"percentage points over {comparison.baseline}"
-        axis.set(title=scenario, xlabel=label)
+        axis.set(title=scenario, xlabel=f"percentage points over {comparison.baseline}")
         axis.grid(axis="x", alpha=0.25)
     axes[0].invert_yaxis()
     return figure

@@ -47,20 +47,20 @@ def can_draw() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
-def need_matplotlib(flag: str, path: Path) -> None:
-    """Check before any work is done that a figure can be made.
+def need_matplotlib(path: Path) -> None:
+    """Check before any work is done that --figure can be made.
 
     Raises:
         UserError: matplotlib is missing, or the file's name does not end in .png or .svg.
     """
     if path.suffix.lower() not in (".png", ".svg"):
         raise UserError(
-            f"{flag} {path}: unknown kind of figure; give it a name that ends in .png or .svg"
+            f"--figure {path}: unknown kind of figure; give it a name that ends in .png or .svg"
         )
     if not can_draw():
         raise UserError(
-            f"{flag} {path}: matplotlib is not installed; pip install matplotlib, or leave {flag} "
-            f"out (the table does not need it)"
+            f"--figure {path}: matplotlib is not installed; pip install matplotlib, or leave "
+            f"--figure out (the table does not need it)"
         )
 
 

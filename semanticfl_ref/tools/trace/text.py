@@ -102,7 +102,7 @@ def has_colours(stream: TextIO) -> bool:
 
 def all_turns(document: dict) -> list[dict]:
     """The turns that have statements; making the anchors is number 0."""
-    title = "Server, once: distil anchors from the features of the frozen diffusion model."
+    title = "Server, once: distil anchors. Backbone.features is shown for the first images, rerun."
     before = {"number": 0, "title": title, "steps": document["before"]}
     return [turn for turn in (before, *document["turns"]) if turn["steps"]]
 

@@ -13,6 +13,6 @@ def test_the_methods_of_the_package_differ():
 def test_more_methods_take_the_palette_again(monkeypatch):
     monkeypatch.setattr(METHODS, "entries", dict(METHODS.entries))
     before = len(METHODS)
-    register_method("mine", object())
+    register_method("mine", "mine:METHOD")
     assert method_colour("mine") == COLOURS[before % len(COLOURS)]
     assert method_colour("not registered") == COLOURS[(before + 1) % len(COLOURS)]
