@@ -89,7 +89,7 @@ class Replica:
             weight_decay=settings.weight_decay,
             foreach=True,
         )
-        self._start_P, self._correction_P = torch.empty_like(row_P), torch.empty_like(row_P)
+        self._start_P, self._correction_P = torch.zeros_like(row_P), torch.zeros_like(row_P)
         self.parameters = with_parameters(self.model, self._start_P)
         self.corrections: list[tuple[nn.Parameter, torch.Tensor]] = []
         self.references: dict[str, nn.Module] = {}
@@ -230,7 +230,7 @@ class Replicas:
         rows = count if on_cuda else rows
         self._is_automatic = config.run.replicas == 0
         self._stopped = threading.Event()
-        self.params_RP = torch.empty(rows, len(flatten_params(model)), device=device)
+        self.params_RP = torch.zeros(rows, len(flatten_params(model)), device=device)
         self.replicas = [
             Replica(model, row_P, config, self._stopped) for row_P in self.params_RP[:count]
         ]
