@@ -61,7 +61,8 @@ setup(
     ],
     extras_require={
         "test": ["pytest", "pytest-benchmark"],
-        "plots": ["matplotlib"],
+        # Figures; intervals and p values of `compare`.
+        "plots": ["matplotlib", "scipy"],
         # Pinned: another version may format otherwise.
         "dev": ["ruff==0.17.6"],
     },

@@ -7,7 +7,12 @@ from itertools import groupby
 from pathlib import Path
 from statistics import fmean
 
-from semanticfl_ref.tools.compare.statistics import POOLED, Comparison, standard_deviation
+from semanticfl_ref.tools.compare.statistics import (
+    ENOUGH_SEEDS,
+    POOLED,
+    Comparison,
+    standard_deviation,
+)
 from semanticfl_ref.tools.report.page import render
 
 COLUMNS = (
@@ -29,6 +34,7 @@ def markdown(comparison: Comparison, command: str | None = None) -> str:
         rounds=sorted({len(curve["mean"]) for curve in curves}),
         command=command,
         spread=mean_and_deviation,
+        enough=ENOUGH_SEEDS,
     )
 
 
@@ -52,6 +58,6 @@ def csv_text(comparison: Comparison) -> str:
 
 
 def mean_and_deviation(values: Sequence[float]) -> str:
-    """Mean ± standard deviation; the mean alone for a single value."""
+    """Mean ± sample standard deviation; the mean alone for a single value."""
     deviation = standard_deviation(values)
     return f"{fmean(values):.1f}" + (f" ± {deviation:.1f}" if deviation is not None else "")
