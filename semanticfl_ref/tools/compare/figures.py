@@ -39,7 +39,7 @@ def gains_figure(comparison: Comparison):
     """
     panels: dict[str, dict[str, Gain]] = {}
     for result in comparison.results:  # of several numbers of rounds, the last remains
-        if result.gain is not None:
+        if result.gain:
             panels.setdefault(result.scenario, {})[result.method] = result.gain
     if not panels:
         return None

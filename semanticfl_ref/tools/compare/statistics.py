@@ -9,7 +9,7 @@ counts of a run is its last round, or the mean of its last five rounds; never it
 
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from itertools import product
@@ -111,15 +111,14 @@ def compare(runs: Sequence[Run], grid: Grid) -> Comparison:
     key = f"{grid.part}_accuracy"
     scenarios = list(dict.fromkeys(run.scenario for run in runs))
     # Scenario, or POOLED, and method -> for every seed, the rounds of its runs.
-    histories: dict[tuple[str, str], list[list[Rounds]]]
     histories = defaultdict(lambda: [[] for _ in range(grid.seeds)])
-    warned = defaultdict(list)
+    warned: dict[str, list[str]] = {}
     for run in runs:
         folder = RunFolder(run.folder)
         for scenario in (run.scenario, POOLED):
             histories[scenario, run.method][run.seed].append(folder.rounds())
         for text in folder.summary()["warnings"]:
-            warned[text].append(f"{run.method}, {run.scenario}, seed {run.seed}")
+            warned.setdefault(text, []).append(f"{run.method}, {run.scenario}, seed {run.seed}")
     groups = [*scenarios, POOLED] if len(scenarios) > 1 else scenarios
     results, leads = [], []
     for after, scenario in product(grid.at or [None], groups):
@@ -142,7 +141,7 @@ def compare(runs: Sequence[Run], grid: Grid) -> Comparison:
             scenario: {method: _curve(histories[scenario, method], key) for method in grid.methods}
             for scenario in scenarios
         },
-        warnings=dict(warned),
+        warnings=warned,
     )
 
 
@@ -158,12 +157,10 @@ def result_of(
         key: the accuracy in a line of metrics.jsonl.
     """
 
-    def means(value: Callable[[Rounds], float]) -> list[float]:
+    def means(value):
         return [fmean(value(rounds[:after]) for rounds in runs) for runs in by_seed]
 
-    def sent(rounds: Rounds) -> int:
-        return sum(line["bytes_down"] + line["bytes_up"] for line in rounds)
-
+    sent = means(lambda rounds: sum(line["bytes_down"] + line["bytes_up"] for line in rounds))
     rounds = len(by_seed[0][0][:after])
     return Result(
         scenario=scenario,
@@ -173,7 +170,7 @@ def result_of(
         last=means(lambda rounds: 100 * rounds[-1][key]),
         mean_of_last=means(lambda rounds: 100 * fmean(line[key] for line in rounds[-LAST:])),
         worst_client=means(lambda rounds: 100 * min(rounds[-1]["client_accuracy"])),
-        bytes_sent=round(fmean(means(sent))),
+        bytes_sent=round(fmean(sent)),
     )
 
 
@@ -225,7 +222,7 @@ def standard_deviation(values: Sequence[float]) -> float | None:
     return stdev(values) if len(values) > 1 else None
 
 
-def _t_tests(differences: Sequence[Sequence[float]]) -> list[dict[str, float]]:
+def _t_tests(differences):
     """Interval and p values of each method, as fields of `Gain`."""
     from scipy.stats import ttest_1samp
 
@@ -236,7 +233,7 @@ def _t_tests(differences: Sequence[Sequence[float]]) -> list[dict[str, float]]:
     return [dict(zip(("low", "high", "p", "p_adjusted"), row, strict=True)) for row in rows]
 
 
-def _curve(by_seed: list[list[Rounds]], key: str) -> dict[str, list]:
+def _curve(by_seed, key):
     runs = zip(*(rounds for (rounds,) in by_seed), strict=True)
     values = [[100 * line[key] for line in lines] for lines in runs]
     return {"mean": list(map(fmean, values)), "deviation": list(map(standard_deviation, values))}

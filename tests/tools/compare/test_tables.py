@@ -47,8 +47,8 @@ def test_markdown_of_five_seeds_by_hand(finished_grid):
     assert "| +3.0 | +1.0 to +5.0 | 0.013 | 0.026 | 5 of 5 |" in text
     assert "| +1.5 | +0.5 to +2.5 | 0.013 | 0.013 | 5 of 5 |" in text
     assert (
-        "The winner, semanticfl, against the runner-up, moon: +7.0, 95 % interval: -1.6 to +15.6, "
-        "p 0.086, wins 4 of 5."
+        "The winner, semanticfl, against the runner-up, moon: +7.0 (95 % interval -1.6 to +15.6, "
+        "p 0.086), wins 4 of 5."
     ) in text
     words = " ".join(text.split())
     assert "Student's t, degrees of freedom: 4; exact for normally distributed" in words
@@ -63,6 +63,7 @@ def test_without_scipy_the_table_says_so(finished_grid, monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy", None)
     text = markdown(compare(*finished_grid(FIVE)))
     assert "| +3.0 | not computed: SciPy is missing |  |  | 5 of 5 |" in text
+    assert "moon: +7.0 (not computed: SciPy is missing), wins 4 of 5." in text
     assert "Intervals and p values need SciPy: pip install scipy" in text
 
 
