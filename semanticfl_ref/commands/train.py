@@ -47,7 +47,8 @@ def add_flags(parser, argv: list[str]) -> None:
         "--resume",
         type=Path,
         metavar="RUN",
-        help="run folder to continue from its last checkpoint, bitwise",
+        help="run folder to continue from its last checkpoint, bitwise; with --rounds also beyond "
+        "its last round",
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="print sizes, steps and bytes; write nothing"
@@ -76,8 +77,9 @@ def _resume(arguments) -> int:
     if arguments.out or arguments.dry_run:
         raise UserError("--resume continues in its own folder: leave out --out and --dry-run")
     folder = RunFolder(arguments.resume)
-    config = _resumed_config(arguments, folder.config())
-    if folder.finished:
+    saved = folder.config()
+    config = _resumed_config(arguments, saved)
+    if folder.finished and config.federation.rounds == saved.federation.rounds:
         say(f"the run {folder.path} is finished; nothing is left to do")
         # Where it is now, since it may have been moved.
         return show({**folder.summary(), "folder": str(folder.path)}, arguments.json, summary_table)
@@ -89,7 +91,7 @@ def _resume(arguments) -> int:
 
 
 def _resumed_config(arguments, saved: Config) -> Config:
-    """The run's own configuration; flags beside --resume may only change where things are."""
+    """The run's own configuration; flags beside --resume may only change what is no identity."""
     there = to_flat(saved)
     config = settings_of(arguments, preset=there)
     differing = [

@@ -29,6 +29,7 @@ NOT_IDENTITY = frozenset(
         "partition.file",
         "diffusion.source",
         "anchors.images",
+        "federation.rounds",
         "run.checkpoint_every",
         "run.replicas",
     }

@@ -114,6 +114,18 @@ class RunFolder:
                 f"{named}: {problem}; if a file registers it, add --import FILE"
             ) from None
 
+    def reopen(self, config: Config) -> None:
+        """Give a run another number of rounds; it is not finished until it has them.
+
+        Raises:
+            UserError: the run has more rounds already.
+        """
+        done, asked = len(self.rounds()), config.federation.rounds
+        if asked < done:
+            raise UserError(f"{self.path} has {done} rounds already: --rounds {asked} is fewer")
+        (self.path / "summary.json").unlink(missing_ok=True)
+        write_atomic(self.path / "config.toml", to_toml(config), REMEDY)
+
     def append(self, line: dict, seconds: float) -> None:
         """Append a round's line of metrics and its time, flushed to disk.
 

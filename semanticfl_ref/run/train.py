@@ -91,7 +91,7 @@ def resume(
     """Continue a run from its last checkpoint; on the same machine the result is bitwise the same.
 
     Args:
-        config: the run's configuration.
+        config: the run's configuration, perhaps with more rounds: then a finished run goes on too.
         path: the run's folder.
         on_round, offline, say: as in `train`.
 
@@ -107,6 +107,8 @@ def resume(
     changed = changes(folder.read("environment.json"), now)
     if changed:
         say(f"note: {', '.join(changed)} changed; resumed results may differ in the last bits")
+    if config.federation.rounds != folder.config().federation.rounds:
+        folder.reopen(config)
     folder.truncate(state.round)
     folder.add_environment(now, state.round)
     say(f"resuming from round {state.round} in {path}")

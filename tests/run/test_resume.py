@@ -235,6 +235,21 @@ def test_a_finished_run_is_left_alone(unbroken_run, capsys):
     assert before == {p.name: p.read_bytes() for p in unbroken_run.iterdir()}
 
 
+def test_a_finished_run_is_extended(tmp_path, job, unbroken_run, capsys):
+    """To the bits of a run that had as many rounds from the start."""
+    run = tmp_path / "run"
+    assert cli.main([*start_or_resume(run, job), "--rounds", "2"]) == 0
+    assert cli.main(["train", "--resume", str(run), "--rounds", "4"]) == 0
+    assert_same_results(unbroken_run, run)
+    assert (run / "config.toml").read_text() == (unbroken_run / "config.toml").read_text()
+    assert read_json(run / "summary.json")["rounds"] == 4
+    capsys.readouterr()
+    before = {p.name: p.read_bytes() for p in run.iterdir()}
+    assert cli.main(["train", "--resume", str(run), "--rounds", "3"]) == 2
+    assert "has 4 rounds already: --rounds 3 is fewer" in capsys.readouterr().err
+    assert before == {p.name: p.read_bytes() for p in run.iterdir()}
+
+
 def test_a_finished_run_that_was_moved_is_shown_where_it_is(unbroken_run, tmp_path, capsys):
     moved = tmp_path / "moved"
     shutil.copytree(unbroken_run, moved)
