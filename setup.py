@@ -65,5 +65,5 @@ setup(
         # Pinned: another version may format otherwise.
         "dev": ["ruff==0.17.6"],
     },
-    entry_points={"console_scripts": ["semanticfl_ref = semanticfl_ref.cli:main"]},
+    entry_points={"console_scripts": ["semanticfl_ref = semanticfl_ref.cli:program"]},
 )

@@ -89,6 +89,21 @@ def save_checkpoint(path: Path, state: FederatedState, identity: dict) -> None:
     save_tensors(path, state.tensors, {"round": state.round, "identity": identity}, REMEDY)
 
 
+def require_identity(path: Path, theirs: dict, ours: dict) -> None:
+    """Check that a file belongs to this run.
+
+    Raises:
+        MismatchError: it does not; the differences are listed.
+    """
+    differing = [
+        f"{name}: {theirs.get(name)!r} there, {ours.get(name)!r} here"
+        for name in sorted({*theirs, *ours})
+        if theirs.get(name) != ours.get(name)
+    ]
+    if differing:
+        raise MismatchError(f"{path} belongs to another run: {'; '.join(differing[:8])}")
+
+
 def load_checkpoint(path: Path, identity: dict) -> FederatedState:
     """Read a checkpoint and check every byte.
 
@@ -103,13 +118,6 @@ def load_checkpoint(path: Path, identity: dict) -> FederatedState:
         raise MismatchError(
             f"the checkpoint {path} is damaged: delete it to restart the run"
         ) from None
-    differing = [
-        f"{name}: {theirs.get(name)!r} there, {identity.get(name)!r} here"
-        for name in sorted({*theirs, *identity})
-        if theirs.get(name) != identity.get(name)
-    ]
-    if differing:
-        listed = "; ".join(differing[:8])
-        raise MismatchError(f"the checkpoint {path} belongs to another run: {listed}")
+    require_identity(path, theirs, identity)
     method_state = {name.removeprefix(METHOD_STATE): tensors[name] for name in sorted(tensors)}
     return FederatedState(round=round, method_state=method_state, **general)

@@ -8,7 +8,8 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from semanticfl_ref.config.resolve import read_toml, resolve, to_toml
@@ -113,6 +114,27 @@ class RunFolder:
             raise UserError(
                 f"{named}: {problem}; if a file registers it, add --import FILE"
             ) from None
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other processes from writing into the folder; ends with the process at the latest.
+
+        Raises:
+            UserError: another process writes into it.
+        """
+        import fcntl
+
+        # The folder itself is locked: it is never replaced, as its files are.
+        descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield
+        except BlockingIOError:
+            raise UserError(
+                f"another process trains in {self.path}: wait for its end, or choose another --out"
+            ) from None
+        finally:
+            os.close(descriptor)
 
     def reopen(self, config: Config) -> None:
         """Give a run another number of rounds; it is not finished until it has them.

@@ -18,6 +18,7 @@ from semanticfl_ref.federated.state import (
     FederatedState,
     initial_state,
     load_checkpoint,
+    require_identity,
     save_checkpoint,
 )
 from semanticfl_ref.formatting import Say
@@ -34,6 +35,7 @@ from semanticfl_ref.run.setup import (
 from semanticfl_ref.run.summary import summarise
 
 OnRound = Callable[[dict], None]
+IDENTITY = "identity.json"
 
 
 def train(
@@ -75,9 +77,11 @@ def train(
             "image_size": dataset.image_size,
         },
         "anchors.json": provenance_of(context),
+        IDENTITY: identity_of(context),
     }
     folder = RunFolder.create(out, config, documents)
-    return _finish(context, folder, initial_state(context), on_round, say)
+    with folder.held():
+        return _finish(context, folder, initial_state(context), on_round, say)
 
 
 def resume(
@@ -100,19 +104,21 @@ def resume(
         KeyboardInterrupt: after a checkpoint was saved.
     """
     context, folder = _prepare(config, None, None, offline, say), RunFolder(path)
-    state = initial_state(context)
-    if folder.checkpoint.exists():
-        state = load_checkpoint(folder.checkpoint, identity_of(context)).to(context.device)
-    now = environment_of(context)
-    changed = changes(folder.read("environment.json"), now)
-    if changed:
-        say(f"note: {', '.join(changed)} changed; resumed results may differ in the last bits")
-    if config.federation.rounds != folder.config().federation.rounds:
-        folder.reopen(config)
-    folder.truncate(state.round)
-    folder.add_environment(now, state.round)
-    say(f"resuming from round {state.round} in {path}")
-    return _finish(context, folder, state, on_round, say)
+    with folder.held():
+        state, identity = initial_state(context), identity_of(context)
+        require_identity(folder.path / IDENTITY, folder.read(IDENTITY), identity)
+        if folder.checkpoint.exists():
+            state = load_checkpoint(folder.checkpoint, identity).to(context.device)
+        now = environment_of(context)
+        changed = changes(folder.read("environment.json"), now)
+        if changed:
+            say(f"note: {', '.join(changed)} changed; resumed results may differ in the last bits")
+        if config.federation.rounds != folder.config().federation.rounds:
+            folder.reopen(config)
+        folder.truncate(state.round)
+        folder.add_environment(now, state.round)
+        say(f"resuming from round {state.round} in {path}")
+        return _finish(context, folder, state, on_round, say)
 
 
 def _prepare(
