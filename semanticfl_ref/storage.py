@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,7 +42,8 @@ def write_atomic(path: Path, content: bytes | str, remedy: str = REMEDY) -> None
     Raises:
         DataError: the file cannot be written (disk full, permission); the old file stays.
     """
-    temporary = path.with_name(path.name + PART)
+    # A name of its own: two processes that write one file do not meet.
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}{PART}")
     with write_errors(path, remedy):
         try:
             write_flushed(temporary, content)
@@ -52,9 +54,15 @@ def write_atomic(path: Path, content: bytes | str, remedy: str = REMEDY) -> None
             raise
 
 
+def remove_parts(folder: Path) -> None:
+    """Delete what killed processes left half-written; no other process may be writing there."""
+    for part in folder.glob(f"*{PART}"):
+        part.unlink(missing_ok=True)
+
+
 def write_flushed(path: Path, content: bytes | str) -> None:
-    """Write a file and flush it to disk; for files in a folder that is renamed into place."""
-    with open(path, "wb") as file:
+    """Write a new file and flush it to disk; a link or file that is there is not followed."""
+    with open(path, "xb") as file:
         file.write(content.encode("utf-8") if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())

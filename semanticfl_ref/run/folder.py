@@ -15,7 +15,7 @@ from pathlib import Path
 from semanticfl_ref.config.resolve import read_toml, resolve, to_toml
 from semanticfl_ref.config.settings import Config
 from semanticfl_ref.errors import DataError, MismatchError, UserError
-from semanticfl_ref.storage import write_atomic, write_errors, write_flushed
+from semanticfl_ref.storage import remove_parts, write_atomic, write_errors, write_flushed
 
 METRICS, TIMINGS = "metrics.jsonl", "timings.jsonl"
 REMEDY = "free some disk space or choose another --out"
@@ -128,6 +128,7 @@ class RunFolder:
         descriptor = os.open(self.path, os.O_RDONLY)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            remove_parts(self.path)
             yield
         except BlockingIOError:
             raise UserError(

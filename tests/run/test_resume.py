@@ -202,7 +202,8 @@ def test_disk_full_while_saving(tmp_path, job, unbroken_run, monkeypatch, capsys
     run, real, saves = tmp_path / "run", os.fsync, []
 
     def full(handle):
-        if os.readlink(f"/proc/self/fd/{handle}").endswith("checkpoint.safetensors.part"):
+        name = Path(os.readlink(f"/proc/self/fd/{handle}")).name
+        if name.startswith("checkpoint.safetensors.") and name.endswith(".part"):
             saves.append(handle)
             if len(saves) == 2:
                 raise OSError(errno.ENOSPC, "No space left on device")
