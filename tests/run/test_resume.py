@@ -4,43 +4,18 @@ import errno
 import json
 import os
 import random
-import shlex
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 from PIL import Image
-from processes import ROOT, start_cli
+from processes import start_cli
+from run_folders import assert_same_results, lines_in, read_json, start_or_resume
 
 from semanticfl_ref import cli
 from semanticfl_ref.run import train as train_module
-
-RESULTS = ("checkpoint.safetensors", "metrics.jsonl")
-
-
-def assert_same_results(one: Path, other: Path) -> None:
-    for name in RESULTS:
-        assert (one / name).read_bytes() == (other / name).read_bytes(), f"{name} differs"
-    parts = [p.name for p in other.iterdir() if p.suffix in (".tmp", ".part")]
-    assert not parts, f"half-written files are left: {parts}"
-
-
-def start_or_resume(run: Path, job: list[str]) -> list[str]:
-    """Arguments that start the run, or resume it once its folder is there."""
-    return ["train", "--resume", str(run)] if run.exists() else ["train", *job, "--out", str(run)]
-
-
-def lines_in(run: Path) -> int:
-    metrics = run / "metrics.jsonl"
-    return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
-
-
-def read_json(path: Path) -> dict:
-    return json.loads(path.read_text())
 
 
 def test_the_run_folder(unbroken_run):
@@ -284,15 +259,6 @@ def test_the_mean_of_the_last_rounds_says_how_many(unbroken_run, capsys):
     assert "last 5" not in out
 
 
-@pytest.fixture
-def unfinished(tmp_path, unbroken_run):
-    """A copy of the unbroken run without its summary: as if killed just before its end."""
-    run = tmp_path / "run"
-    shutil.copytree(unbroken_run, run)
-    (run / "summary.json").unlink()
-    return run
-
-
 def test_the_summary_of_a_run_that_was_killed_just_before_it(unfinished, unbroken_run):
     """The confusion matrix is the final model's, whether or not a round ran in this process."""
     assert cli.main(["train", "--resume", str(unfinished)]) == 0
@@ -354,64 +320,3 @@ def test_a_run_continues_when_its_images_have_moved(tmp_path, job, monkeypatch, 
     assert cli.main(["train", "--resume", run, "--alpha", "6"]) == 4
     assert cli.main(["train", "--resume", run, "--data-dir", str(tmp_path / "elsewhere")]) == 0
     capsys.readouterr()
-
-
-def test_a_second_writer_is_refused(tmp_path, job, capsys):
-    run = tmp_path / "run"
-    process = start_cli("train", *job, "--rounds", "400", "--out", str(run))
-    while process.poll() is None and lines_in(run) < 1:
-        time.sleep(0.01)
-    assert cli.main(["train", "--resume", str(run)]) == 2
-    assert f"another process trains in {run}" in capsys.readouterr().err
-    process.send_signal(signal.SIGINT)
-    process.communicate()
-    lines = [json.loads(line)["round"] for line in (run / "metrics.jsonl").open()]
-    assert lines == list(range(1, len(lines) + 1))
-
-
-def test_another_configuration_before_the_first_checkpoint(unfinished, capsys):
-    """The identity is compared from the first moment on."""
-    (unfinished / "checkpoint.safetensors").unlink()
-    config = unfinished / "config.toml"
-    config.write_text(
-        config.read_text().replace("momentum = 0.9\nweight", "momentum = 0.5\nweight")
-    )
-    assert cli.main(["train", "--resume", str(unfinished)]) == 4
-    error = capsys.readouterr().err
-    assert "identity.json belongs to another run" in error
-    assert "federation.momentum: 0.9 there, 0.5 here" in error
-
-
-def test_sigterm_saves_as_ctrl_c_does(tmp_path, job, unbroken_run):
-    run = tmp_path / "run"
-    process = start_cli("train", *job, "--set", "run.checkpoint_every=1000", "--out", str(run))
-    while process.poll() is None and lines_in(run) < 1:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    text = process.communicate()[1]
-    assert process.returncode == 143, text
-    assert "interrupted and saved after round" in text
-    assert cli.main(["train", "--resume", str(run)]) == 0
-    assert_same_results(unbroken_run, run)
-
-
-@pytest.mark.parametrize(
-    "redirect",
-    [
-        "2>&1 | head -c 250",
-        "2>&-",
-        ">&- 2>&-",
-        "> /dev/full",
-        "2> /dev/full",
-    ],
-)
-def test_a_stream_that_fails_is_given_up(tmp_path, job, unbroken_run, redirect):
-    """Training, checkpoint and exit code are what they would have been."""
-    run = tmp_path / "run"
-    words = shlex.join([sys.executable, "-m", "semanticfl_ref", "train", *job, "--out", str(run)])
-    command = f"set -o pipefail; {words} {redirect}"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr + done.stdout
-    assert_same_results(unbroken_run, run)
-    assert (run / "summary.json").exists()

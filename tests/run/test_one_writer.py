@@ -1,0 +1,75 @@
+"""One process writes into a run folder, and what it tells does not matter to it."""
+
+import json
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from processes import ROOT, start_cli
+from run_folders import assert_same_results, lines_in
+
+from semanticfl_ref import cli
+
+
+def test_a_second_writer_is_refused(tmp_path, job, capsys):
+    run = tmp_path / "run"
+    process = start_cli("train", *job, "--rounds", "400", "--out", str(run))
+    while process.poll() is None and lines_in(run) < 1:
+        time.sleep(0.01)
+    assert cli.main(["train", "--resume", str(run)]) == 2
+    assert f"another process trains in {run}" in capsys.readouterr().err
+    process.send_signal(signal.SIGINT)
+    process.communicate()
+    lines = [json.loads(line)["round"] for line in (run / "metrics.jsonl").open()]
+    assert lines == list(range(1, len(lines) + 1))
+
+
+def test_another_configuration_before_the_first_checkpoint(unfinished, capsys):
+    """The identity is compared from the first moment on."""
+    (unfinished / "checkpoint.safetensors").unlink()
+    config = unfinished / "config.toml"
+    config.write_text(
+        config.read_text().replace("momentum = 0.9\nweight", "momentum = 0.5\nweight")
+    )
+    assert cli.main(["train", "--resume", str(unfinished)]) == 4
+    error = capsys.readouterr().err
+    assert "identity.json belongs to another run" in error
+    assert "federation.momentum: 0.9 there, 0.5 here" in error
+
+
+def test_sigterm_saves_as_ctrl_c_does(tmp_path, job, unbroken_run):
+    run = tmp_path / "run"
+    process = start_cli("train", *job, "--set", "run.checkpoint_every=1000", "--out", str(run))
+    while process.poll() is None and lines_in(run) < 1:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    text = process.communicate()[1]
+    assert process.returncode == 143, text
+    assert "interrupted and saved after round" in text
+    assert cli.main(["train", "--resume", str(run)]) == 0
+    assert_same_results(unbroken_run, run)
+
+
+@pytest.mark.parametrize(
+    "redirect",
+    [
+        "2>&1 | head -c 250",
+        "2>&-",
+        ">&- 2>&-",
+        "> /dev/full",
+        "2> /dev/full",
+    ],
+)
+def test_a_stream_that_fails_is_given_up(tmp_path, job, unbroken_run, redirect):
+    """Training, checkpoint and exit code are what they would have been."""
+    run = tmp_path / "run"
+    words = shlex.join([sys.executable, "-m", "semanticfl_ref", "train", *job, "--out", str(run)])
+    command = f"set -o pipefail; {words} {redirect}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+    assert_same_results(unbroken_run, run)
+    assert (run / "summary.json").exists()
