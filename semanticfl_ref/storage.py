@@ -84,6 +84,12 @@ def canonical_json(document) -> str:
     return json.dumps(document, sort_keys=True, ensure_ascii=True)
 
 
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def sha256_of(document, tensors: "dict[str, torch.Tensor] | None" = None) -> str:
     """SHA-256 of a JSON document and of every tensor's name, dtype, shape and bytes."""
     import torch

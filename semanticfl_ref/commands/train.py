@@ -80,6 +80,7 @@ def _resume(arguments) -> int:
     saved = folder.config()
     config = _resumed_config(arguments, saved)
     if folder.finished and config.federation.rounds == saved.federation.rounds:
+        folder.verify()
         say(f"the run {folder.path} is finished; nothing is left to do")
         # Where it is now, since it may have been moved.
         return show({**folder.summary(), "folder": str(folder.path)}, arguments.json, summary_table)

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from semanticfl_ref.data.dataset import ReadOptions
 from semanticfl_ref.errors import DataError, DownloadError, UserError
-from semanticfl_ref.storage import PART, cache_folder
+from semanticfl_ref.storage import PART, cache_folder, file_sha256
 
 TIMEOUT_SECONDS = 30.0  # without a byte
 ATTEMPTS = 8  # per mirror; each resumes the one before
@@ -153,12 +153,6 @@ def download(name: str, archive: Archive, path: Path) -> Path:
         f"cannot download {archive.filename} ({'; '.join(reasons)}): put the file into a folder "
         f"and name it with --data-dir, or set {variable} to another address"
     )
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def folder_sha256(folder: Path) -> str:

@@ -3,6 +3,7 @@
 No torch in here: the command line looks into run folders before it loads torch.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -10,14 +11,23 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import reduce
 from pathlib import Path
 
 from semanticfl_ref.config.resolve import read_toml, resolve, to_toml
 from semanticfl_ref.config.settings import Config
 from semanticfl_ref.errors import DataError, MismatchError, UserError
-from semanticfl_ref.storage import remove_parts, write_atomic, write_errors, write_flushed
+from semanticfl_ref.storage import (
+    file_sha256,
+    remove_parts,
+    write_atomic,
+    write_errors,
+    write_flushed,
+)
 
 METRICS, TIMINGS = "metrics.jsonl", "timings.jsonl"
+# What a finished run is judged by; the other files only inform.
+RESULTS = ("config.toml", "identity.json", "partition.json", "anchors.json", METRICS)
 REMEDY = "free some disk space or choose another --out"
 
 
@@ -149,35 +159,40 @@ class RunFolder:
         (self.path / "summary.json").unlink(missing_ok=True)
         write_atomic(self.path / "config.toml", to_toml(config), REMEDY)
 
-    def append(self, line: dict, seconds: float) -> None:
+    def append(self, line: dict, seconds: float, seal: str = "") -> str:
         """Append a round's line of metrics and its time, flushed to disk.
+
+        Returns:
+            The seal of all lines of metrics, which continues that of the lines before.
 
         Raises:
             DataError: a file cannot be written; what was there stays.
         """
         timing = {"round": line["round"], "seconds": round(seconds, 4)}
-        for name, document in ((METRICS, line), (TIMINGS, timing)):
+        texts = {
+            name: json.dumps(document, allow_nan=False) + "\n"
+            for name, document in ((METRICS, line), (TIMINGS, timing))
+        }
+        for name, text in texts.items():
             path = self.path / name
             with write_errors(path, REMEDY), open(path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(document, allow_nan=False) + "\n")
+                file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
+        return _sealed(seal, texts[METRICS].encode())
 
-    def truncate(self, rounds: int) -> None:
+    def truncate(self, rounds: int, seal: str) -> None:
         """Keep the first `rounds` lines: what follows the checkpoint is run again.
 
         Raises:
-            MismatchError: a file has fewer lines than the checkpoint has rounds, or other rounds.
+            MismatchError: a file has fewer lines than the checkpoint has rounds, or lines of
+                metrics that the seal of the checkpoint does not know.
         """
         for name in (METRICS, TIMINGS):
             path = self.path / name
             lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
             kept = lines[:rounds]
-            try:
-                numbers = [json.loads(line)["round"] for line in kept]
-            except (ValueError, KeyError, TypeError):
-                numbers = None
-            if numbers != list(range(1, rounds + 1)):
+            if len(kept) < rounds or (name == METRICS and reduce(_sealed, kept, "") != seal):
                 raise MismatchError(
                     f"{path} does not hold rounds 1 to {rounds} of its checkpoint: it was changed; "
                     f"start again with another --out"
@@ -213,8 +228,21 @@ class RunFolder:
         return self._read(name, json.loads)
 
     def finish(self, summary: dict) -> None:
-        """Write summary.json: its presence means that the run is finished."""
-        write_atomic(self.path / "summary.json", _json(summary), REMEDY)
+        """Write summary.json: its presence means that the run is finished; it seals the results."""
+        sealed = {name: file_sha256(self.path / name) for name in RESULTS}
+        write_atomic(self.path / "summary.json", _json({**summary, "sealed": sealed}), REMEDY)
+
+    def verify(self) -> None:
+        """Check that the results of a finished run are what its end left.
+
+        Raises:
+            MismatchError: names the file that was changed or is missing.
+            DataError: the summary is damaged.
+        """
+        for name, sha256 in self.summary().get("sealed", {}).items():
+            path = self.path / name
+            if not path.is_file() or file_sha256(path) != sha256:
+                raise MismatchError(f"{path} was changed after the run: restore it, or train again")
 
     def _read(self, name: str, parse: Callable[[str], object]):
         try:
@@ -222,6 +250,11 @@ class RunFolder:
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise DataError(f"cannot read {self.path / name}: {reason}") from None
+
+
+def _sealed(seal: str, line: bytes) -> str:
+    """The seal of one more line."""
+    return hashlib.sha256(seal.encode() + line).hexdigest()
 
 
 def _lines(text: str) -> list[dict]:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -115,7 +116,7 @@ def resume(
             say(f"note: {', '.join(changed)} changed; resumed results may differ in the last bits")
         if config.federation.rounds != folder.config().federation.rounds:
             folder.reopen(config)
-        folder.truncate(state.round)
+        folder.truncate(state.round, state.seal)
         folder.add_environment(now, state.round)
         say(f"resuming from round {state.round} in {path}")
         return _finish(context, folder, state, on_round, say)
@@ -170,8 +171,8 @@ def _run_rounds(
             while state.round < rounds:
                 started = time.perf_counter()
                 following, line = run_round(state, context)
-                folder.append(line, time.perf_counter() - started)
-                state = following
+                seal = folder.append(line, time.perf_counter() - started, state.seal)
+                state = replace(following, seal=seal)
                 if state.round % config.run.checkpoint_every == 0 or state.round == rounds:
                     save_checkpoint(folder.checkpoint, state, identity)
                 numbers = f"accuracy={line['test_accuracy']:.1%}, loss={line['loss']:.3f}"

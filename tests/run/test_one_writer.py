@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -38,6 +39,32 @@ def test_another_configuration_before_the_first_checkpoint(unfinished, capsys):
     error = capsys.readouterr().err
     assert "identity.json belongs to another run" in error
     assert "federation.momentum: 0.9 there, 0.5 here" in error
+
+
+@pytest.mark.parametrize(
+    "name", ["config.toml", "identity.json", "partition.json", "anchors.json", "metrics.jsonl"]
+)
+def test_a_finished_run_is_sealed(tmp_path, unbroken_run, capsys, name):
+    """A blank in any of the files that it is judged by: report, export and resume say so."""
+    run = tmp_path / "run"
+    shutil.copytree(unbroken_run, run)
+    text = (run / name).read_text()
+    (run / name).write_text(text.replace("\n", " \n", 1))
+    for command in (
+        ["report"],
+        ["export", "--out", str(tmp_path / "m.pt2")],
+        ["train", "--resume"],
+    ):
+        assert cli.main([*command, str(run)]) == 4, command
+        assert f"{run / name} was changed after the run" in capsys.readouterr().err
+    assert not (run / "report.html").exists() and not (tmp_path / "m.pt2").exists()
+
+
+def test_lines_before_the_checkpoint_are_sealed(unfinished, capsys):
+    metrics = unfinished / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace('"round": 2', '"round": 2 '))
+    assert cli.main(["train", "--resume", str(unfinished)]) == 4
+    assert "does not hold rounds 1 to 4 of its checkpoint" in capsys.readouterr().err
 
 
 def test_sigterm_saves_as_ctrl_c_does(tmp_path, job, unbroken_run):
