@@ -26,7 +26,12 @@ REMEDY = "free some disk space"
 
 def cache_folder() -> Path:
     """Where downloads and features are kept: $SEMANTICFL_CACHE, or ~/.cache/semanticfl_ref."""
-    return Path(os.environ.get("SEMANTICFL_CACHE") or Path.home() / ".cache" / "semanticfl_ref")
+    return user_path(os.environ.get("SEMANTICFL_CACHE") or "~/.cache/semanticfl_ref")
+
+
+def user_path(text: str) -> Path:
+    """A path as a user writes it: `~` and variables are replaced."""
+    return Path(os.path.expanduser(os.path.expandvars(text)))
 
 
 class Damaged(Exception):

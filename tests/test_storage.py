@@ -116,3 +116,12 @@ def test_a_link_in_the_place_of_the_temporary_file_is_not_followed(tmp_path, mon
     storage.write_atomic(target, "ours")
     assert target.read_text() == "ours"
     assert [path.name for path in target.parent.iterdir()] == ["file"]
+
+
+def test_paths_as_users_write_them(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("PLACE", "here")
+    assert storage.user_path("~/a/$PLACE") == tmp_path / "a" / "here"
+    assert str(storage.user_path("~nobody-has-this-name/a")) == "~nobody-has-this-name/a"
+    monkeypatch.setenv("SEMANTICFL_CACHE", "~/cache")
+    assert storage.cache_folder() == tmp_path / "cache"

@@ -1,7 +1,5 @@
 """`train`: train from end to end, or continue a run."""
 
-from pathlib import Path
-
 from semanticfl_ref.commands.output import say, show
 from semanticfl_ref.commands.settings_flags import add_settings, settings_of
 from semanticfl_ref.config.command_line import shell_command, to_flags
@@ -11,6 +9,7 @@ from semanticfl_ref.errors import MismatchError, UserError
 from semanticfl_ref.formatting import format_bytes
 from semanticfl_ref.run.folder import RunFolder, default_folder, refuse_existing
 from semanticfl_ref.run.summary import LAST
+from semanticfl_ref.storage import user_path
 
 HELP = "train, by default on the embedded digit scenes; writes a run folder"
 SUMMARY = """\
@@ -39,13 +38,13 @@ def add_flags(parser, argv: list[str]) -> None:
     add_settings(parser, argv)
     parser.add_argument(
         "--out",
-        type=Path,
+        type=user_path,
         metavar="RUN",
         help="run folder to make (default: runs/<dataset>-<method>-seed<seed>-<time>)",
     )
     parser.add_argument(
         "--resume",
-        type=Path,
+        type=user_path,
         metavar="RUN",
         help="run folder to continue from its last checkpoint, bitwise; with --rounds also beyond "
         "its last round",

@@ -41,9 +41,10 @@ def refuse_existing(folder: Path) -> None:
     """Check before any work is done that `folder` can be made.
 
     Raises:
-        UserError: it exists, or nothing can be written there.
+        UserError: it exists and is not empty, or nothing can be written there.
     """
-    if os.path.lexists(folder):
+    is_empty = folder.is_dir() and not folder.is_symlink() and not os.listdir(folder)
+    if os.path.lexists(folder) and not is_empty:
         raise UserError(
             f"{folder} exists and is never overwritten: continue it with --resume {folder}, or "
             f"choose another --out"

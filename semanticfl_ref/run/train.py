@@ -129,6 +129,8 @@ def _prepare(
     set_threads(config)
     data = data or load_data(config, offline=offline)
     partition = data.partition
+    for note in data.dataset.notes:
+        say(f"note: {note}")
     say(
         f"{len(data.dataset.train_labels)} training images, {len(partition.sizes)} clients with "
         f"{min(partition.sizes)} to {max(partition.sizes)} each, skew {partition.skew:.2f}"

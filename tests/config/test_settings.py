@@ -152,3 +152,9 @@ def test_held_out_images(images, count):
 def test_held_out_images_refused(images):
     with pytest.raises(UserError, match="heldout:20"):
         resolve({"anchors.images": images})
+
+
+def test_a_byte_order_mark_is_no_setting(tmp_path):
+    file = tmp_path / "c.toml"
+    file.write_text('[data]\nname = "digits"\n', encoding="utf-8-sig")
+    assert resolve(file=file).data.name == "digits"

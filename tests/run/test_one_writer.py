@@ -100,3 +100,10 @@ def test_a_stream_that_fails_is_given_up(tmp_path, job, unbroken_run, redirect):
     assert "Traceback" not in done.stderr + done.stdout
     assert_same_results(unbroken_run, run)
     assert (run / "summary.json").exists()
+
+
+def test_an_empty_folder_is_taken(tmp_path, job, unbroken_run):
+    run = tmp_path / "run"
+    run.mkdir()
+    assert cli.main(["train", *job, "--out", str(run)]) == 0
+    assert_same_results(unbroken_run, run)
