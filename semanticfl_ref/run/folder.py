@@ -230,7 +230,8 @@ class RunFolder:
 
     def finish(self, summary: dict) -> None:
         """Write summary.json: its presence means that the run is finished; it seals the results."""
-        sealed = {name: file_sha256(self.path / name) for name in RESULTS}
+        files = {name: self.path / name for name in RESULTS}
+        sealed = {name: file_sha256(path) for name, path in files.items() if path.is_file()}
         write_atomic(self.path / "summary.json", _json({**summary, "sealed": sealed}), REMEDY)
 
     def verify(self) -> None:
