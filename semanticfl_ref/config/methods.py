@@ -18,7 +18,7 @@ class SemanticFLSettings(Section):
         1.0, "weight of the consistency with the visual anchors", low=0.0, source="S"
     )
     lambda_con: float = option(
-        0.01, "weight of the contrast with the text anchors", low=0.0, source="S"
+        0.02, "weight of the contrast with the text anchors", low=0.0, source="O; S: 0.01"
     )
     tau: float = option(0.05, "temperature of the contrast", low=0.005, high=10.0, source="S")
     consistency: str = option(
@@ -35,7 +35,10 @@ class SemanticFLSettings(Section):
         source="O",
     )
     kd_squared: bool = option(
-        True, "multiply the KL divergence by the square of its temperature", source="O"
+        False,
+        "multiply the KL divergence by the square of its temperature, which takes the effect of a "
+        "low temperature away again",
+        source="O",
     )
     visual_head: bool = option(
         True,

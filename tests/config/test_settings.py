@@ -82,7 +82,8 @@ def test_the_paper_setting():
     assert federation.local_epochs == 10
     sgd = (federation.learning_rate, federation.momentum, federation.weight_decay)
     assert sgd == (0.01, 0.9, 1e-5)
-    assert (method.lambda_kd, method.lambda_con, method.tau) == (1.0, 0.01, 0.05)
+    assert (method.lambda_kd, method.lambda_con, method.tau) == (1.0, 0.02, 0.05)
+    assert federation.rounds == 50
     assert config.diffusion.timestep == 150
     assert config.diffusion.prompt == "a photo of a {}"
     assert config.diffusion.source == STABLE_DIFFUSION

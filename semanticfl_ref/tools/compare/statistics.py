@@ -51,8 +51,9 @@ class Result:
         scenario, method: entries of the grid; POOLED for all scenarios.
         rounds: number of rounds after which this is the result.
         averaged: number of last rounds that `mean_of_last` averages.
-        last, mean_of_last, worst_client: a value per run, scenario by scenario in the order of the
-            seeds.
+        last, mean_of_last, best, worst_client: a value per run, scenario by scenario in the order
+            of the seeds. `best` is the best round's, chosen on the images that it is reported of:
+            only for comparison with published numbers that may be of this kind.
         bytes_sent: both ways, mean over the runs.
         gain: None for the baseline.
     """
@@ -63,6 +64,7 @@ class Result:
     averaged: int
     last: list[float]
     mean_of_last: list[float]
+    best: list[float]
     worst_client: list[float]
     bytes_sent: int
     gain: Gain | None
@@ -156,6 +158,7 @@ def _result(
         averaged=min(LAST, len(own[0])),
         last=[100 * rounds[-1][key] for rounds in own],
         mean_of_last=means,
+        best=[100 * max(line[key] for line in rounds) for rounds in own],
         worst_client=[100 * min(rounds[-1]["client_accuracy"]) for rounds in own],
         bytes_sent=round(fmean(sent)),
         gain=None if own is baseline else gain(differences),
