@@ -61,7 +61,7 @@ setup(
     ],
     extras_require={
         "test": ["pytest", "pytest-benchmark"],
-        "plots": ["matplotlib"],
+        "plots": ["matplotlib", "scipy"],
         # Pinned: another version may format otherwise.
         "dev": ["ruff==0.17.6"],
     },

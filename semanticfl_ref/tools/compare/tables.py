@@ -7,7 +7,13 @@ from itertools import groupby
 from pathlib import Path
 from statistics import fmean
 
-from semanticfl_ref.tools.compare.statistics import POOLED, Comparison, standard_deviation
+from semanticfl_ref.tools.compare.statistics import (
+    LEAST_SEEDS,
+    POOLED,
+    Comparison,
+    has_scipy,
+    standard_deviation,
+)
 from semanticfl_ref.tools.report.page import render
 
 COLUMNS = (
@@ -29,6 +35,8 @@ def markdown(comparison: Comparison, command: str | None = None) -> str:
         rounds=sorted({len(curve["mean"]) for curve in curves}),
         command=command,
         spread=mean_and_deviation,
+        scipy=has_scipy(),
+        too_few=len(comparison.seeds) < LEAST_SEEDS,
     )
 
 

@@ -111,7 +111,7 @@ def test_published_beside_ours(finished_grid, monkeypatch):
     text = reproduce.side_by_side({**document, "seeds": 2, "changed": ["federation.rounds"]})
     assert "| fedavg | 74.65 | 75.0 ± 12.9 | 75.0 ± 12.9 | +0.35 | 75.0 ± 12.9 |" in text
     assert "ours, mean of the last 5 |" in text
-    assert "seeds 2, rounds 5," in text
+    assert "seeds 2, rounds 5;" in text
     assert "Changed settings: federation.rounds." in text
     assert "seeds; rounds." in text
     assert "Source of the published numbers: a note." in text

@@ -19,8 +19,8 @@ TWO = {
 
 def test_markdown_by_hand(finished_grid):
     text = markdown(compare(*finished_grid(TWO)), "python -m semanticfl_ref compare")
-    assert "| fedavg | 55.0 ± 7.1 | 55.0 ± 7.1 | 13.8 ± 1.8 | 80 B |  |  |" in text, "iid"
-    assert "| +15.0 [+10.0, +20.0] | 2 of 2 |" in text
+    assert "| fedavg | 55.0 ± 7.1 | 55.0 ± 7.1 | 13.8 ± 1.8 | 80 B |  |  |  |  |" in text, "iid"
+    assert "| +15.0 (too few seeds for an interval) |  |  | 2 of 2 |" in text
     assert "| mean of the last 5 |" in text
     assert "**all scenarios**" in text
     assert "in %; seeds: 2, rounds: 5." in text
@@ -28,9 +28,27 @@ def test_markdown_by_hand(finished_grid):
     assert text.endswith("    python -m semanticfl_ref compare")
 
 
+def test_five_seeds_have_intervals(finished_grid):
+    pytest.importorskip("scipy")
+    steps = (0.0, 0.01, 0.02, 0.03, 0.04)
+    accuracies = {
+        "fedavg": {"iid": [[0.5]] * 5},
+        "moon": {"iid": [[0.51 + step] for step in steps]},
+        "fedprox": {"iid": [[0.5 + step] for step in steps]},
+    }
+    text = markdown(compare(*finished_grid(accuracies)))
+    assert "| +3.0 [+1.0, +5.0] | 0.013 | 0.026 | 5 of 5 |" in text
+    assert "| +2.0 [+0.0, +4.0] | 0.047 | 0.047 | 4 of 5 |" in text
+    assert "Best against second best: moon minus fedprox, +1.0" in text
+    assert "too few" not in text
+
+
 def test_one_seed_has_no_deviation(finished_grid):
     text = markdown(compare(*finished_grid({"fedavg": {"iid": [[0.5]]}, "moon": {"iid": [[0.6]]}})))
-    assert "| moon | 60.0 | 60.0 | 15.0 | 16 B | +10.0 | 1 of 1 |" in text
+    assert (
+        "| moon | 60.0 | 60.0 | 15.0 | 16 B | +10.0 (too few seeds for an interval) |  |  | 1 of 1 |"
+        in text
+    )
     assert "in %; seeds: 1, rounds: 1." in text
 
 
