@@ -45,10 +45,8 @@ def test_five_seeds_have_intervals(finished_grid):
 
 def test_one_seed_has_no_deviation(finished_grid):
     text = markdown(compare(*finished_grid({"fedavg": {"iid": [[0.5]]}, "moon": {"iid": [[0.6]]}})))
-    assert (
-        "| moon | 60.0 | 60.0 | 15.0 | 16 B | +10.0 (too few seeds for an interval) |  |  | 1 of 1 |"
-        in text
-    )
+    few = "(too few seeds for an interval)"
+    assert f"| moon | 60.0 | 60.0 | 15.0 | 16 B | +10.0 {few} |  |  | 1 of 1 |" in text
     assert "in %; seeds: 1, rounds: 1." in text
 
 
