@@ -3,7 +3,7 @@
 # embedded default. Finished runs are kept: the same command goes on where it was cut off.
 # Environment: PYTHON, DEVICE (cuda), WORKERS (8 runs at a time), SECONDS_LEFT (530), OUT.
 # Further arguments go to `compare`; a rehearsal on a CPU:
-#   DEVICE=cpu WORKERS=2 OUT=/tmp/evidence bench/gpu_evidence.sh --seeds 1 --rounds 1 --width 2
+#   DEVICE=cpu WORKERS=2 OUT=/tmp/evidence bench/gpu_evidence.sh --seeds 1 --rounds 1 --at 1 --width 2
 cd "$(dirname "$0")/.." || exit 2
 METHODS='fedavg,fedprox[fedprox.mu=0.1],scaffold,moon,fedrcl[fedrcl.contrast=0.3;fedrcl.beta=0.3],feddisco[feddisco.a=0.1],fedcda,feddifrc[feddifrc.lambda_text=0.1],semanticfl'
 # INT: as Ctrl-C, which saves a checkpoint of every run.

@@ -2,7 +2,7 @@
 
 import sys
 
-from semanticfl_ref.cli import main
+from semanticfl_ref.cli import program
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(program())

@@ -6,14 +6,14 @@ Nothing heavy is imported here, so that `--help` is instant.
 import argparse
 import difflib
 import importlib
-import os
 import re
 import runpy
+import signal
 import sys
 from pathlib import Path
 
 from semanticfl_ref import __version__
-from semanticfl_ref.commands.output import say
+from semanticfl_ref.commands.output import replace_streams, say
 from semanticfl_ref.config.registry import IMPORTED
 from semanticfl_ref.config.settings import setting_fields
 from semanticfl_ref.errors import DataError, UserError, unknown
@@ -43,24 +43,40 @@ ELSEWHERE = {
 }
 
 
+def program() -> int:
+    """`main` as a process: its signals and streams are handled too; returns the exit code.
+
+    SIGTERM, which job schedulers send, saves a run as Ctrl-C does, and ends with 143. A second
+    signal is ignored: it would break off the saving.
+    """
+    received = []
+
+    def stop(number: int, frame) -> None:
+        received.append(number)
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves it
+            signal.signal(number, stop)
+    replace_streams()
+    code = main()
+    return 128 + received[0] if received else code
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit code. A user's mistake is one line on stderr."""
     argv = sys.argv[1:] if argv is None else argv
     try:
         arguments = parse(run_imports(argv))
-        code = COMMANDS[arguments.command].run(arguments)
-        sys.stdout.flush()
-        return code
+        return COMMANDS[arguments.command].run(arguments)
     except UserError as error:
         say(f"error: {' '.join(str(error).split())}")
         return error.exit_code
     except KeyboardInterrupt as interrupt:
-        say(str(interrupt) or "interrupted; nothing was saved")
+        say(str(interrupt) or "interrupted")
         return 130
-    except BrokenPipeError:
-        # The reader is gone, as in `... | head`. Python flushes stdout again on exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
 
 
 def run_imports(argv: list[str]) -> list[str]:

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,7 +26,12 @@ REMEDY = "free some disk space"
 
 def cache_folder() -> Path:
     """Where downloads and features are kept: $SEMANTICFL_CACHE, or ~/.cache/semanticfl_ref."""
-    return Path(os.environ.get("SEMANTICFL_CACHE") or Path.home() / ".cache" / "semanticfl_ref")
+    return user_path(os.environ.get("SEMANTICFL_CACHE") or "~/.cache/semanticfl_ref")
+
+
+def user_path(text: str) -> Path:
+    """A path as a user writes it: `~` and variables are replaced."""
+    return Path(os.path.expanduser(os.path.expandvars(text)))
 
 
 class Damaged(Exception):
@@ -41,7 +47,8 @@ def write_atomic(path: Path, content: bytes | str, remedy: str = REMEDY) -> None
     Raises:
         DataError: the file cannot be written (disk full, permission); the old file stays.
     """
-    temporary = path.with_name(path.name + PART)
+    # A name of its own: two processes that write one file do not meet.
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}{PART}")
     with write_errors(path, remedy):
         try:
             write_flushed(temporary, content)
@@ -52,9 +59,15 @@ def write_atomic(path: Path, content: bytes | str, remedy: str = REMEDY) -> None
             raise
 
 
+def remove_parts(folder: Path) -> None:
+    """Delete what killed processes left half-written; no other process may be writing there."""
+    for part in folder.glob(f"*{PART}"):
+        part.unlink(missing_ok=True)
+
+
 def write_flushed(path: Path, content: bytes | str) -> None:
-    """Write a file and flush it to disk; for files in a folder that is renamed into place."""
-    with open(path, "wb") as file:
+    """Write a new file and flush it to disk; a link or file that is there is not followed."""
+    with open(path, "xb") as file:
         file.write(content.encode("utf-8") if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
@@ -74,6 +87,12 @@ def write_errors(path: Path, remedy: str = REMEDY) -> Iterator[None]:
 def canonical_json(document) -> str:
     """JSON with one spelling: equal documents give equal texts."""
     return json.dumps(document, sort_keys=True, ensure_ascii=True)
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sha256_of(document, tensors: "dict[str, torch.Tensor] | None" = None) -> str:

@@ -135,6 +135,7 @@ def test_a_mistake_is_one_line_that_names_it(
 def test_run_folders_that_cannot_be_made(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes").write_text("")  # an empty folder is taken
     assert "--resume run" in refused(capsys, 2, "train", "--out", "run")
     (tmp_path / "file").write_text("")
     assert "not a folder" in refused(capsys, 2, "train", "--out", "file/run")

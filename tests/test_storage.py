@@ -2,6 +2,7 @@
 
 import errno
 import os
+import secrets
 
 import pytest
 import torch
@@ -100,3 +101,27 @@ def test_a_folder_that_forbids_writing_is_named(tmp_path):
 def test_a_reader_that_went_away_is_not_a_full_disk():
     with pytest.raises(BrokenPipeError), storage.write_errors("stdout"):
         raise BrokenPipeError
+
+
+def test_a_link_in_the_place_of_the_temporary_file_is_not_followed(tmp_path, monkeypatch):
+    monkeypatch.setattr(secrets, "token_hex", lambda _: "0")
+    outside, target = tmp_path / "outside", tmp_path / "folder" / "file"
+    outside.write_text("theirs")
+    target.parent.mkdir()
+    (target.parent / f"file.0{storage.PART}").symlink_to(outside)
+    with pytest.raises(DataError):
+        storage.write_atomic(target, "ours")
+    assert outside.read_text() == "theirs"
+    storage.remove_parts(target.parent)
+    storage.write_atomic(target, "ours")
+    assert target.read_text() == "ours"
+    assert [path.name for path in target.parent.iterdir()] == ["file"]
+
+
+def test_paths_as_users_write_them(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("PLACE", "here")
+    assert storage.user_path("~/a/$PLACE") == tmp_path / "a" / "here"
+    assert str(storage.user_path("~nobody-has-this-name/a")) == "~nobody-has-this-name/a"
+    monkeypatch.setenv("SEMANTICFL_CACHE", "~/cache")
+    assert storage.cache_folder() == tmp_path / "cache"

@@ -13,6 +13,7 @@ from semanticfl_ref.commands.settings_flags import (
 )
 from semanticfl_ref.config.registry import METHODS, SCENARIOS
 from semanticfl_ref.errors import UserError
+from semanticfl_ref.storage import user_path
 from semanticfl_ref.tools.compare.grid import Grid, split_entries
 
 HELP = "compare methods in a grid of scenarios and seeds; writes tables and figures"
@@ -79,7 +80,7 @@ def add_grid_flags(parser, out: Path) -> None:
     )
     parser.add_argument(
         "--out",
-        type=Path,
+        type=user_path,
         default=out,
         metavar="FOLDER",
         help="folder of runs, tables and figures; finished runs are reused (default: %(default)s)",

@@ -1,17 +1,16 @@
 """`export`: the trained model of a run as a file."""
 
-from pathlib import Path
-
 from semanticfl_ref.commands.output import say, show
+from semanticfl_ref.storage import user_path
 
 HELP = "write the trained model of a run to a file that other programs can load"
 
 
 def add_flags(parser, argv: list[str]) -> None:
-    parser.add_argument("run_folder", type=Path, metavar="RUN", help="run folder")
+    parser.add_argument("run_folder", type=user_path, metavar="RUN", help="run folder")
     parser.add_argument(
         "--out",
-        type=Path,
+        type=user_path,
         required=True,
         metavar="FILE",
         help="file to write: model.safetensors (named tensors) or model.pt2 (torch.export program)",

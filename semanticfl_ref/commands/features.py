@@ -1,7 +1,5 @@
 """`features`: the feature caches that training uses, and a probe of the model's layers."""
 
-from pathlib import Path
-
 from semanticfl_ref.commands.output import say, show
 from semanticfl_ref.commands.settings_flags import (
     add_settings,
@@ -10,6 +8,7 @@ from semanticfl_ref.commands.settings_flags import (
     settings_of,
 )
 from semanticfl_ref.errors import UserError
+from semanticfl_ref.storage import user_path
 from semanticfl_ref.tools.report.drawing import need_matplotlib, save_figure
 
 HELP = (
@@ -52,7 +51,7 @@ def add_flags(parser, argv: list[str]) -> None:
     )
     parser.add_argument(
         "--figure",
-        type=Path,
+        type=user_path,
         metavar="FILE",
         help="probe: PNG or SVG file for a figure of the table; needs matplotlib",
     )

@@ -1,9 +1,8 @@
 """`partition show`: which client holds what; drawn or saved on request."""
 
-from pathlib import Path
-
 from semanticfl_ref.commands.output import say, show
 from semanticfl_ref.commands.settings_flags import add_settings, settings_of
+from semanticfl_ref.storage import user_path
 from semanticfl_ref.tools.report.drawing import need_matplotlib, save_figure
 
 HELP = "show: how training images are partitioned across clients"
@@ -14,13 +13,13 @@ def add_flags(parser, argv: list[str]) -> None:
     add_settings(parser, argv)
     parser.add_argument(
         "--figure",
-        type=Path,
+        type=user_path,
         metavar="FILE",
         help="PNG or SVG file for a figure of the classes per client; needs matplotlib",
     )
     parser.add_argument(
         "--save",
-        type=Path,
+        type=user_path,
         metavar="FILE",
         help="JSON file for each client's image indices, for --set partition.file=FILE",
     )
@@ -36,6 +35,8 @@ def run(arguments) -> int:
     from semanticfl_ref.tools.report.figures import partition_figure
 
     dataset, _ = load_images(config, offline=arguments.offline)
+    for note in dataset.notes:
+        say(f"note: {note}")
     partition = partition_images(config, dataset)
     manifest = partition.manifest()
     if arguments.save:

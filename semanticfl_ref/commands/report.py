@@ -1,20 +1,19 @@
 """`report`: run folders as pages."""
 
-from pathlib import Path
-
 from semanticfl_ref.commands.output import say, show
 from semanticfl_ref.errors import UserError
+from semanticfl_ref.storage import user_path
 
 HELP = "write RUN/report.html for each run; with --out, also a page that compares them"
 
 
 def add_flags(parser, argv: list[str]) -> None:
     parser.add_argument(
-        "runs", nargs="+", type=Path, metavar="RUN", help="run folder, finished or not"
+        "runs", nargs="+", type=user_path, metavar="RUN", help="run folder, finished or not"
     )
     parser.add_argument(
         "--out",
-        type=Path,
+        type=user_path,
         metavar="FILE.html",
         help="page to write that compares the runs, two or more (default: none)",
     )

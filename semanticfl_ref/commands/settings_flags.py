@@ -2,13 +2,13 @@
 
 import argparse
 from collections.abc import Collection, Mapping
-from pathlib import Path
 
 from semanticfl_ref.config.command_line import FLAGS
 from semanticfl_ref.config.resolve import parse_assignment, read_toml, resolve
 from semanticfl_ref.config.schema import choices_of
 from semanticfl_ref.config.settings import Config, setting_fields, to_flat
 from semanticfl_ref.errors import UserError
+from semanticfl_ref.storage import user_path
 
 METAVARS = {
     int: "N",
@@ -56,7 +56,10 @@ def add_settings(
 
 def _add_sources(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--config", type=Path, metavar="FILE", help="TOML file with settings; flags override it"
+        "--config",
+        type=user_path,
+        metavar="FILE",
+        help="TOML file with settings; flags override it",
     )
     parser.add_argument(
         "--set",

@@ -1,11 +1,11 @@
 """`trace`: one round, statement by statement; or the map from equations to functions and tests."""
 
 import sys
-from pathlib import Path
 
 from semanticfl_ref.commands.output import say, show
 from semanticfl_ref.commands.settings_flags import add_settings, positive, settings_of
 from semanticfl_ref.errors import UserError
+from semanticfl_ref.storage import user_path
 
 HELP = (
     "show one round statement by statement, with its equations and values; or, with --map, which "
@@ -47,7 +47,7 @@ def add_flags(parser, argv: list[str]) -> None:
     parser.add_argument("--step", action="store_true", help="one step at a time, after Enter")
     parser.add_argument(
         "--html",
-        type=Path,
+        type=user_path,
         metavar="FILE",
         help="page with code, equations, values and pictures",
     )

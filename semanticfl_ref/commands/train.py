@@ -1,7 +1,5 @@
 """`train`: train from end to end, or continue a run."""
 
-from pathlib import Path
-
 from semanticfl_ref.commands.output import say, show
 from semanticfl_ref.commands.settings_flags import add_settings, settings_of
 from semanticfl_ref.config.command_line import shell_command, to_flags
@@ -11,6 +9,7 @@ from semanticfl_ref.errors import MismatchError, UserError
 from semanticfl_ref.formatting import format_bytes
 from semanticfl_ref.run.folder import RunFolder, default_folder, refuse_existing
 from semanticfl_ref.run.summary import LAST
+from semanticfl_ref.storage import user_path
 
 HELP = "train, by default on the embedded digit scenes; writes a run folder"
 SUMMARY = """\
@@ -39,15 +38,16 @@ def add_flags(parser, argv: list[str]) -> None:
     add_settings(parser, argv)
     parser.add_argument(
         "--out",
-        type=Path,
+        type=user_path,
         metavar="RUN",
         help="run folder to make (default: runs/<dataset>-<method>-seed<seed>-<time>)",
     )
     parser.add_argument(
         "--resume",
-        type=Path,
+        type=user_path,
         metavar="RUN",
-        help="run folder to continue from its last checkpoint, bitwise",
+        help="run folder to continue from its last checkpoint, bitwise; with --rounds also beyond "
+        "its last round",
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="print sizes, steps and bytes; write nothing"
@@ -76,8 +76,10 @@ def _resume(arguments) -> int:
     if arguments.out or arguments.dry_run:
         raise UserError("--resume continues in its own folder: leave out --out and --dry-run")
     folder = RunFolder(arguments.resume)
-    config = _resumed_config(arguments, folder.config())
-    if folder.finished:
+    saved = folder.config()
+    config = _resumed_config(arguments, saved)
+    if folder.finished and config.federation.rounds == saved.federation.rounds:
+        folder.verify()
         say(f"the run {folder.path} is finished; nothing is left to do")
         # Where it is now, since it may have been moved.
         return show({**folder.summary(), "folder": str(folder.path)}, arguments.json, summary_table)
@@ -89,7 +91,7 @@ def _resume(arguments) -> int:
 
 
 def _resumed_config(arguments, saved: Config) -> Config:
-    """The run's own configuration; flags beside --resume may only change where things are."""
+    """The run's own configuration; flags beside --resume may only change what is no identity."""
     there = to_flat(saved)
     config = settings_of(arguments, preset=there)
     differing = [

@@ -18,7 +18,7 @@ class SemanticFLSettings(Section):
         1.0, "weight of the consistency with the visual anchors", low=0.0, source="S"
     )
     lambda_con: float = option(
-        0.01, "weight of the contrast with the text anchors", low=0.0, source="S"
+        0.02, "weight of the contrast with the text anchors", low=0.0, source="O; S: 0.01"
     )
     tau: float = option(0.05, "temperature of the contrast", low=0.005, high=10.0, source="S")
     consistency: str = option(
@@ -35,7 +35,10 @@ class SemanticFLSettings(Section):
         source="O",
     )
     kd_squared: bool = option(
-        True, "multiply the KL divergence by the square of its temperature", source="O"
+        False,
+        "multiply the KL divergence by the square of its temperature, which takes the effect of a "
+        "low temperature away again",
+        source="O",
     )
     visual_head: bool = option(
         True,
@@ -66,9 +69,17 @@ class ScaffoldSettings(Section):
     )
     steps: str = option(
         "effective",
-        "K in the update of the control variates: made (number of SGD steps) or effective "
-        "(corrected for momentum)",
+        "K in the update of the control variates with scaffold.place = gradient: effective (steps "
+        "of plain SGD that move as far) or made (literally the number of steps; with momentum, "
+        "control variates are too large and the run may diverge)",
         choices=("effective", "made"),
+        source="O",
+    )
+    place: str = option(
+        "gradient",
+        "where the correction is added: to the gradient, inside momentum, as published for plain "
+        "SGD; or to the step, after momentum, where K is the number of steps made",
+        choices=("gradient", "step"),
         source="O",
     )
 
@@ -165,6 +176,12 @@ class FedCDASettings(Section):
         "clients that are not sampled in a round: averaged with their last selected model "
         "(remembered), or left out",
         choices=("remembered", "left-out"),
+        source="Wang et al. 2024",
+    )
+    weights: str = option(
+        "even",
+        "weights of the selected models: even, or their clients' numbers of images",
+        choices=("even", "images"),
         source="Wang et al. 2024",
     )
 

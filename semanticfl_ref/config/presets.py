@@ -42,4 +42,14 @@ register_dataset(
     "semanticfl_ref.data.tinyimagenet:read",
     {"federation.weight_decay": 1e-4},
 )
-register_dataset("image_folder", "semanticfl_ref.data.image_folder:read", {"data.image_size": 32})
+register_dataset(
+    "image_folder",
+    "semanticfl_ref.data.image_folder:read",
+    # The weights that the embedded data sets' validation images chose.
+    {
+        "data.image_size": 32,
+        "semanticfl.consistency": "cosine",
+        "semanticfl.lambda_kd": 20.0,
+        "semanticfl.lambda_con": 0.1,
+    },
+)

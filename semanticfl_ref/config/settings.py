@@ -29,6 +29,7 @@ NOT_IDENTITY = frozenset(
         "partition.file",
         "diffusion.source",
         "anchors.images",
+        "federation.rounds",
         "run.checkpoint_every",
         "run.replicas",
     }
@@ -235,7 +236,7 @@ class ModelSettings(Section):
 @dataclass(frozen=True, kw_only=True)
 class FederationSettings(Section):
     method: str = option("semanticfl", "federated method", choices=METHODS)
-    rounds: int = option(100, "number of communication rounds", low=1, source="O")
+    rounds: int = option(50, "number of communication rounds", low=1, source="N")
     clients_per_round: int = option(5, "clients sampled per round", low=1, source="N")
     local_epochs: int = option(10, "local epochs per round", low=1, source="N")
     batch_size: int = option(64, "batch size", low=1, source="S")

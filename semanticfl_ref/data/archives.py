@@ -71,7 +71,7 @@ def decode_image(content: bytes, where: str, size: int) -> np.ndarray:
         uint8 [size, size, 3].
 
     Raises:
-        DataError: not an image, damaged, too large, or of more than 8 bits per channel.
+        DataError: not an image, damaged, too large, or of 32 bits per channel.
     """
     try:
         with Image.open(io.BytesIO(content), formats=IMAGE_FORMATS) as image:
@@ -80,9 +80,7 @@ def decode_image(content: bytes, where: str, size: int) -> np.ndarray:
                     f"{where} has {image.width} x {image.height} pixels, more than "
                     f"{IMAGE_PIXELS >> 20} Mi: scale it down"
                 )
-            if image.mode.startswith(("I", "F")):
-                raise DataError(f"{where} has more than 8 bits per channel: convert it to 8")
-            image = ImageOps.exif_transpose(image).convert("RGB")
+            image = _to_rgb(ImageOps.exif_transpose(image), where)
     except DataError:
         raise
     except Exception as error:  # Pillow's decoders raise many kinds on damaged bytes
@@ -90,6 +88,22 @@ def decode_image(content: bytes, where: str, size: int) -> np.ndarray:
             f"{where} is not a readable image ({error}): replace or remove it"
         ) from None
     return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC))
+
+
+def _to_rgb(image: Image.Image, where: str) -> Image.Image:
+    """Transparency is laid on white, and 16 bits of grey are scaled to 8.
+
+    Raises:
+        DataError: 32 bits per channel, whose range is not known.
+    """
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image).astype(np.uint16) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise DataError(f"{where} has 32 bits per channel: convert it to 8 or 16")
+    if image.has_transparency_data:
+        ground = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(ground, image.convert("RGBA"))
+    return image.convert("RGB")
 
 
 def _folder_members(path: Path, wanted: Callable[[str], bool]) -> Members:

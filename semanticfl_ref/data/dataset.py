@@ -46,19 +46,23 @@ class ReadOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """What a reader returns. Without `validation`, it is a share of the training images."""
+    """What a reader returns. Without `validation`, it is a share of the training images.
+
+    `notes` are lines about what was read, for the user.
+    """
 
     class_names: tuple[str, ...]
     train: Labelled
     test: Labelled
     validation: Labelled | None = None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Dataset:
     """Three parts, each images uint8 [N, H, W, 3] and labels int64 [N]; validation may be empty.
 
-    `sha256` covers class names, images and labels.
+    `sha256` covers class names, images and labels. `notes` are lines about what was read.
     """
 
     name: str
@@ -70,6 +74,7 @@ class Dataset:
     test_images: torch.Tensor
     test_labels: torch.Tensor
     sha256: str
+    notes: tuple[str, ...] = ()
 
     @property
     def image_size(self) -> int:
@@ -113,7 +118,13 @@ def load_dataset(settings: DataSettings, *, seed: int = 0, offline: bool = False
         tensors[f"{name}_images"] = resized(part.images, settings.image_size)
         tensors[f"{name}_labels"] = part.labels
     sha256 = content_sha256(parts.class_names, tensors)
-    return Dataset(name=settings.name, class_names=parts.class_names, sha256=sha256, **tensors)
+    return Dataset(
+        name=settings.name,
+        class_names=parts.class_names,
+        sha256=sha256,
+        notes=parts.notes,
+        **tensors,
+    )
 
 
 def hold_out(part: Labelled, share: float, source: torch.Generator) -> tuple[Labelled, Labelled]:

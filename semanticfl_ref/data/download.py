@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from semanticfl_ref.data.dataset import ReadOptions
 from semanticfl_ref.errors import DataError, DownloadError, UserError
-from semanticfl_ref.storage import PART, cache_folder
+from semanticfl_ref.storage import PART, cache_folder, file_sha256, user_path
 
 TIMEOUT_SECONDS = 30.0  # without a byte
 ATTEMPTS = 8  # per mirror; each resumes the one before
@@ -102,7 +102,7 @@ def locate(options: ReadOptions) -> Path:
     if settings.sha256 and not re.fullmatch(r"[0-9a-fA-F]{64}", settings.sha256):
         raise UserError(f"data.sha256 = {settings.sha256!r}: expected 64 hexadecimal digits")
     if settings.dir:
-        return _local(archive, Path(settings.dir), settings.sha256.lower())
+        return _local(archive, user_path(settings.dir), settings.sha256.lower())
     if settings.sha256:
         raise UserError(
             "--data-sha256 accepts a local file: name its folder with --data-dir (a download must "
@@ -153,12 +153,6 @@ def download(name: str, archive: Archive, path: Path) -> Path:
         f"cannot download {archive.filename} ({'; '.join(reasons)}): put the file into a folder "
         f"and name it with --data-dir, or set {variable} to another address"
     )
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def folder_sha256(folder: Path) -> str:

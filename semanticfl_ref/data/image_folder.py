@@ -1,5 +1,9 @@
-"""A folder of class folders of images, with or without train/ and test/."""
+"""A folder of class folders of images, with or without a folder for each part."""
 
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -9,70 +13,171 @@ from semanticfl_ref.data.archives import decode_image
 from semanticfl_ref.data.dataset import Labelled, Parts, ReadOptions, hold_out, readable
 from semanticfl_ref.errors import DataError, UserError
 from semanticfl_ref.randomness import generator
+from semanticfl_ref.storage import user_path
 
 SIDE = 32  # pixels per side, without data.image_size
-TEST_SHARE = 0.2  # of each class, without a test/ folder
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
+TEST_SHARE = 0.2  # of each class, without a test part
+SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif"}
+SUFFIXES |= {".tiff", ".webp"}
+# Word in a folder's name -> the part that it holds.
+PART_OF = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+BESIDE = {"", "set", "data", "images", "seg"}  # words that may stand beside it: seg_train, test set
+# What systems and programs leave in folders.
+LITTER = {"__MACOSX", "@eaDir", "__pycache__", "lost+found", "$RECYCLE.BIN"}
+SHARED = 0.1  # share of the test images that also train, from which on a reader is told
 
 
 def read(options: ReadOptions) -> Parts:
     """The images of data.dir, in the order of the class folders' names, then of their paths.
 
-    It holds train/ and test/ with the same class folders; or only class folders, of which a share
-    chosen by the seed becomes the test part.
+    It holds folders of parts (train, test, validation, in usual spellings), each with the same
+    class folders; or only class folders. Without a test part the validation part serves as one, or
+    else a share of each class that the seed chooses.
+
+    Raises:
+        UserError: an option that does not fit.
+        DataError: a folder that can be understood in several ways, or in none; an image that
+            cannot be read; a class whose images are all alike.
     """
     settings = options.settings
     if not settings.dir or settings.sha256:
         raise UserError(
             "--dataset image_folder needs --data-dir FOLDER (and takes no --data-sha256)"
         )
-    folder, size = Path(settings.dir), settings.image_size or SIDE
+    folder, size = user_path(settings.dir), settings.image_size or SIDE
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder: correct --data-dir")
-    train_folder, test_folder = folder / "train", folder / "test"
-    if train_folder.is_dir() != test_folder.is_dir():
-        raise DataError(
-            f"{folder} has only one of train/ and test/: give both, or only class folders"
-        )
-    if train_folder.is_dir():
-        names, train = _class_folders(train_folder, size)
-        test_names, test = _class_folders(test_folder, size)
-        if names != test_names:
-            differing = ", ".join(sorted(set(names) ^ set(test_names))[:5])
+    places, passed, notes = part_folders(folder), Counter(), []
+    found = {part: _class_folders(place, size, passed) for part, place in places.items()}
+    names = found["train"][0]
+    for part, (others, _) in found.items():
+        if others != names:
+            differing = ", ".join(sorted(set(names) ^ set(others))[:5])
             raise DataError(
-                f"{folder}: train/ and test/ have different class folders ({differing}): give both "
-                f"the same"
+                f"{places['train']} and {places[part]} have different class folders "
+                f"({differing}): give both the same"
             )
-    else:
-        names, images = _class_folders(folder, size)
-        train, test = hold_out(images, TEST_SHARE, generator(options.seed, "folder-test"))
-        if len(test.labels) == 0:
+    parts = {part: images for part, (_, images) in found.items()}
+    if "test" not in parts and "validation" in parts:
+        parts["test"] = parts.pop("validation")
+        notes.append(f"{places['validation']} is the test part, since there is no other")
+    elif "test" not in parts:
+        source = generator(options.seed, "folder-test")
+        parts["train"], parts["test"] = hold_out(parts["train"], TEST_SHARE, source)
+        if len(parts["test"].labels) == 0:
             raise DataError(
                 f"{folder} has too few images to set {TEST_SHARE:.0%} of each class aside for the "
                 f"test: add some, or give train/ and test/"
             )
-    return Parts(class_names=names, train=train, test=test)
+    if "validation" in parts and settings.validation_share:
+        raise UserError(
+            f"data.validation_share: {places['validation']} is the validation part: leave it out"
+        )
+    if passed:
+        listed = ", ".join(f"{count} {kind}" for kind, count in passed.most_common(5))
+        notes.append(f"passed over in {folder}: {listed}")
+    shared = _shared(parts["train"], parts["test"])
+    if shared > SHARED * len(parts["test"].labels):
+        notes.append(f"{shared} of {len(parts['test'].labels)} test images are training images too")
+    return Parts(class_names=names, notes=tuple(notes), **parts)
 
 
-def _class_folders(folder: Path, size: int) -> tuple[tuple[str, ...], Labelled]:
-    """The names of the class folders, sorted, and the images below them."""
+def part_folders(folder: Path) -> dict[str, Path]:
+    """Part ("train", "validation", "test") -> its folder; {"train": folder} for class folders.
+
+    Raises:
+        DataError: folders of parts beside other folders, two of one part, or none to train on.
+    """
+    parts, others = {}, []
+    for path in _visible_folders(folder):
+        words = re.split("[^a-z]+", path.name.lower())
+        known = [PART_OF[word] for word in words if word in PART_OF]
+        if len(known) != 1 or not BESIDE.issuperset(set(words) - set(PART_OF)):
+            others.append(path)
+        elif known[0] in parts:
+            raise DataError(
+                f"{folder}: {parts[known[0]].name} and {path.name} both look like the {known[0]} "
+                f"part: rename or remove one"
+            )
+        else:
+            parts[known[0]] = path
+    if not parts or (len(parts) == 1 and others):  # a class may be called train
+        return {"train": folder}
+    if others:
+        raise DataError(
+            f"{folder} holds parts ({', '.join(p.name for p in parts.values())}) and other folders "
+            f"({', '.join(p.name for p in others[:5])}): move the others elsewhere"
+        )
+    if "train" not in parts:
+        raise DataError(f"{folder} holds no train/ beside {next(iter(parts.values())).name}")
+    return dict(sorted(parts.items(), key=lambda item: item[0] != "train"))  # it is read first
+
+
+def _class_folders(
+    folder: Path, size: int, passed: Counter[str]
+) -> tuple[tuple[str, ...], Labelled]:
+    """The names of the class folders, sorted, and the images below them; counts other files."""
     images, labels = [], []
+    classes = _visible_folders(folder)
+    if len(classes) < 2:
+        raise DataError(f"{folder} holds {len(classes)} class folders: at least 2 are needed")
+    names = tuple(readable(path.name) for path in classes)
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise DataError(f"{folder}: two class folders are called {twice[0]!r}: rename one")
     try:
-        visible = [path for path in folder.iterdir() if not path.name.startswith(".")]
-        classes = sorted(path for path in visible if path.is_dir())
-        if len(classes) < 2:
-            raise DataError(f"{folder} holds {len(classes)} class folders: at least 2 are needed")
         for label, class_folder in enumerate(classes):
-            files = sorted(file for file in class_folder.rglob("[!.]*") if _is_image(file))
+            files = sorted(_files(class_folder, passed))
             if not files:
                 raise DataError(f"class folder {class_folder} holds no image: fill or remove it")
-            images += [decode_image(file.read_bytes(), str(file), size) for file in files]
-            labels += [label] * len(files)
+            own = [decode_image(file.read_bytes(), str(file), size) for file in files]
+            if len(own) > 1 and all((image == own[0]).all() for image in own):
+                raise DataError(
+                    f"the {len(own)} images of class folder {class_folder} are all alike, as read: "
+                    f"open one and correct or remove them"
+                )
+            images += own
+            labels += [label] * len(own)
     except OSError as error:
         raise DataError(f"cannot read {error.filename or folder}: {error.strerror}") from None
-    names = tuple(readable(path.name) for path in classes)
     return names, Labelled(torch.from_numpy(np.stack(images)), torch.tensor(labels))
 
 
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES and path.is_file()
+def _visible_folders(folder: Path) -> list[Path]:
+    try:
+        inside = sorted(folder.iterdir())
+        return [path for path in inside if _is_visible(path.name) and path.is_dir()]
+    except OSError as error:
+        raise DataError(f"cannot read {error.filename or folder}: {error.strerror}") from None
+
+
+def _files(folder: Path, passed: Counter[str]) -> Iterator[Path]:
+    """The image files below a folder, through links too; other files are counted by suffix."""
+    seen = set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        identity = os.path.realpath(place)
+        if identity in seen:  # a link to a folder above
+            folders.clear()
+            continue
+        seen.add(identity)
+        folders[:] = filter(_is_visible, folders)
+        for name in filter(_is_visible, files):
+            path = Path(place, name)
+            if path.suffix.lower() in SUFFIXES and path.is_file():
+                yield path
+            else:
+                passed[path.suffix.lower() or "without suffix"] += 1
+
+
+def _is_visible(name: str) -> bool:
+    return not name.startswith(".") and name not in LITTER
+
+
+def _shared(train: Labelled, test: Labelled) -> int:
+    """How many test images are training images too, pixel by pixel."""
+    known = {image.numpy().tobytes() for image in train.images}
+    return sum(image.numpy().tobytes() in known for image in test.images)

@@ -8,7 +8,6 @@ Letters: M clients in all, C classes, N images.
 import hashlib
 import json
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
@@ -18,6 +17,7 @@ from semanticfl_ref.data.partition_file import read_assignment
 from semanticfl_ref.data.scenarios import Assignment, long_tail
 from semanticfl_ref.errors import DataError, UserError
 from semanticfl_ref.randomness import generator
+from semanticfl_ref.storage import user_path
 
 MINIMUM_IMAGES = 2  # per client: BatchNorm has no variance over one
 CORRUPTIONS = ("grey", "blur", "noise", "colour cast", "low resolution")
@@ -118,7 +118,9 @@ def make_partition(
     kept = long_tail(labels, classes, settings.imbalance, generator(seed, "long-tail"))
     client_N = torch.full_like(labels, -1)  # unused
     if settings.file:
-        listed_N = read_assignment(Path(settings.file), len(labels), settings.clients, data_sha256)
+        listed_N = read_assignment(
+            user_path(settings.file), len(labels), settings.clients, data_sha256
+        )
         client_N[kept] = listed_N[kept]
     else:
         assignment = Assignment(

@@ -49,6 +49,8 @@ def read_assignment(file: Path, images: int, clients: int, data_sha256: str) -> 
     name = f"partition.file = {file}"
     document = _read_json(file)
     about = document if isinstance(document, dict) else {"indices": document}
+    if "indices" not in about and about.keys() == {str(k) for k in range(len(about))}:
+        about = {"indices": [about[str(k)] for k in range(len(about))]}  # client -> indices
     lists = about.get("indices")
     if not isinstance(lists, list) or not all(map(_is_index_list, lists)):
         raise DataError(
@@ -84,7 +86,7 @@ def read_assignment(file: Path, images: int, clients: int, data_sha256: str) -> 
 
 def _read_json(file: Path) -> object:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return json.loads(file.read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise DataError(f"cannot read partition.file = {file}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:

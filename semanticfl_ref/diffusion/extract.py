@@ -30,6 +30,7 @@ from semanticfl_ref.storage import (
     Damaged,
     canonical_json,
     load_tensors,
+    remove_parts,
     save_tensors,
     sha256_of,
     write_atomic,
@@ -71,6 +72,7 @@ def build_cache(plan: CachePlan, say: Say, *, rebuild: bool = False) -> None:
         except BlockingIOError:
             say(f"waiting for another process that builds the feature cache {plan.path}")
             fcntl.flock(lock, fcntl.LOCK_EX)
+        remove_parts(plan.path)
         if rebuild:
             # The manifest first: the files that it names are deleted next.
             with write_errors(plan.path, REMEDY):

@@ -15,9 +15,8 @@ import time
 from pathlib import Path
 
 from semanticfl_ref.config.settings import STABLE_DIFFUSION
-from semanticfl_ref.data.download import file_sha256
 from semanticfl_ref.errors import DataError, DownloadError, UserError
-from semanticfl_ref.storage import canonical_json, write_atomic
+from semanticfl_ref.storage import canonical_json, file_sha256, user_path, write_atomic
 
 TINY = Path(__file__).with_name("tiny")  # the embedded model
 TINY_SHA256 = "62441059f6707891f6abad66557971af63ae7279a96bfa18429c82240716ca08"
@@ -69,7 +68,7 @@ def locate(source: str | Path = "tiny", *, offline: bool = False) -> Path:
         )
     if name == "tiny" and not TINY.is_dir():
         raise DataError(f"the embedded diffusion model is not at {TINY}: reinstall the package")
-    folder = TINY if name == "tiny" else Path(source).expanduser()
+    folder = TINY if name == "tiny" else user_path(name)
     if folder.is_dir():
         list_files(folder)
         return folder

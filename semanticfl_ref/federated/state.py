@@ -31,6 +31,7 @@ class FederatedState:
             model.batch_norm = average.
         method_state: tensors of the method and of the server optimizer by name; on the CPU, mostly
             [M, P] and [P]. Empty for FedAvg.
+        seal: digest of the lines of metrics so far, see `RunFolder.append`.
     """
 
     round: int
@@ -38,6 +39,7 @@ class FederatedState:
     anchors_sent: torch.Tensor
     batch_norm: torch.Tensor
     method_state: dict[str, torch.Tensor]
+    seal: str = ""
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -86,7 +88,23 @@ def save_checkpoint(path: Path, state: FederatedState, identity: dict) -> None:
     Raises:
         DataError: the file cannot be written.
     """
-    save_tensors(path, state.tensors, {"round": state.round, "identity": identity}, REMEDY)
+    about = {"round": state.round, "identity": identity, "seal": state.seal}
+    save_tensors(path, state.tensors, about, REMEDY)
+
+
+def require_identity(path: Path, theirs: dict, ours: dict) -> None:
+    """Check that a file belongs to this run.
+
+    Raises:
+        MismatchError: it does not; the differences are listed.
+    """
+    differing = [
+        f"{name}: {theirs.get(name)!r} there, {ours.get(name)!r} here"
+        for name in sorted({*theirs, *ours})
+        if theirs.get(name) != ours.get(name)
+    ]
+    if differing:
+        raise MismatchError(f"{path} belongs to another run: {'; '.join(differing[:8])}")
 
 
 def load_checkpoint(path: Path, identity: dict) -> FederatedState:
@@ -98,18 +116,11 @@ def load_checkpoint(path: Path, identity: dict) -> FederatedState:
     try:
         tensors, about, _ = load_tensors(path)
         general = {name: tensors.pop(name) for name in GENERAL}
-        round, theirs = about["round"], about["identity"]
+        round, theirs, seal = about["round"], about["identity"], about["seal"]
     except (Damaged, KeyError):
         raise MismatchError(
             f"the checkpoint {path} is damaged: delete it to restart the run"
         ) from None
-    differing = [
-        f"{name}: {theirs.get(name)!r} there, {identity.get(name)!r} here"
-        for name in sorted({*theirs, *identity})
-        if theirs.get(name) != identity.get(name)
-    ]
-    if differing:
-        listed = "; ".join(differing[:8])
-        raise MismatchError(f"the checkpoint {path} belongs to another run: {listed}")
+    require_identity(path, theirs, identity)
     method_state = {name.removeprefix(METHOD_STATE): tensors[name] for name in sorted(tensors)}
-    return FederatedState(round=round, method_state=method_state, **general)
+    return FederatedState(round=round, method_state=method_state, seal=seal, **general)

@@ -3,20 +3,31 @@
 No torch in here: the command line looks into run folders before it loads torch.
 """
 
+import hashlib
 import json
 import os
 import re
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import reduce
 from pathlib import Path
 
 from semanticfl_ref.config.resolve import read_toml, resolve, to_toml
 from semanticfl_ref.config.settings import Config
 from semanticfl_ref.errors import DataError, MismatchError, UserError
-from semanticfl_ref.storage import write_atomic, write_errors, write_flushed
+from semanticfl_ref.storage import (
+    file_sha256,
+    remove_parts,
+    write_atomic,
+    write_errors,
+    write_flushed,
+)
 
 METRICS, TIMINGS = "metrics.jsonl", "timings.jsonl"
+# What a finished run is judged by; the other files only inform.
+RESULTS = ("config.toml", "identity.json", "partition.json", "anchors.json", METRICS)
 REMEDY = "free some disk space or choose another --out"
 
 
@@ -30,9 +41,10 @@ def refuse_existing(folder: Path) -> None:
     """Check before any work is done that `folder` can be made.
 
     Raises:
-        UserError: it exists, or nothing can be written there.
+        UserError: it exists and is not empty, or nothing can be written there.
     """
-    if os.path.lexists(folder):
+    is_empty = folder.is_dir() and not folder.is_symlink() and not os.listdir(folder)
+    if os.path.lexists(folder) and not is_empty:
         raise UserError(
             f"{folder} exists and is never overwritten: continue it with --resume {folder}, or "
             f"choose another --out"
@@ -114,35 +126,74 @@ class RunFolder:
                 f"{named}: {problem}; if a file registers it, add --import FILE"
             ) from None
 
-    def append(self, line: dict, seconds: float) -> None:
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other processes from writing into the folder; ends with the process at the latest.
+
+        Raises:
+            UserError: another process writes into it.
+        """
+        import fcntl
+
+        # The folder itself is locked: it is never replaced, as its files are.
+        descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            remove_parts(self.path)
+            yield
+        except BlockingIOError:
+            raise UserError(
+                f"another process trains in {self.path}: wait for its end, or choose another --out"
+            ) from None
+        finally:
+            os.close(descriptor)
+
+    def reopen(self, config: Config) -> None:
+        """Give a run another number of rounds; it is not finished until it has them.
+
+        Raises:
+            UserError: the run has more rounds already.
+        """
+        done, asked = len(self.rounds()), config.federation.rounds
+        if asked < done:
+            raise UserError(f"{self.path} has {done} rounds already: --rounds {asked} is fewer")
+        (self.path / "summary.json").unlink(missing_ok=True)
+        write_atomic(self.path / "config.toml", to_toml(config), REMEDY)
+
+    def append(self, line: dict, seconds: float, seal: str = "") -> str:
         """Append a round's line of metrics and its time, flushed to disk.
+
+        Returns:
+            The seal of all lines of metrics, which continues that of the lines before.
 
         Raises:
             DataError: a file cannot be written; what was there stays.
         """
         timing = {"round": line["round"], "seconds": round(seconds, 4)}
-        for name, document in ((METRICS, line), (TIMINGS, timing)):
+        texts = {
+            name: json.dumps(document, allow_nan=False) + "\n"
+            for name, document in ((METRICS, line), (TIMINGS, timing))
+        }
+        for name, text in texts.items():
             path = self.path / name
             with write_errors(path, REMEDY), open(path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(document, allow_nan=False) + "\n")
+                file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
+        return _sealed(seal, texts[METRICS].encode())
 
-    def truncate(self, rounds: int) -> None:
+    def truncate(self, rounds: int, seal: str) -> None:
         """Keep the first `rounds` lines: what follows the checkpoint is run again.
 
         Raises:
-            MismatchError: a file has fewer lines than the checkpoint has rounds, or other rounds.
+            MismatchError: a file has fewer lines than the checkpoint has rounds, or lines of
+                metrics that the seal of the checkpoint does not know.
         """
         for name in (METRICS, TIMINGS):
             path = self.path / name
             lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
             kept = lines[:rounds]
-            try:
-                numbers = [json.loads(line)["round"] for line in kept]
-            except (ValueError, KeyError, TypeError):
-                numbers = None
-            if numbers != list(range(1, rounds + 1)):
+            if len(kept) < rounds or (name == METRICS and reduce(_sealed, kept, "") != seal):
                 raise MismatchError(
                     f"{path} does not hold rounds 1 to {rounds} of its checkpoint: it was changed; "
                     f"start again with another --out"
@@ -178,8 +229,22 @@ class RunFolder:
         return self._read(name, json.loads)
 
     def finish(self, summary: dict) -> None:
-        """Write summary.json: its presence means that the run is finished."""
-        write_atomic(self.path / "summary.json", _json(summary), REMEDY)
+        """Write summary.json: its presence means that the run is finished; it seals the results."""
+        files = {name: self.path / name for name in RESULTS}
+        sealed = {name: file_sha256(path) for name, path in files.items() if path.is_file()}
+        write_atomic(self.path / "summary.json", _json({**summary, "sealed": sealed}), REMEDY)
+
+    def verify(self) -> None:
+        """Check that the results of a finished run are what its end left.
+
+        Raises:
+            MismatchError: names the file that was changed or is missing.
+            DataError: the summary is damaged.
+        """
+        for name, sha256 in self.summary().get("sealed", {}).items():
+            path = self.path / name
+            if not path.is_file() or file_sha256(path) != sha256:
+                raise MismatchError(f"{path} was changed after the run: restore it, or train again")
 
     def _read(self, name: str, parse: Callable[[str], object]):
         try:
@@ -187,6 +252,11 @@ class RunFolder:
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise DataError(f"cannot read {self.path / name}: {reason}") from None
+
+
+def _sealed(seal: str, line: bytes) -> str:
+    """The seal of one more line."""
+    return hashlib.sha256(seal.encode() + line).hexdigest()
 
 
 def _lines(text: str) -> list[dict]:

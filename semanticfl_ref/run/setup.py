@@ -5,7 +5,6 @@ Letters: N images, C classes.
 
 import hashlib
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
@@ -25,7 +24,7 @@ from semanticfl_ref.federated.context import RunContext
 from semanticfl_ref.federated.flat import ORDER
 from semanticfl_ref.formatting import Say
 from semanticfl_ref.randomness import generator
-from semanticfl_ref.storage import cache_folder, sha256_of
+from semanticfl_ref.storage import cache_folder, sha256_of, user_path
 
 # Prefixes of the settings that features depend on. The partition counts: features are those of the
 # images that clients train on, as clients hold them.
@@ -244,7 +243,7 @@ def provenance_of(context: RunContext) -> dict:
 
 def _image_folder(config: Config, dataset: Dataset) -> Dataset:
     """The training part of class folders, with the size and the class numbers of `dataset`."""
-    path = Path(config.anchors.images)
+    path = user_path(config.anchors.images)
     if not path.is_dir():
         raise DataError(
             f"anchors.images = {path}: there is no such folder; expected train, heldout:N, or a "

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -18,6 +19,7 @@ from semanticfl_ref.federated.state import (
     FederatedState,
     initial_state,
     load_checkpoint,
+    require_identity,
     save_checkpoint,
 )
 from semanticfl_ref.formatting import Say
@@ -34,6 +36,7 @@ from semanticfl_ref.run.setup import (
 from semanticfl_ref.run.summary import summarise
 
 OnRound = Callable[[dict], None]
+IDENTITY = "identity.json"
 
 
 def train(
@@ -75,9 +78,11 @@ def train(
             "image_size": dataset.image_size,
         },
         "anchors.json": provenance_of(context),
+        IDENTITY: identity_of(context),
     }
     folder = RunFolder.create(out, config, documents)
-    return _finish(context, folder, initial_state(context), on_round, say)
+    with folder.held():
+        return _finish(context, folder, initial_state(context), on_round, say)
 
 
 def resume(
@@ -91,7 +96,7 @@ def resume(
     """Continue a run from its last checkpoint; on the same machine the result is bitwise the same.
 
     Args:
-        config: the run's configuration.
+        config: the run's configuration, perhaps with more rounds: then a finished run goes on too.
         path: the run's folder.
         on_round, offline, say: as in `train`.
 
@@ -100,17 +105,21 @@ def resume(
         KeyboardInterrupt: after a checkpoint was saved.
     """
     context, folder = _prepare(config, None, None, offline, say), RunFolder(path)
-    state = initial_state(context)
-    if folder.checkpoint.exists():
-        state = load_checkpoint(folder.checkpoint, identity_of(context)).to(context.device)
-    now = environment_of(context)
-    changed = changes(folder.read("environment.json"), now)
-    if changed:
-        say(f"note: {', '.join(changed)} changed; resumed results may differ in the last bits")
-    folder.truncate(state.round)
-    folder.add_environment(now, state.round)
-    say(f"resuming from round {state.round} in {path}")
-    return _finish(context, folder, state, on_round, say)
+    with folder.held():
+        state, identity = initial_state(context), identity_of(context)
+        require_identity(folder.path / IDENTITY, folder.read(IDENTITY), identity)
+        if folder.checkpoint.exists():
+            state = load_checkpoint(folder.checkpoint, identity).to(context.device)
+        now = environment_of(context)
+        changed = changes(folder.read("environment.json"), now)
+        if changed:
+            say(f"note: {', '.join(changed)} changed; resumed results may differ in the last bits")
+        if config.federation.rounds != folder.config().federation.rounds:
+            folder.reopen(config)
+        folder.truncate(state.round, state.seal)
+        folder.add_environment(now, state.round)
+        say(f"resuming from round {state.round} in {path}")
+        return _finish(context, folder, state, on_round, say)
 
 
 def _prepare(
@@ -120,6 +129,8 @@ def _prepare(
     set_threads(config)
     data = data or load_data(config, offline=offline)
     partition = data.partition
+    for note in data.dataset.notes:
+        say(f"note: {note}")
     say(
         f"{len(data.dataset.train_labels)} training images, {len(partition.sizes)} clients with "
         f"{min(partition.sizes)} to {max(partition.sizes)} each, skew {partition.skew:.2f}"
@@ -162,8 +173,8 @@ def _run_rounds(
             while state.round < rounds:
                 started = time.perf_counter()
                 following, line = run_round(state, context)
-                folder.append(line, time.perf_counter() - started)
-                state = following
+                seal = folder.append(line, time.perf_counter() - started, state.seal)
+                state = replace(following, seal=seal)
                 if state.round % config.run.checkpoint_every == 0 or state.round == rounds:
                     save_checkpoint(folder.checkpoint, state, identity)
                 numbers = f"accuracy={line['test_accuracy']:.1%}, loss={line['loss']:.3f}"

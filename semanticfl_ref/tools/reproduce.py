@@ -19,6 +19,7 @@ class Published:
 
     Attributes:
         title: what it is of.
+        source: where its numbers are from.
         config: file name of its configuration.
         scenarios: entries of a grid; the accuracy is the mean over them.
         accuracy: method -> published accuracy, in per cent.
@@ -26,6 +27,7 @@ class Published:
     """
 
     title: str
+    source: str
     config: str
     scenarios: list[str]
     accuracy: dict[str, float]

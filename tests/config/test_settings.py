@@ -82,7 +82,8 @@ def test_the_paper_setting():
     assert federation.local_epochs == 10
     sgd = (federation.learning_rate, federation.momentum, federation.weight_decay)
     assert sgd == (0.01, 0.9, 1e-5)
-    assert (method.lambda_kd, method.lambda_con, method.tau) == (1.0, 0.01, 0.05)
+    assert (method.lambda_kd, method.lambda_con, method.tau) == (1.0, 0.02, 0.05)
+    assert federation.rounds == 50
     assert config.diffusion.timestep == 150
     assert config.diffusion.prompt == "a photo of a {}"
     assert config.diffusion.source == STABLE_DIFFUSION
@@ -152,3 +153,9 @@ def test_held_out_images(images, count):
 def test_held_out_images_refused(images):
     with pytest.raises(UserError, match="heldout:20"):
         resolve({"anchors.images": images})
+
+
+def test_a_byte_order_mark_is_no_setting(tmp_path):
+    file = tmp_path / "c.toml"
+    file.write_text('[data]\nname = "digits"\n', encoding="utf-8-sig")
+    assert resolve(file=file).data.name == "digits"

@@ -177,6 +177,35 @@ def png(image: Image.Image) -> bytes:
     return stream.getvalue()
 
 
+def saved(image: Image.Image, kind: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "P"])
+def test_transparency_is_white(mode):
+    """Black ink on a transparent ground stays ink, whatever is below the transparency."""
+    image = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    image.paste((0, 0, 0, 255), (0, 0, 4, 8))
+    options = {}
+    if mode == "P":
+        image, options = Image.new("P", (8, 8), 1), {"transparency": 1}
+        image.putpalette([0, 0, 0, 90, 90, 90])
+        image.paste(0, (0, 0, 4, 8))
+    elif mode != "RGBA":
+        image = image.convert(mode)
+    content = saved(image, "TIFF" if mode == "PA" else "PNG", **options)
+    pixels = archives.decode_image(content, "it", 8)
+    assert (pixels[:, :4] == 0).all() and (pixels[:, 4:] == 255).all()
+
+
+def test_sixteen_bits_of_grey_are_scaled():
+    levels = np.array([[0, 255, 256, 65_535]], dtype=np.uint16).repeat(4, 0)
+    pixels = archives.decode_image(saved(Image.fromarray(levels), "PNG"), "it", 4)
+    assert pixels[0, :, 0].tolist() == [0, 0, 1, 255]
+
+
 WIDE = png(Image.fromarray(np.tile(np.arange(40, dtype=np.uint8)[None, :, None], (20, 1, 3))))
 
 
@@ -195,7 +224,7 @@ def test_images():
         (WIDE[:60], "readable"),
         (b"", "readable"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n", "readable"),
-        (png(Image.new("I;16", (4, 4))), "8 bits"),
+        (saved(Image.new("F", (4, 4)), "TIFF"), "32 bits"),
     ],
 )
 def test_images_that_are_refused(content, words):

@@ -4,7 +4,7 @@ import pytest
 from loading import load
 from PIL import Image
 
-from semanticfl_ref.errors import DataError
+from semanticfl_ref.errors import DataError, UserError
 
 
 def class_folders(folder, counts=(10, 5), size=(12, 9)):
@@ -59,9 +59,15 @@ def test_folders_that_are_refused(tmp_path):
 
     fails("is not a folder", tmp_path / "none")
     fails("0 class folders")
+    class_folders(tmp_path / "Testing", (2, 2, 2))
+    fails("holds no train/ beside Testing")
+    (tmp_path / "Testing").rename(tmp_path / "test")
     class_folders(tmp_path / "train", (2, 2))
-    fails("only one of train/ and test/")
-    class_folders(tmp_path / "test", (2, 2, 2))
+    (tmp_path / "docs").mkdir()
+    fails(r"holds parts \(test, train\) and other folders \(docs\)")
+    (tmp_path / "docs").rename(tmp_path / "training")
+    fails("train and training both look like the train part")
+    (tmp_path / "training").rmdir()
     fails(r"different class folders \(kind 2\)")
     (tmp_path / "test" / "kind_2" / "0.png").unlink()
     (tmp_path / "test" / "kind_2" / "1.png").unlink()
@@ -70,3 +76,64 @@ def test_folders_that_are_refused(tmp_path):
     fails("kind_1/0.png is not a readable image")
     class_folders(tmp_path / "few", (1, 1))
     fails("too few images", tmp_path / "few")
+    class_folders(tmp_path / "twice", (2, 2))
+    (tmp_path / "twice" / "kind_1").rename(tmp_path / "twice" / "kind 0")
+    fails("two class folders are called 'kind 0'", tmp_path / "twice")
+    class_folders(tmp_path / "alike", (2, 3))
+    for i in range(3):
+        Image.new("RGB", (9, 9)).save(tmp_path / "alike" / "kind_1" / f"{i}.png")
+    fails("the 3 images of class folder .*kind_1 are all alike", tmp_path / "alike")
+
+
+@pytest.mark.parametrize("style", ["{}", "{}_set", "seg_{}"])
+@pytest.mark.parametrize("names", [("Train", "Test"), ("training", "testing")])
+def test_parts_in_usual_spellings(tmp_path, names, style):
+    for name, counts in zip(names, ((4, 3), (2, 2)), strict=True):
+        class_folders(tmp_path / style.format(name), counts)
+    d = load("image_folder", dir=tmp_path)
+    assert (len(d.train_labels), len(d.test_labels)) == (7, 4)
+    assert d.class_names == ("kind 0", "kind 1")
+
+
+def test_a_validation_folder(tmp_path):
+    """It is the validation part; or the test part, where there is none."""
+    class_folders(tmp_path / "train", (4, 3))
+    class_folders(tmp_path / "val", (2, 2))
+    d = load("image_folder", dir=tmp_path)
+    assert (len(d.validation_labels), len(d.test_labels)) == (0, 4)
+    assert d.notes[0] == f"{tmp_path / 'val'} is the test part, since there is no other"
+    class_folders(tmp_path / "test", (1, 2))
+    d = load("image_folder", dir=tmp_path)
+    assert (len(d.validation_labels), len(d.test_labels)) == (4, 3)
+    with pytest.raises(UserError, match="is the validation part: leave it out"):
+        load("image_folder", dir=tmp_path, validation_share=0.1)
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    class_folders(tmp_path, (10, 10))
+    (tmp_path / "kind_1").rename(tmp_path / "train")
+    assert load("image_folder", dir=tmp_path).class_names == ("kind 0", "train")
+
+
+def test_links_are_followed_and_other_files_are_counted(tmp_path):
+    class_folders(tmp_path / "d", (10, 10))
+    class_folders(tmp_path / "more", (5, 5))
+    (tmp_path / "d" / "kind_0" / "linked").symlink_to(tmp_path / "more" / "kind_0")
+    (tmp_path / "d" / "kind_0" / "up").symlink_to(tmp_path / "d" / "kind_0")
+    Image.new("RGB", (9, 9), (0, 99, 0)).save(tmp_path / "d" / "kind_1" / "x.jfif", "JPEG")
+    for name in ("a.txt", "b.txt", "c.xcf", "README"):
+        (tmp_path / "d" / "kind_1" / name).write_text("")
+    for litter in ("__MACOSX", "@eaDir", ".ipynb_checkpoints"):
+        (tmp_path / "d" / litter).mkdir()
+    d = load("image_folder", dir=tmp_path / "d")
+    assert len(d.train_labels) + len(d.test_labels) == 10 + 5 + 11
+    note = f"passed over in {tmp_path / 'd'}: 2 .txt, 1 .xcf, 1 without suffix"
+    assert sorted(d.notes[0].split(": ")[1].split(", ")) == sorted(note.split(": ")[1].split(", "))
+
+
+def test_test_images_that_train_are_told(tmp_path):
+    class_folders(tmp_path / "train", (4, 4))
+    class_folders(tmp_path / "test", (2, 2))
+    assert load("image_folder", dir=tmp_path).notes == (
+        "4 of 4 test images are training images too",
+    )

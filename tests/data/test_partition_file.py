@@ -7,7 +7,7 @@ import pytest
 import splitting
 import torch
 
-from semanticfl_ref.data.partition_file import save_partition
+from semanticfl_ref.data.partition_file import read_assignment, save_partition
 from semanticfl_ref.errors import DataError, MismatchError
 
 LABELS = torch.arange(40) % 4
@@ -98,3 +98,13 @@ def test_a_file_that_does_not_exist(tmp_path):
         split(file=tmp_path / "absent.json")
     with pytest.raises(DataError, match="choose another --save"):
         save_partition(split(), DATASET, tmp_path / "absent" / "p.json")
+
+
+def test_files_of_other_tools(tmp_path):
+    """A map from client to indices, and a byte-order mark."""
+    lists = [[0, 3], [1], [2, 4]]
+    (tmp_path / "map.json").write_text(json.dumps({str(k): own for k, own in enumerate(lists)}))
+    (tmp_path / "bom.json").write_text(json.dumps(lists), encoding="utf-8-sig")
+    for name in ("map.json", "bom.json"):
+        clients = read_assignment(tmp_path / name, 5, 3, "")
+        assert clients.tolist() == [0, 1, 2, 0, 2]

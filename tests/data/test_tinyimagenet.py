@@ -7,8 +7,8 @@ import pytest
 from loading import load
 from PIL import Image
 
-from semanticfl_ref.data import download
 from semanticfl_ref.errors import DataError
+from semanticfl_ref.storage import file_sha256
 
 SYNSETS = [f"n{c:08d}" for c in range(200)]
 
@@ -43,7 +43,7 @@ def tiny_zip(path, per_class: int = 50, drop: str = "") -> str:
         for name, text in lists.items():
             if name != drop:
                 archive.writestr(f"{root}/{name}", text)
-    return download.file_sha256(path)
+    return file_sha256(path)
 
 
 def test_tinyimagenet(tmp_path):

@@ -12,37 +12,15 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from processes import start_cli
+from run_folders import assert_same_results, lines_in, read_json, start_or_resume
 
 from semanticfl_ref import cli
 from semanticfl_ref.run import train as train_module
 
-RESULTS = ("checkpoint.safetensors", "metrics.jsonl")
-
-
-def assert_same_results(one: Path, other: Path) -> None:
-    for name in RESULTS:
-        assert (one / name).read_bytes() == (other / name).read_bytes(), f"{name} differs"
-    parts = [p.name for p in other.iterdir() if p.suffix in (".tmp", ".part")]
-    assert not parts, f"half-written files are left: {parts}"
-
-
-def start_or_resume(run: Path, job: list[str]) -> list[str]:
-    """Arguments that start the run, or resume it once its folder is there."""
-    return ["train", "--resume", str(run)] if run.exists() else ["train", *job, "--out", str(run)]
-
-
-def lines_in(run: Path) -> int:
-    metrics = run / "metrics.jsonl"
-    return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
-
-
-def read_json(path: Path) -> dict:
-    return json.loads(path.read_text())
-
 
 def test_the_run_folder(unbroken_run):
     expected = {
-        *("config.toml", "environment.json", "partition.json", "anchors.json"),
+        *("config.toml", "environment.json", "identity.json", "partition.json", "anchors.json"),
         *("metrics.jsonl", "timings.jsonl", "checkpoint.safetensors", "summary.json"),
     }
     assert {p.name for p in unbroken_run.iterdir()} == expected
@@ -199,7 +177,8 @@ def test_disk_full_while_saving(tmp_path, job, unbroken_run, monkeypatch, capsys
     run, real, saves = tmp_path / "run", os.fsync, []
 
     def full(handle):
-        if os.readlink(f"/proc/self/fd/{handle}").endswith("checkpoint.safetensors.part"):
+        name = Path(os.readlink(f"/proc/self/fd/{handle}")).name
+        if name.startswith("checkpoint.safetensors.") and name.endswith(".part"):
             saves.append(handle)
             if len(saves) == 2:
                 raise OSError(errno.ENOSPC, "No space left on device")
@@ -235,6 +214,21 @@ def test_a_finished_run_is_left_alone(unbroken_run, capsys):
     assert before == {p.name: p.read_bytes() for p in unbroken_run.iterdir()}
 
 
+def test_a_finished_run_is_extended(tmp_path, job, unbroken_run, capsys):
+    """To the bits of a run that had as many rounds from the start."""
+    run = tmp_path / "run"
+    assert cli.main([*start_or_resume(run, job), "--rounds", "2"]) == 0
+    assert cli.main(["train", "--resume", str(run), "--rounds", "4"]) == 0
+    assert_same_results(unbroken_run, run)
+    assert (run / "config.toml").read_text() == (unbroken_run / "config.toml").read_text()
+    assert read_json(run / "summary.json")["rounds"] == 4
+    capsys.readouterr()
+    before = {p.name: p.read_bytes() for p in run.iterdir()}
+    assert cli.main(["train", "--resume", str(run), "--rounds", "3"]) == 2
+    assert "has 4 rounds already: --rounds 3 is fewer" in capsys.readouterr().err
+    assert before == {p.name: p.read_bytes() for p in run.iterdir()}
+
+
 def test_a_finished_run_that_was_moved_is_shown_where_it_is(unbroken_run, tmp_path, capsys):
     moved = tmp_path / "moved"
     shutil.copytree(unbroken_run, moved)
@@ -263,15 +257,6 @@ def test_the_mean_of_the_last_rounds_says_how_many(unbroken_run, capsys):
     out = capsys.readouterr().out
     assert "mean of the last 4 " in out
     assert "last 5" not in out
-
-
-@pytest.fixture
-def unfinished(tmp_path, unbroken_run):
-    """A copy of the unbroken run without its summary: as if killed just before its end."""
-    run = tmp_path / "run"
-    shutil.copytree(unbroken_run, run)
-    (run / "summary.json").unlink()
-    return run
 
 
 def test_the_summary_of_a_run_that_was_killed_just_before_it(unfinished, unbroken_run):

@@ -154,6 +154,7 @@ def test_what_cannot_be_exported(trained, tmp_path):
 def test_a_run_of_an_earlier_version(trained, tmp_path):
     copy = tmp_path / "run"
     shutil.copytree(trained[0].path, copy)
+    (copy / "summary.json").unlink()  # it seals the others
     partition = json.loads((copy / "partition.json").read_text())
     del partition["image_size"]
     (copy / "partition.json").write_text(json.dumps(partition))
@@ -165,6 +166,7 @@ def test_a_model_of_another_checkpoint_is_refused(trained, tmp_path):
     folder, _, _ = trained
     copy = tmp_path / "run"
     shutil.copytree(folder.path, copy)
+    (copy / "summary.json").unlink()  # it seals the others
     text = (copy / "config.toml").read_text()
     (copy / "config.toml").write_text(text.replace("width = 2", "width = 3"))
     with pytest.raises(MismatchError, match="another model"):

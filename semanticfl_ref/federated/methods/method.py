@@ -143,6 +143,8 @@ class Method:
             copy of the state after a local update, in place.
         local_terms: (batch) -> terms that are added to the client's cross-entropy.
         correction: (update) -> a vector [P] that is added to every gradient, or None.
+        corrects_step: (config) -> whether it is added after momentum instead, to the direction of
+            every step.
         weights: (sampled) -> aggregation weights [K], not normalised.
         select_models: (context, the round's copy of the state, clients that returned, round) ->
             models to average instead of the round's own, in ascending client number; or None.
@@ -163,6 +165,7 @@ class Method:
     )
     local_terms: Callable[[LocalBatch], Terms] = lambda batch: {}
     correction: Callable[[LocalUpdate], torch.Tensor | None] = lambda update: None
+    corrects_step: Callable[[Config], bool] = lambda config: False
     weights: Callable[[SampledClients], torch.Tensor] = by_sample_count
     select_models: Callable[
         ["RunContext", MethodState, list[int], int], list[SelectedModel] | None

@@ -62,7 +62,9 @@ class Result:
         scenario, method: entries of the grid; POOLED for all scenarios.
         rounds: number of rounds after which this is the result.
         averaged: number of last rounds that `mean_of_last` averages.
-        last, mean_of_last, worst_client: a value per seed; over all scenarios, its mean over them.
+        last, mean_of_last, best, worst_client: a value per seed; over all scenarios, its mean over
+            them. `best` is of the round that was best on the reported part: no estimate, and shown
+            only where published numbers may be of that kind.
         bytes_sent: both ways, mean over the runs.
         gain: differences to the baseline; None for the baseline.
     """
@@ -73,6 +75,7 @@ class Result:
     averaged: int
     last: list[float]
     mean_of_last: list[float]
+    best: list[float]
     worst_client: list[float]
     bytes_sent: int
     gain: Gain | None = None
@@ -169,6 +172,7 @@ def result_of(
         averaged=min(LAST, rounds),
         last=means(lambda rounds: 100 * rounds[-1][key]),
         mean_of_last=means(lambda rounds: 100 * fmean(line[key] for line in rounds[-LAST:])),
+        best=means(lambda rounds: 100 * max(line[key] for line in rounds)),
         worst_client=means(lambda rounds: 100 * min(rounds[-1]["client_accuracy"])),
         bytes_sent=round(fmean(sent)),
     )

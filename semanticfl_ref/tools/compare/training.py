@@ -67,7 +67,7 @@ def is_finished(run: Run) -> bool:
     """Whether a run has been trained to its end.
 
     Raises:
-        MismatchError: its folder was made with other settings.
+        MismatchError: its folder was made with other settings, or a finished run was changed.
     """
     if not run.folder.exists():
         return False
@@ -83,6 +83,8 @@ def is_finished(run: Run) -> bool:
             f"{run.folder} was made with other settings: {'; '.join(differing[:4])}. Choose "
             f"another --out, or delete it"
         )
+    if folder.finished:
+        folder.verify()
     return folder.finished
 
 

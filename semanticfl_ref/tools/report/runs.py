@@ -74,10 +74,13 @@ def read_run(path: Path) -> Run:
 
     Raises:
         DataError: it is not a run folder, or a file of it is damaged.
+        MismatchError: a file of a finished run was changed.
         UserError: no round is finished yet, or the method was not imported.
     """
     folder = RunFolder(path)
     config, rows, seconds = folder.config("report"), folder.rounds(), folder.seconds()
+    if folder.finished:
+        folder.verify()
     numbers = [row["round"] for row in rows if isinstance(row, dict) and row.keys() >= RECORDED]
     if numbers != list(range(1, len(rows) + 1)):
         raise DataError(

@@ -38,7 +38,10 @@ def test_every_published_result_makes_its_configurations(name, tmp_path):
         assert config.diffusion.timestep == 150
         assert config.diffusion.source == STABLE_DIFFUSION
         assert config.data.name in result.config
-        assert config.federation.clients_per_round == 5
+        assert config.methods["semanticfl"].lambda_con == 0.01  # as published
+        sampled = 6 if config.partition.scenario == "nid2" else 5
+        assert config.federation.clients_per_round == sampled
+        assert config.federation.rounds == 50
 
 
 def test_the_list(capsys):
@@ -86,7 +89,7 @@ def test_what_the_result_is_of_cannot_be_changed(flags, words, capsys, monkeypat
 
 def test_an_unknown_result(capsys):
     assert cli.main(["reproduce", "cifar10-nid3"]) == 2
-    assert "did you mean 'cifar10-nid1'" in capsys.readouterr().err
+    assert "did you mean 'cifar10-nid" in capsys.readouterr().err
 
 
 def test_published_beside_ours(finished_grid, monkeypatch):
@@ -97,6 +100,7 @@ def test_published_beside_ours(finished_grid, monkeypatch):
     monkeypatch.setattr(experiment, "run_grid", lambda grid, _: compare(runs, grid))
     published = reproduce.Published(
         title="T",
+        source="a note",
         config="cifar10-nid1.toml",
         scenarios=["iid", "nid2"],
         accuracy={"fedavg": 74.65},
@@ -105,10 +109,10 @@ def test_published_beside_ours(finished_grid, monkeypatch):
     document = reproduce.reproduce(published, grid, print)
     assert document["ours"]["fedavg"]["last"] == pytest.approx([70, 80])
     text = reproduce.side_by_side({**document, "seeds": 2, "changed": ["federation.rounds"]})
-    assert "| fedavg | 74.65 | 75.0 ± 7.1 | 75.0 ± 7.1 | +0.35 |" in text
+    assert "| fedavg | 74.65 | 75.0 ± 7.1 | 75.0 ± 7.1 | +0.35 | 75.0 ± 7.1 |" in text
     assert "ours, mean of the last 5 |" in text
-    assert "± is the sample standard deviation over seeds" in text
-    assert "seeds 2, rounds 5," in text
+    assert "seeds 2, rounds 5; ± is the sample standard deviation over seeds" in text
     assert "Changed settings: federation.rounds." in text
     assert "seeds; rounds." in text
+    assert "Source of the published numbers: a note." in text
     json.dumps({**document, **asdict(published)})

@@ -225,6 +225,7 @@ def result(values: list[float], method: str = "fedavg") -> Result:
         averaged=1,
         last=values,
         mean_of_last=values,
+        best=values,
         worst_client=values,
         bytes_sent=0,
     )

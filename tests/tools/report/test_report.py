@@ -1,6 +1,7 @@
 """`report`: pages that stand alone, of finished, interrupted and hostile run folders."""
 
 import json
+import secrets
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
@@ -309,10 +310,11 @@ def test_without_matplotlib_the_tables_come(folder, capsys, undrawn):
     assert f"{rows_of(folder)[1]['test_accuracy']:.1%}" in page.text
 
 
-def test_a_report_that_cannot_be_written_leaves_the_old_one(folder, capsys, undrawn):
+def test_a_report_that_cannot_be_written_leaves_the_old_one(folder, capsys, undrawn, monkeypatch):
     reported(folder)
     before = (folder / "report.html").read_bytes()
-    (folder / "report.html.part").mkdir()
+    monkeypatch.setattr(secrets, "token_hex", lambda _: "0")
+    (folder / "report.html.0.part").mkdir()
     write_rows(folder, rows_of(folder)[:2])
     capsys.readouterr()
     assert "report.html" in refused(capsys, 3, str(folder))
