@@ -1,7 +1,7 @@
 """From what a user wrote to a `Config`, and back to TOML.
 
-Later sources override earlier ones: a field's default, the preset of the data set, that of the
-embedded diffusion model, that of the method, a TOML file, flags, `--set section.field=value`.
+Later sources override earlier ones: a field's default, the preset of the method, that of the data
+set, that of the embedded diffusion model, a TOML file, flags, `--set section.field=value`.
 """
 
 import tomllib
@@ -45,7 +45,7 @@ def resolve(
 
     dataset = preset(DATASETS, "data.name")
     tiny = TINY_MODEL if given.get("diffusion.source") == "tiny" else {}
-    return from_flat({**dataset, **tiny, **preset(METHODS, "federation.method"), **given})
+    return from_flat({**preset(METHODS, "federation.method"), **dataset, **tiny, **given})
 
 
 def parse_assignment(text: str) -> tuple[str, str]:

@@ -190,7 +190,7 @@ def test_the_noise_level_is_the_timestep(backbone, images, monkeypatch):
     monkeypatch.setattr(backbone.vae, "encode", encode_and_keep)
     prompts = backbone.null_prompt.expand(12, -1, -1)
     for timestep, low, high in ((0, 0.999, 1), (150, 0.7, 0.9), (999, 0, 0.01)):
-        backbone.pass_once(images, prompts, PassOptions(timestep=timestep, seed=OPTIONS["seed"]))
+        backbone.pass_once(images, [prompts], PassOptions(timestep=timestep, seed=OPTIONS["seed"]))
         clean = distributions[-1].latent_dist.mean * 0.7
         noise = noise_of(images, clean.shape[1:], f"noise/{timestep}")
         signal = backbone.scheduler.alphas_cumprod[timestep]
@@ -225,6 +225,19 @@ def test_own_prompts_reach_the_unet_in_their_order(backbone, text_encoder, image
         own, other = labels == label, labels != label
         torch.testing.assert_close(mixed[own], single[own], rtol=1e-5, atol=1e-5)
         assert not torch.allclose(mixed[other], single[other], rtol=1e-4, atol=1e-4)
+
+
+def test_every_caption_of_every_image(backbone, text_encoder, images, monkeypatch):
+    """Equals a pass of all images under each caption, with a single pass through the VAE."""
+    hidden = text_encoder.encode(captions("a photo of a {}", ["one", "two", "three"]))[0]
+    each = [backbone.features(images, prompt_embedding=h, **OPTIONS) for h in hidden]
+    encoded, encode = [], backbone.vae.encode
+    monkeypatch.setattr(backbone.vae, "encode", lambda x: encoded.append(x) or encode(x))
+    found = backbone.features(images, prompt_embedding=hidden, every_caption=True, **OPTIONS)
+    assert len(encoded) == 1
+    for layer, values in found.items():
+        assert torch.equal(values, torch.stack([one[layer] for one in each], 1))
+    assert not torch.allclose(found["up.0"][:, 0], found["up.0"][:, 1], rtol=1e-4, atol=1e-4)
 
 
 def test_noise_follows_content_seed_and_timestep(backbone, images):
