@@ -227,19 +227,6 @@ def test_own_prompts_reach_the_unet_in_their_order(backbone, text_encoder, image
         assert not torch.allclose(mixed[other], single[other], rtol=1e-4, atol=1e-4)
 
 
-def test_every_caption_of_every_image(backbone, text_encoder, images, monkeypatch):
-    """Equals a pass of all images under each caption, with a single pass through the VAE."""
-    hidden = text_encoder.encode(captions("a photo of a {}", ["one", "two", "three"]))[0]
-    each = [backbone.features(images, prompt_embedding=h, **OPTIONS) for h in hidden]
-    encoded, encode = [], backbone.vae.encode
-    monkeypatch.setattr(backbone.vae, "encode", lambda x: encoded.append(x) or encode(x))
-    found = backbone.features(images, prompt_embedding=hidden, every_caption=True, **OPTIONS)
-    assert len(encoded) == 1
-    for layer, values in found.items():
-        assert torch.equal(values, torch.stack([one[layer] for one in each], 1))
-    assert not torch.allclose(found["up.0"][:, 0], found["up.0"][:, 1], rtol=1e-4, atol=1e-4)
-
-
 def test_noise_follows_content_seed_and_timestep(backbone, images):
     base = backbone.features(images[:2], **OPTIONS)["mid"]
     assert not torch.equal(base, backbone.features(images[:2], timestep=150, seed=4)["mid"])

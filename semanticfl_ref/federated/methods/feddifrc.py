@@ -5,15 +5,15 @@ diffusion features of every class.
            + lambda_text InfoNCE(feature, text-driven keys; own class, tau)
 
 Source: Wang, Li, Chen, Yan, Shi, Shen: FedDifRC: Unlocking the Potential of Text-to-Image Diffusion
-Models in Heterogeneous Federated Learning. ICCV 2025, arXiv 2507.06482, and its public code, of
-which we have notes but not the full text: unit vectors in both terms, all weights 1, tau = 0.04,
-t = 300 in the paper's figure (999 in the code). The consistency is an L2 loss in the paper and the
-KL divergence of softmaxes without temperature in the code. Text-driven keys are the same image's
-U-Net features under every class's prompt; the own class's is the positive.
+Models in Heterogeneous Federated Learning. ICCV 2025, arXiv 2507.06482, as notes on it give it, and
+its public code: unit vectors in both terms, all weights 1, tau = 0.04, t = 300 in the paper's
+figure (999 in the code). The consistency is an L2 loss in the paper and the KL divergence of
+softmaxes without temperature in the code. Text-driven keys are the same image's U-Net features
+under every class's prompt; the own class's is the positive.
 
 Choice: the L2 loss is the squared distance of unit vectors, summed over entries; a mean over 512
 entries would make it negligible. feddifrc.keys = class-mean has one key per class instead, the mean
-over some images under their own class's prompt: C times fewer passes and more. Anchors and keys are
+over some images under their own class's prompt, which needs far fewer passes. Anchors and keys are
 averaged over positions before the PCA; the code has the PCA at every position and the L2 norm over
 positions after it, whose entries are not negative.
 
