@@ -194,11 +194,24 @@ class FedDifRCSettings(Section):
     lambda_text: float = option(
         1.0, "weight of the contrast with text-driven features", low=0.0, source="N"
     )
+    keys: str = option(
+        "per-image",
+        "text-driven keys: per-image (the image's U-Net features under every class's caption, one "
+        "pass each), class-mean (a key per class, from anchors.text_images images of it)",
+        choices=("per-image", "class-mean"),
+        source="N",
+    )
     tau: float = option(0.04, "temperature tau of the contrast", low=0.005, high=10.0, source="N")
+    consistency: str = option(
+        "l2",
+        "form of the consistency between unit vectors: l2 (squared distance, as in the paper), kl "
+        "(KL between softmaxes, as in the public code)",
+        choices=("l2", "kl"),
+        source="N",
+    )
     temperature: float = option(
         1.0,
-        "temperature of the consistency's softmaxes; 1, as in the public code, gives a negligible "
-        "gradient",
+        "temperature of kl's softmaxes; 1, as in the public code, gives a negligible gradient",
         above=0.0,
         source="N",
     )
@@ -217,5 +230,5 @@ register_method(
     "feddifrc",
     f"{PACKAGE}.feddifrc:FEDDIFRC",
     FedDifRCSettings,
-    preset={"anchors.text": "unet"},
+    preset={"anchors.text": "unet", "diffusion.timestep": 300},
 )

@@ -85,14 +85,13 @@ def local_step(
     replica.optimizer.zero_grad()
     loss.backward()
     after_momentum = update.context.method.corrects_step(update.config)
-    # Heads that no term uses have no gradient.
-    corrections = [(w, c) for w, c in replica.corrections if w.grad is not None]
-    if not after_momentum:
-        for parameter, correction in corrections:
+    for parameter, correction in replica.corrections:
+        # Heads that no term uses have no gradient.
+        if parameter.grad is not None and not after_momentum:
             parameter.grad.add_(correction)
     replica.optimizer.step()
     if after_momentum:
-        for parameter, correction in corrections:
+        for parameter, correction in replica.corrections:
             parameter.data.add_(correction, alpha=-update.config.federation.learning_rate)
     replica.loss += loss.detach()
     replica.epoch_loss += loss.detach()

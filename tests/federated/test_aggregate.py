@@ -46,7 +46,7 @@ def test_a_client_that_is_not_finite_does_not_turn_trimming_off():
 
 @pytest.mark.parametrize("nan", [False, True])
 def test_trimming_in_a_round_with_a_client_that_is_not_finite(small_context, tamper, nan):
-    """The client that returns a million everywhere is trimmed, also when another is dropped."""
+    """The client that returns a million everywhere is trimmed, also if another is dropped."""
 
     def attack(update, replica, report):
         value = {0: 1e6, 1: float("nan") if nan else None}.get(update.client)
