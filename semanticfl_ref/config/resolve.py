@@ -75,7 +75,7 @@ def read_toml(file: Path) -> dict[str, object]:
         UserError: a value outside of any section.
     """
     try:
-        tables = tomllib.loads(Path(file).read_text(encoding="utf-8"))
+        tables = tomllib.loads(Path(file).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise DataError(f"cannot read the configuration {file}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
