@@ -8,6 +8,7 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
+from interval_coverage import result
 
 from semanticfl_ref.tools.compare.statistics import (
     Gain,
@@ -187,7 +188,7 @@ def test_two_methods_have_their_difference_in_the_table(finished_grid):
 def test_holm_counts_the_methods_of_a_table():
     pytest.importorskip("scipy")
     values = [1.0, 2.0, 3.0, 4.0, 5.0]
-    table = [result([0.0] * 5), result(values, "moon"), result(values[::-1], "fedprox")]
+    table = [result([0.0] * 5, "fedavg"), result(values, "moon"), result(values[::-1], "fedprox")]
     reference, moon, fedprox = with_gains(table, "fedavg")
     assert reference.gain is None
     assert moon.gain.p_adjusted == pytest.approx(2 * moon.gain.p)
@@ -215,17 +216,3 @@ def rounds_of(accuracies: list[list[float]]) -> list[list[list[dict]]]:
     """Per seed and scenario an accuracy -> per seed and scenario a run of one round."""
     line = {"client_accuracy": [0.0], "bytes_down": 0, "bytes_up": 0}
     return [[[{**line, "accuracy": value}] for value in runs] for runs in accuracies]
-
-
-def result(values: list[float], method: str = "fedavg") -> Result:
-    return Result(
-        scenario="iid",
-        method=method,
-        rounds=1,
-        averaged=1,
-        last=values,
-        mean_of_last=values,
-        best=values,
-        worst_client=values,
-        bytes_sent=0,
-    )
