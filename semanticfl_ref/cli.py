@@ -5,7 +5,6 @@ Nothing heavy is imported here, so that `--help` is instant.
 
 import argparse
 import difflib
-import importlib
 import re
 import runpy
 import signal
@@ -13,25 +12,34 @@ import sys
 from pathlib import Path
 
 from semanticfl_ref import __version__
+from semanticfl_ref.commands import (
+    compare,
+    config,
+    doctor,
+    export,
+    features,
+    partition,
+    report,
+    reproduce,
+    trace,
+    train,
+)
 from semanticfl_ref.commands.output import replace_streams, say
 from semanticfl_ref.config.registry import IMPORTED
 from semanticfl_ref.config.settings import setting_fields
 from semanticfl_ref.errors import DataError, UserError, unknown
 
 COMMANDS = {
-    name: importlib.import_module(f"semanticfl_ref.commands.{name}")
-    for name in (
-        "train",
-        "trace",
-        "features",
-        "compare",
-        "reproduce",
-        "report",
-        "export",
-        "partition",
-        "config",
-        "doctor",
-    )
+    "train": train,
+    "trace": trace,
+    "features": features,
+    "compare": compare,
+    "reproduce": reproduce,
+    "report": report,
+    "export": export,
+    "partition": partition,
+    "config": config,
+    "doctor": doctor,
 }
 # Flags of other tools -> what to do here.
 ELSEWHERE = {

@@ -11,9 +11,9 @@ from semanticfl_ref.config.settings import ServerSettings, trimmed_clients
 from semanticfl_ref.errors import unknown
 from semanticfl_ref.federated.methods.method import SelectedModel
 from semanticfl_ref.federated.metrics import Drift
+from semanticfl_ref.federated.replicas import COHORT
 from semanticfl_ref.kernels.weighted_average import weighted_average
 
-COHORT = 16  # models that are in memory at a time, beside those that a method keeps
 CHUNK = 2**20  # entries of each client that are sorted at a time
 
 

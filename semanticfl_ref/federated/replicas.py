@@ -1,10 +1,10 @@
 """Client models side by side: each trains in a row of the matrix that the server then averages.
 
 A replica's parameters and floating buffers are views of a row of `params_RP`: giving a client the
-global model is a copy into the row, and returning the trained model is nothing at all. On a CPU a
-replica works in a Python thread of its own, since torch's operations release the interpreter's
-lock; on CUDA also on a stream of its own, where a training step is captured once per batch size as
-a graph and then replayed, so that the device does not wait for Python.
+global model is a copy into the row, and returning the trained model is nothing at all. Each replica
+has a Python thread, since torch's operations release the interpreter's lock. On CUDA it also has a
+stream: each batch size's training step is captured as a graph, then replayed, so that the device
+does not wait for Python.
 
 What a client trains does not depend on how many replicas there are.
 
@@ -92,6 +92,7 @@ class Replica:
         )
         self._start_P, self._correction_P = torch.zeros_like(row_P), torch.zeros_like(row_P)
         self.parameters = with_parameters(self.model, self._start_P)
+        self._corrections = with_parameters(self.model, self._correction_P)
         self.corrections: list[tuple[nn.Parameter, torch.Tensor]] = []
         self.references: dict[str, nn.Module] = {}
         self.loss, self.epoch_loss = row_P.new_zeros(()), row_P.new_zeros(())
@@ -131,7 +132,7 @@ class Replica:
         self.corrections = []
         if correction_P is not None:
             self._correction_P.copy_(correction_P)
-            self.corrections = with_parameters(self.model, self._correction_P)
+            self.corrections = self._corrections
         momenta = (state["momentum_buffer"] for state in self.optimizer.state.values())
         for tensor in (self.loss, *self.terms.values(), *filter(torch.is_tensor, momenta)):
             tensor.zero_()

@@ -138,13 +138,15 @@ class RunFolder:
         # The folder itself is locked: it is never replaced, as its files are.
         descriptor = os.open(self.path, os.O_RDONLY)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"another process trains in {self.path}: wait for its end, or choose another "
+                    f"--out"
+                ) from None
             remove_parts(self.path)
             yield
-        except BlockingIOError:
-            raise UserError(
-                f"another process trains in {self.path}: wait for its end, or choose another --out"
-            ) from None
         finally:
             os.close(descriptor)
 

@@ -118,8 +118,9 @@ def compare(runs: Sequence[Run], grid: Grid) -> Comparison:
     warned: dict[str, list[str]] = {}
     for run in runs:
         folder = RunFolder(run.folder)
+        rounds = folder.rounds()
         for scenario in (run.scenario, POOLED):
-            histories[scenario, run.method][run.seed].append(folder.rounds())
+            histories[scenario, run.method][run.seed].append(rounds)
         for text in folder.summary()["warnings"]:
             warned.setdefault(text, []).append(f"{run.method}, {run.scenario}, seed {run.seed}")
     groups = [*scenarios, POOLED] if len(scenarios) > 1 else scenarios
