@@ -47,7 +47,7 @@ def write_atomic(path: Path, content: bytes | str, remedy: str = REMEDY) -> None
     Raises:
         DataError: the file cannot be written (disk full, permission); the old file stays.
     """
-    # A name of its own: two processes that write one file do not meet.
+    # The name is unique, so that two processes can write the same file at once.
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}{PART}")
     with write_errors(path, remedy):
         try:

@@ -123,7 +123,7 @@ def test_keys_per_image_from_end_to_end(tmp_path, monkeypatch):
 
 
 def test_keys_per_image_in_a_round(small_context):
-    """A client receives the keys of its own images; other keys, another model."""
+    """A client receives the keys of its own images. With other keys the model differs."""
     settings = {"federation__method": "feddifrc", "feddifrc__keys": "per-image"}
     context = small_context(**settings)
     assert context.anchors.text.shape == (30, 3, 6)
