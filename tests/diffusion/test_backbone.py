@@ -121,7 +121,7 @@ def test_early_stop_leaves_out_what_lies_beyond(model_folder, images):
     backbone.unet.register_forward_pre_hook(
         lambda *_: pytest.fail("the latent alone needs no U-Net")
     )
-    assert backbone.features(images, pool=2, **OPTIONS)["vae"].shape == (12, 16)
+    assert backbone.features(images, vae_pool=2, **OPTIONS)["vae"].shape == (12, 16)
 
 
 @torch.no_grad()
@@ -330,6 +330,7 @@ def test_loading_leaves_the_global_generator_alone(model_folder, images):
         ({"timestep": -1, "seed": 0}, "timestep = -1 is outside"),
         ({"timestep": 1, "seed": 0, "pool": 9}, "has 4 cells per side; choose 1 ... 4"),
         ({"timestep": 1, "seed": 0, "pool": 6, "input_size": 36}, "has 5 cells per side"),
+        ({"timestep": 1, "seed": 0, "vae_pool": 9}, "vae_pool = 9: .* the latent has 8 cells"),
         ({"timestep": 1, "seed": 0, "input_size": 30}, "to a multiple of 4"),
     ],
 )
@@ -376,6 +377,17 @@ def test_pooling_is_the_mean_of_cells(backbone, images):
     fine = backbone.features(images, pool=4, **OPTIONS)["mid"].view(12, 112, 4, 4)
     coarse = backbone.features(images, pool=2, **OPTIONS)["mid"]
     torch.testing.assert_close(F.avg_pool2d(fine, 2).flatten(1), coarse, rtol=1e-5, atol=1e-5)
+
+
+def test_the_latent_has_a_grid_of_its_own(backbone, images):
+    """Its cells average to its mean, and the U-Net's layers stay global averages."""
+    found = backbone.features(images, vae_pool=8, **OPTIONS)
+    plain = backbone.features(images, **OPTIONS)
+    assert {layer: values.shape[1] for layer, values in found.items()} == backbone.widths(1, 8)
+    assert found["vae"].shape == (12, 4 * 64)
+    mean = found["vae"].view(12, 4, 64).mean(2)
+    torch.testing.assert_close(mean, plain["vae"], rtol=1e-5, atol=1e-5)
+    assert torch.equal(found["mid"], plain["mid"])
 
 
 @pytest.mark.parametrize(

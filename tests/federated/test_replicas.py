@@ -232,6 +232,7 @@ VARIANTS = [
     ("semanticfl", {"modalities": ("visual", "neither", "text", "visual and text", "text")}),
     ("moon", {"federation__momentum": 0.0}),
     ("fedavg", {"run__precision": "bf16"}),
+    ("semanticfl", {"model__norm": "group"}),
 ]
 
 
