@@ -61,9 +61,10 @@ setup(
     ],
     extras_require={
         "test": ["pytest", "pytest-benchmark"],
+        # Figures; intervals and p values of `compare`.
         "plots": ["matplotlib", "scipy"],
         # Pinned: another version may format otherwise.
         "dev": ["ruff==0.17.6"],
     },
-    entry_points={"console_scripts": ["semanticfl_ref = semanticfl_ref.cli:program"]},
+    entry_points={"console_scripts": ["semanticfl_ref = semanticfl_ref.cli:main"]},
 )

@@ -69,7 +69,7 @@ def add_grid_flags(parser, out: Path) -> None:
         type=positive,
         default=3,
         metavar="N",
-        help="number of seeds, 0 to N - 1 (default: %(default)s)",
+        help="number of seeds, 0 to N - 1; intervals need 5 (default: %(default)s)",
     )
     parser.add_argument(
         "--workers",

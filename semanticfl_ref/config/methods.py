@@ -69,9 +69,17 @@ class ScaffoldSettings(Section):
     )
     steps: str = option(
         "effective",
-        "K in the update of the control variates: made (number of SGD steps) or effective "
-        "(corrected for momentum)",
+        "K in the update of the control variates with scaffold.place = gradient: effective (steps "
+        "of plain SGD that move as far) or made (literally the number of steps; with momentum, "
+        "control variates are too large and the run may diverge)",
         choices=("effective", "made"),
+        source="O",
+    )
+    place: str = option(
+        "gradient",
+        "where the correction is added: to the gradient, inside momentum, as published for plain "
+        "SGD; or to the step, after momentum, where K is the number of steps made",
+        choices=("gradient", "step"),
         source="O",
     )
 
@@ -170,6 +178,12 @@ class FedCDASettings(Section):
         choices=("remembered", "left-out"),
         source="Wang et al. 2024",
     )
+    weights: str = option(
+        "even",
+        "weights of the selected models: even, or their clients' numbers of images",
+        choices=("even", "images"),
+        source="Wang et al. 2024",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,11 +194,24 @@ class FedDifRCSettings(Section):
     lambda_text: float = option(
         1.0, "weight of the contrast with text-driven features", low=0.0, source="N"
     )
+    keys: str = option(
+        "per-image",
+        "text-driven keys: per-image (the image's U-Net features under every class's caption, one "
+        "pass each), class-mean (a key per class, from anchors.text_images images of it)",
+        choices=("per-image", "class-mean"),
+        source="N",
+    )
     tau: float = option(0.04, "temperature tau of the contrast", low=0.005, high=10.0, source="N")
+    consistency: str = option(
+        "l2",
+        "form of the consistency between unit vectors: l2 (squared distance, as in the paper), kl "
+        "(KL between softmaxes, as in the public code)",
+        choices=("l2", "kl"),
+        source="N",
+    )
     temperature: float = option(
         1.0,
-        "temperature of the consistency's softmaxes; 1, as in the public code, gives a negligible "
-        "gradient",
+        "temperature of kl's softmaxes; 1, as in the public code, gives a negligible gradient",
         above=0.0,
         source="N",
     )
@@ -203,5 +230,5 @@ register_method(
     "feddifrc",
     f"{PACKAGE}.feddifrc:FEDDIFRC",
     FedDifRCSettings,
-    preset={"anchors.text": "unet", "anchors.levels": "unet"},
+    preset={"anchors.text": "unet", "anchors.levels": "unet", "diffusion.timestep": 300},
 )

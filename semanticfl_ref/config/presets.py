@@ -30,6 +30,8 @@ EMBEDDED = {
     "semanticfl.lambda_kd": 20.0,
     "semanticfl.lambda_con": 0.1,
     "fedcda.warm_up": 10,
+    "feddifrc.keys": "class-mean",
+    "feddifrc.consistency": "kl",
 }
 
 NID2_CLIENTS = 6  # five biased ones, which hold a fifth of the classes each, and one unbiased

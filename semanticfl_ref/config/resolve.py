@@ -1,7 +1,8 @@
 """From what a user wrote to a `Config`, and back to TOML.
 
 Later sources override earlier ones: a field's default, the preset of the data set, that of the
-embedded diffusion model, that of the method, a TOML file, flags, `--set section.field=value`.
+embedded diffusion model, that of the method, a TOML file, flags, `--set section.field=value`. A
+method's preset does not change the embedded model's layers, timestep and widths.
 """
 
 import tomllib
@@ -45,7 +46,10 @@ def resolve(
 
     dataset = preset(DATASETS, "data.name")
     tiny = TINY_MODEL if given.get("diffusion.source") == "tiny" else {}
-    return from_flat({**dataset, **tiny, **preset(METHODS, "federation.method"), **given})
+    method = preset(METHODS, "federation.method")
+    if {**dataset, **given}.get("diffusion.source") == "tiny":
+        method = {name: value for name, value in method.items() if name not in TINY_MODEL}
+    return from_flat({**dataset, **tiny, **method, **given})
 
 
 def parse_assignment(text: str) -> tuple[str, str]:

@@ -23,7 +23,7 @@ class Anchors:
 
     Attributes:
         visual: float32 [N, D] or [C, D], as `per` says.
-        text: float32 [C, D_text].
+        text: float32 [C, D_text], or [N, C, D_text] with texts per image.
         per: "image" or "class".
         provenance: how they were made, from whose images; plain JSON values.
     """
@@ -36,6 +36,11 @@ class Anchors:
     def visual_for(self, labels_B: torch.Tensor, indices_B: torch.Tensor) -> torch.Tensor:
         """Visual anchors [B, D] of the training images with these indices and labels."""
         return self.visual[indices_B if self.per == "image" else labels_B]
+
+    def text_for(self, indices_B: torch.Tensor) -> torch.Tensor:
+        """Text anchors [C, D_text], or those of the training images with these indices, [B, C,
+        D_text]."""
+        return self.text if self.text.ndim == 2 else self.text[indices_B]
 
 
 def make_anchors(
@@ -64,7 +69,8 @@ def make_anchors(
         seed: seed of the control conditions.
         text_source: for `settings.text = unet`, features of images under their own class's caption:
             their class means, mapped like the visual anchors, are the text anchors instead of the
-            text encoder's output.
+            text encoder's output. Of images under every class's caption: all are text anchors, per
+            image.
 
     Raises:
         UserError: widths that the layers do not have, or a class without images.
@@ -73,25 +79,29 @@ def make_anchors(
     anchors are FedDifRC's; that there is a VAE level is the abstract's, its eighth of the width
     ours. The paper's "adaptive multimodal diffusion aggregation" is not published.
     """
-    layers = list(source.widths)
-    widths = layer_widths(settings, layers)
+    widths = layer_widths(settings, list(source.widths))
     projections = [_fit(source, layer, width, settings.whiten) for layer, width in widths.items()]
     levels = [project(source) for project in projections]
     strengths = None
     if settings.aggregation == "separability":
         strengths = _strengths(levels, source.labels, classes)
-    visual_ND, text_CD = _side_by_side(levels, strengths), source.text
+    visual_ND, text = _side_by_side(levels, strengths), source.text
     if text_source is not None:
-        if list(text_source.widths) != layers or text_source.meta.get("condition") != "own-class":
+        condition = text_source.meta.get("condition")
+        missing = widths.keys() - text_source.widths.keys()
+        if missing or condition not in ("own-class", "every-class"):
             raise UserError(
                 "anchors.text = unet needs features of the same layers, of images under their own "
-                "class's caption"
+                "class's caption or every class's"
             )
         texts = _side_by_side([project(text_source) for project in projections], strengths)
-        text_CD = class_means(texts, text_source.labels, classes)
+        if condition == "own-class":
+            text = class_means(texts, text_source.labels, classes)
+        else:
+            text = texts.unflatten(0, (-1, classes))
     per = settings.per if settings.images == "train" else "class"
     visual, text = apply_control(
-        settings.control, visual_ND, text_CD, source.labels, per=per, seed=seed
+        settings.control, visual_ND, text, source.labels, per=per, seed=seed
     )
     provenance = {
         **asdict(settings),

@@ -12,7 +12,7 @@ Letters: B batch, D width of a vector, T tokens of a caption.
 
 import contextlib
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -135,6 +135,7 @@ class Backbone:
         *,
         prompt_embedding: torch.Tensor | None = None,
         first: int = 0,
+        every_caption: bool = False,
         **options,
     ) -> dict[str, torch.Tensor]:
         """Pooled features of images.
@@ -147,10 +148,13 @@ class Backbone:
             prompt_embedding: float32 [T, D] or [1, T, D] for all images, or [B, T, D], see
                 `TextEncoder.encode`; None: the empty caption.
             first: number of the first image, for messages.
+            every_caption: each image has a U-Net pass under every one of the captions
+                `prompt_embedding` [C, T, D], all with the same noise.
             options: the fields of `PassOptions`.
 
         Returns:
-            layer -> float32 [B, channels * cells], on the CPU.
+            layer -> float32 [B, channels * cells], or with `every_caption` [B, C, channels *
+            cells]; on the CPU.
 
         Raises:
             UserError: a timestep, size or pool that the model does not admit.
@@ -161,13 +165,18 @@ class Backbone:
         options = PassOptions(**options)
         self._check(options, height, width)
         prompts = self.null_prompt if prompt_embedding is None else prompt_embedding
-        prompts = prompts.expand(count, *prompts.shape[-2:])  # [B, T, D]
+        captions = prompts[:, None] if every_caption else [prompts]
+        captions = [each.expand(count, *prompts.shape[-2:]) for each in captions]  # [B, T, D]
         passes = []
         for start in range(0, count, self.batch):
             # The last image again, where there is none.
             indices = torch.arange(start, start + self.batch).clamp(max=count - 1)
-            pooled = self.pass_once(images[indices], prompts[indices.to(prompts.device)], options)
-            pooled = {layer: values[: count - start].cpu() for layer, values in pooled.items()}
+            batches = (each[indices.to(each.device)] for each in captions)
+            found = self.pass_once(images[indices], batches, options)
+            pooled = {
+                layer: torch.stack([one[layer] for one in found], 1)[: count - start].cpu()
+                for layer in found[0]
+            }
             check_finite(
                 pooled,
                 first + start,
@@ -175,20 +184,22 @@ class Backbone:
                 f"check the weights",
             )
             passes.append(pooled)
-        return {layer: torch.cat([pooled[layer] for pooled in passes]) for layer in self.layers}
+        features = {layer: torch.cat([pooled[layer] for pooled in passes]) for layer in self.layers}
+        return features if every_caption else {k: values[:, 0] for k, values in features.items()}
 
     def pass_once(
-        self, images: torch.Tensor, prompts_BTD: torch.Tensor, options: PassOptions
-    ) -> dict[str, torch.Tensor]:
-        """One pass of exactly `batch` images through VAE and U-Net.
+        self, images: torch.Tensor, captions: Iterable[torch.Tensor], options: PassOptions
+    ) -> list[dict[str, torch.Tensor]]:
+        """One pass of exactly `batch` images through the VAE, and one through the U-Net for each of
+        `captions`, the prompts [B, T, D].
 
         Equation (noised-latent) [S, t; the scheduler is Stable Diffusion's]:
             z_t = sqrt(abar_t) z + sqrt(1 - abar_t) noise,  z = scaling_factor * VAE(image)
         Test: tests/diffusion/test_backbone.py::test_the_noise_level_is_the_timestep
 
         Returns:
-            layer -> float32 [B, channels * cells] on the device, in the order of computation; "vae"
-            is always among them.
+            For each caption layer -> float32 [B, channels * cells] on the device, in the order of
+            computation; "vae" is always among them.
         """
         pixels = scale_images(images.to(self.device), options.input_size)  # [B, 3, H, W]
         distribution = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
@@ -197,17 +208,20 @@ class Backbone:
             noise = image_noise(images, latent.shape[1:], options.seed, "vae-sample")
             latent = latent + distribution.std.float() * noise.to(self.device)
         latent = latent * self.vae.config.scaling_factor
-        pooled = {"vae": pool_cells(latent, options.vae_pool)}
+        vae = {"vae": pool_cells(latent, options.vae_pool)}
         if self.deepest == "vae":
-            return pooled
+            return [vae for _ in captions]
         noise = image_noise(images, latent.shape[1:], options.seed, f"noise/{options.timestep}")
         timesteps = torch.full((len(images),), options.timestep, device=self.device)
         noised_latent = self.scheduler.add_noise(latent, noise.to(self.device), timesteps)
-        inputs = noised_latent.to(self.unet.dtype)
-        prompts_BTD = prompts_BTD.to(self.device, inputs.dtype)
-        with self._hooks(pooled, options.pool):
-            self.unet(inputs, timesteps, prompts_BTD, return_dict=False)
-        return pooled
+        inputs, found = noised_latent.to(self.unet.dtype), []
+        for prompts_BTD in captions:
+            prompts_BTD = prompts_BTD.to(self.device, inputs.dtype)
+            pooled = dict(vae)
+            with self._hooks(pooled, options.pool):
+                self.unet(inputs, timesteps, prompts_BTD, return_dict=False)
+            found.append(pooled)
+        return found
 
     @cached_property
     def null_prompt(self) -> torch.Tensor:
@@ -346,7 +360,7 @@ def check_finite(features: dict[str, torch.Tensor], first: int, problem: str) ->
     """Check that all features are finite.
 
     Args:
-        features: layer -> [B, D], in the order of computation.
+        features: layer -> [B, ...], in the order of computation.
         first: number of the first image.
         problem: what is wrong otherwise, and how to fix it.
 
@@ -354,7 +368,7 @@ def check_finite(features: dict[str, torch.Tensor], first: int, problem: str) ->
         NonFiniteError: names the first layer that is not, and the first such image.
     """
     for layer, values in features.items():
-        bad = (~values.isfinite().all(1)).nonzero()
+        bad = (~values.isfinite().flatten(1).all(1)).nonzero()
         if len(bad):
             raise NonFiniteError(f"image {first + int(bad[0])}, layer {layer}: {problem}")
 

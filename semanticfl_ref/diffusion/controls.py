@@ -1,7 +1,8 @@
 """Control conditions: anchors of the same shape and norms without the diffusion model's meaning.
 
     sd        no control: the anchors as they are
-    shuffled  each image gets another image's visual anchor; texts stay, as they belong to classes
+    shuffled  each image gets another image's visual anchor, and its texts if they are per image;
+              texts of classes stay
     permuted  each class's images, and its text, get another class's
     random    Gaussian
     onehot    only the label, through a fixed orthogonal map
@@ -20,7 +21,7 @@ from semanticfl_ref.randomness import generator
 def apply_control(
     control: str,
     visual_ND: torch.Tensor,
-    text_CD: torch.Tensor,
+    text: torch.Tensor,
     labels: torch.Tensor,
     *,
     per: str,
@@ -34,46 +35,50 @@ def apply_control(
     Args:
         control: one of CONTROLS.
         visual_ND: float32 [N, D], one anchor per image.
-        text_CD: float32 [C, D_text].
+        text: float32 [C, D_text], or [N, C, D_text] with texts per image.
         labels: int64 [N].
         per: "image", or "class" for class means.
         seed: seed of the condition.
 
     Returns:
-        Visual anchors [N, D] or [C, D], as `per` says, and text anchors [C, D_text].
+        Visual anchors [N, D] or [C, D], as `per` says, and text anchors of the shape received.
 
     Raises:
         UserError: an unknown condition, or too few images or classes for it.
     """
-    classes, source = len(text_CD), generator(seed, f"anchors/{control}")
-    per_image = per == "image"
+    classes, source = text.shape[-2], generator(seed, f"anchors/{control}")
+    per_image, texts_per_image = per == "image", text.ndim == 3
     visual = visual_ND if per_image else class_means(visual_ND, labels, classes)
     owners = labels if per_image else torch.arange(classes)
     if control == "sd":
-        return visual, text_CD
+        return visual, text
     if control == "shuffled":
         if len(visual_ND) < 2:
             raise UserError("anchors.control = shuffled needs at least two images")
-        moved = visual_ND[_derangement(len(visual_ND), source)]
+        others_N = _derangement(len(visual_ND), source)
+        moved = visual_ND[others_N]
         if not per_image:
             moved = _with_norms_of(visual, class_means(moved, labels, classes))
-        return moved, text_CD
+        return moved, text[others_N] if texts_per_image else text
     if control == "permuted":
         present = owners.unique()
         if len(present) < 2:
             raise UserError("anchors.control = permuted needs images of at least two classes")
         other = torch.arange(classes)
         other[present] = present[_derangement(len(present), source)]
-        return visual[_rows_of_others(owners, other, source)], text_CD[other]
+        rows = _rows_of_others(owners, other, source)
+        if texts_per_image:
+            text = text[rows if per_image else _rows_of_others(labels, other, source)]
+        return visual[rows], text[..., other, :]
     if control == "random":
         rows = torch.randn(visual.shape, generator=source)
-        text_rows = torch.randn(text_CD.shape, generator=source)
+        text_rows = torch.randn(text.shape, generator=source)
     elif control == "onehot":
         rows = _orthogonal_codes(classes, visual.shape[1], source)[owners]
-        text_rows = _orthogonal_codes(classes, text_CD.shape[1], source)
+        text_rows = _orthogonal_codes(classes, text.shape[-1], source)
     else:
         raise unknown("control", control, CONTROLS)
-    return _with_norms_of(visual, rows), _with_norms_of(text_CD, text_rows)
+    return _with_norms_of(visual, rows), _with_norms_of(text, text_rows)
 
 
 def class_means(values_ND: torch.Tensor, labels: torch.Tensor, classes: int) -> torch.Tensor:
@@ -130,4 +135,4 @@ def _orthogonal_codes(classes: int, width: int, source: torch.Generator) -> torc
 
 
 def _with_norms_of(model: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    return F.normalize(rows, dim=1) * model.norm(dim=1, keepdim=True)
+    return F.normalize(rows, dim=-1) * model.norm(dim=-1, keepdim=True)

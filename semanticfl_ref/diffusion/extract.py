@@ -145,6 +145,7 @@ def _extract(
     )
     assert SHARD % backbone.batch == 0, "a shard must end where a pass ends"
     widths = backbone.widths(meta["pool"], meta["vae_pool"])
+    every_caption = meta["condition"] == "every-class"
     done = len(plan.images) - sum(map(len, missing.values()))
     _announce(plan, done, 2 * sum(widths.values()), say)
     say(backbone.memory())
@@ -162,7 +163,11 @@ def _extract(
             if meta["condition"] == "own-class":
                 embedding = hidden[plan.labels[part].to(hidden.device)]
             features = backbone.features(
-                plan.images[part], prompt_embedding=embedding, first=first, **options
+                plan.images[part],
+                prompt_embedding=embedding,
+                first=first,
+                every_caption=every_caption,
+                **options,
             )
             stored = {layer: values.half() for layer, values in features.items()}
             check_finite(
@@ -172,18 +177,26 @@ def _extract(
                 "diffusion.layers",
             )
             about = {"cache": plan.id, "file": file.name, "widths": list(widths.items())}
+            stored = {layer: values.flatten(0, -2) for layer, values in stored.items()}
             digests[file] = save_tensors(file, stored, about, REMEDY)
             bar.update(len(part))
     return digests
 
 
-def _announce(plan: CachePlan, done: int, bytes_per_image: int, say: Say) -> None:
-    """Say what will be written.
+def _announce(plan: CachePlan, done: int, bytes_per_pass: int, say: Say) -> None:
+    """Say what will be computed and written.
 
     Raises:
         DataError: it does not fit on the disk.
     """
-    count = len(plan.images)
+    count, condition, passes = len(plan.images), plan.meta["condition"], 1
+    if condition == "every-class":
+        passes = len(plan.meta["class_names"])
+        say(
+            f"cost: each image has a U-Net pass under every class's caption, in all "
+            f"{passes * (count - done):,} passes; feddifrc.keys = class-mean avoids them"
+        )
+    bytes_per_image = passes * bytes_per_pass
     needed, free = bytes_per_image * (count - done), shutil.disk_usage(plan.path).free
     if needed > free:
         raise DataError(
@@ -193,5 +206,5 @@ def _announce(plan: CachePlan, done: int, bytes_per_image: int, say: Say) -> Non
     note = f", {done} of them already done" if done else ""
     size = format_bytes(bytes_per_image * count)
     say(f"feature cache of {count} images{note}: {size} at {plan.path}")
-    if plan.meta["condition"] == "own-class":
+    if condition == "own-class":
         say("each image has its own class's caption, so its features contain its label")

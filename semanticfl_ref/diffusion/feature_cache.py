@@ -38,7 +38,8 @@ class FeatureCache:
         labels: int64 [N], the images' classes.
         id: names the cache; SHA-256 of `meta`.
         meta: everything that made it, plain JSON values.
-        shards: files of layers, float16 [n, D], in the images' order.
+        shards: files of layers, float16 [n, D], in the images' order; with meta["condition"] =
+            "every-class" [n C, D], the classes of an image one after another.
         widths: layer -> D, in the order of the layers.
     """
 
@@ -114,6 +115,7 @@ def plan_cache(
     device: torch.device,
     folder: Path,
     offline: bool = False,
+    every_class: bool = False,
     remedy: str = "delete its folder and build it again",
 ) -> CachePlan:
     """Determine which cache is needed.
@@ -127,6 +129,8 @@ def plan_cache(
         device: where features are computed.
         folder: where caches are kept.
         offline: no network access.
+        every_class: features of each image under every class's caption, instead of under that of
+            `settings.condition`.
         remedy: ends the messages about a damaged cache.
 
     Raises:
@@ -134,11 +138,12 @@ def plan_cache(
     """
     precision = resolve_precision(settings.precision, device, half_on_cuda="fp16")
     model = locate(settings.source, offline=offline)
-    labels = None
-    if settings.condition == "own-class":
+    labels, condition = None, "every-class" if every_class else settings.condition
+    if condition == "own-class":
         labels = sha256_of("labels", {"labels": images.train_labels})
     meta = {
         **dataclasses.asdict(settings),
+        "condition": condition,
         "layers": list(settings.layer_names),
         "seed": seed,
         "precision": precision,

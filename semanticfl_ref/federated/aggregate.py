@@ -45,12 +45,21 @@ def average_selected(
     return average.values_P, drift
 
 
-def robust_aggregate(params_KP: torch.Tensor, rule: str, settings: ServerSettings) -> torch.Tensor:
+def robust_aggregate(
+    params_KP: torch.Tensor, rule: str, settings: ServerSettings, sampled: int
+) -> torch.Tensor:
     """The median or trimmed mean of every entry, float32 [P]; each client counts once.
 
     BatchNorm's running statistics are treated alike. The rules tolerate fewer hostile clients than
     half, or than the share `server.trim`. Under label skew an honest client is an outlier too, and
     is lost with them.
+
+    Args:
+        params_KP: float32 [K, P], the clients that returned finite parameters.
+        rule: "median" or "trimmed-mean".
+        settings: the section `server`.
+        sampled: clients of the round. `server.trim` is a share of these, so that a client which
+            returns NaN does not reduce the trimming; at most, the median is left.
 
     Raises:
         UserError: an unknown rule.
@@ -58,11 +67,8 @@ def robust_aggregate(params_KP: torch.Tensor, rule: str, settings: ServerSetting
     Source: Yin, Chen, Ramchandran, Bartlett: Byzantine-Robust Distributed Learning. ICML 2018,
     Definitions 1 and 2.
     """
-    clients = len(params_KP)
-    cuts = {
-        "median": (clients - 1) // 2,
-        "trimmed-mean": trimmed_clients(settings.trim, clients),
-    }
+    median = (len(params_KP) - 1) // 2
+    cuts = {"median": median, "trimmed-mean": min(trimmed_clients(settings.trim, sampled), median)}
     if rule not in cuts:
         raise unknown("federation.aggregation", rule, ("mean", *cuts))
     return trimmed_mean(params_KP, cuts[rule])

@@ -63,9 +63,10 @@ def local_step(
     Equation (local-step) [FedAvg, Alg. 1, with momentum; correction: SCAFFOLD]:
         g <- dL/dw + correction + decay w
         v <- beta v + g
-        w <- w - eta v
+        w <- w - eta v,  or w - eta (v + correction) with the correction after momentum
     Test: tests/federated/test_round.py::test_a_round_by_hand,
-        tests/federated/test_method_equations.py::test_scaffold_over_two_rounds
+        tests/federated/test_method_equations.py::test_scaffold_over_two_rounds,
+        tests/federated/test_method_equations.py::test_scaffold_after_the_momentum_step
 
     Args:
         update: the client's local update.
@@ -83,10 +84,15 @@ def local_step(
     first = first_batch(index_B, terms, loss, features_BD) if is_first else None
     replica.optimizer.zero_grad()
     loss.backward()
+    after_momentum = update.context.method.corrects_step(update.config)
     for parameter, correction in replica.corrections:
-        if parameter.grad is not None:  # heads that no term uses have none
+        # Heads that no term uses have no gradient.
+        if parameter.grad is not None and not after_momentum:
             parameter.grad.add_(correction)
     replica.optimizer.step()
+    if after_momentum:
+        for parameter, correction in replica.corrections:
+            parameter.data.add_(correction, alpha=-update.config.federation.learning_rate)
     replica.loss += loss.detach()
     replica.epoch_loss += loss.detach()
     for name, (_, value) in terms.items():

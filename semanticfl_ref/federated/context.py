@@ -61,14 +61,16 @@ class RunContext:
     def anchors_for(
         self, client: int, labels_B: torch.Tensor, index_B: torch.Tensor
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """A batch's visual anchors [B, D] and the text anchors [C, D_text]; None if the client does
-        not receive them."""
+        """A batch's visual anchors [B, D], and the text anchors [C, D_text] or, with texts per
+        image, [B, C, D_text]; None if the client does not receive them."""
         if self.anchors is None:
             return None, None
-        receives, visual_BD = self.partition.receives, None
+        receives, visual_BD, text = self.partition.receives, None, None
         if receives(client, "visual"):
             visual_BD = self.anchors.visual_for(labels_B, index_B)
-        return visual_BD, self.anchors.text if receives(client, "text") else None
+        if receives(client, "text"):
+            text = self.anchors.text_for(index_B)
+        return visual_BD, text
 
 
 def make_context(

@@ -67,15 +67,19 @@ def contrast(
 
     Equation (contrast) [S]:
         - log( exp(cos(f, text_y) / tau) / sum_c exp(cos(f, text_c) / tau) )
-    Test: tests/federated/test_losses.py::test_contrast_prefers_the_own_class
+    Test: tests/federated/test_losses.py::test_contrast_prefers_the_own_class,
+        tests/federated/test_losses.py::test_contrast_with_keys_per_image_by_its_sum
 
     Args:
         features_BD: float32 [B, D], after the text head.
-        text_CD: float32 [C, D], constants.
+        text_CD: float32 [C, D], or per image [B, C, D]; constants.
         labels_B: int64 [B].
         tau: temperature; 0.05 in the paper's summary.
 
     Returns:
         float32 scalar in nats, mean over the batch.
     """
-    return info_nce(features_BD, text_CD, labels_B, tau)
+    if text_CD.ndim == 2:
+        return info_nce(features_BD, text_CD, labels_B, tau)
+    # As many clients with one query each as there are images.
+    return info_nce(features_BD[:, None], text_CD, labels_B[:, None], tau).mean()

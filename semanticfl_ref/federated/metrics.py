@@ -23,8 +23,8 @@ class RoundMetrics:
 
     Communication is counted in bytes of uncompressed float32 values: `model`, parameters and heads
     each way, also of dropped clients; `anchors`, a client's visual ones (or those of every class)
-    and all text anchors, the first time it is sampled, if an active term needs them; `controls`,
-    vectors that the method sends beside the model.
+    and all text anchors (or those of its images), the first time it is sampled, if an active term
+    needs them; `controls`, vectors that the method sends beside the model.
 
     Not counted: single numbers (image counts, FedDisco's discrepancy, FedCDA's loss); what the
     server or a client keeps for itself; whatever reached the server before the first round to make
@@ -178,7 +178,8 @@ def anchor_bytes(context: RunContext, client: int) -> int:
         rows = partition.sizes[client] if anchors.per == "image" else len(anchors.visual)
         count += rows * anchors.visual.shape[1]
     if payload.text and partition.receives(client, "text"):
-        count += anchors.text.numel()
+        text = anchors.text
+        count += text.numel() if text.ndim == 2 else partition.sizes[client] * text[0].numel()
     return FLOAT_BYTES * count
 
 

@@ -70,7 +70,8 @@ class Replica:
         model: its parameters and floating buffers are views of the row.
         optimizer: SGD; its momentum starts from zero with every client.
         parameters: the model's parameters, each with the value received.
-        corrections: the model's parameters, each with what is added to its gradient; or empty.
+        corrections: the model's parameters, each with what is added to its gradient, or to its
+            step after momentum; or empty.
         references: name -> frozen model, see `Method.reference_models`.
         loss, epoch_loss: the objective summed over all steps and over the epoch's, scalar tensors.
         terms: name -> unweighted term summed over all steps, scalar tensor.

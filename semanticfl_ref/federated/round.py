@@ -74,7 +74,7 @@ def run_round(
     drift.require_weight(after.round)
     aggregate_P, norms = average.values_P, drift.norms
     if rule != "mean":
-        aggregate_P = robust_aggregate(torch.cat(robust), rule, config.server)
+        aggregate_P = robust_aggregate(torch.cat(robust), rule, config.server, len(sampled_K))
     selected = method.select_models(context, after.method_state, list(norms), after.round)
     if selected is not None:
         aggregate_P, drift = average_selected(selected, state.params, excluded)

@@ -35,6 +35,8 @@ FEATURE_SETTINGS = (
     "anchors.images",
     "anchors.text",
     "federation.clients_per_round",
+    "federation.method",
+    "feddifrc.",
     "run.seed",
     "run.device",
 )
@@ -161,11 +163,19 @@ def build_anchors(
         text_source=sources.get("text"),
     )
     total = len(data.dataset.train_labels)
-    if anchors.per == "image" and len(images.train_labels) < total:
-        # Back to the training set's indices; NaN, since the other images are never trained on.
-        visual = torch.full((total, anchors.visual.shape[1]), torch.nan)
-        visual[data.partition.trained] = anchors.visual
-        anchors = replace(anchors, visual=visual)
+    if config.anchors.images != "train" or len(images.train_labels) == total:
+        return anchors
+
+    def at_indices(rows: torch.Tensor) -> torch.Tensor:
+        """Back to the training set's indices; NaN, since the other images are never trained on."""
+        whole = rows.new_full((total, *rows.shape[1:]), torch.nan)
+        whole[data.partition.trained] = rows
+        return whole
+
+    if anchors.per == "image":
+        anchors = replace(anchors, visual=at_indices(anchors.visual))
+    if anchors.text.ndim == 3:
+        anchors = replace(anchors, text=at_indices(anchors.text))
     return anchors
 
 
@@ -184,7 +194,12 @@ def anchor_images(config: Config, data: RunData) -> Dataset:
 def cache_plans(config: Config, images: Dataset, *, offline: bool = False) -> dict[str, CachePlan]:
     """The feature caches that the anchors need: "visual", and "text" with anchors.text = unet."""
     plans = {"visual": cache_plan(config, images, offline=offline)}
-    if config.anchors.text == "unet":
+    if config.anchors.levels == "unet":  # the latent is the same for all captions
+        layers = ",".join(name for name in config.diffusion.layer_names if name != "vae")
+        config = replace(config, diffusion=replace(config.diffusion, layers=layers))
+    if METHODS[config.federation.method].texts_per_image(config):
+        plans["text"] = cache_plan(config, images, offline=offline, every_class=True)
+    elif config.anchors.text == "unet":
         labels, count = images.train_labels, config.anchors.text_images
         firsts = [(labels == c).nonzero().flatten()[:count] for c in labels.unique()]
         chosen = training_subset(images, torch.cat(firsts).sort().values)
@@ -193,8 +208,10 @@ def cache_plans(config: Config, images: Dataset, *, offline: bool = False) -> di
     return plans
 
 
-def cache_plan(config: Config, images: Dataset, *, offline: bool = False) -> CachePlan:
-    """The feature cache of a data set's training images."""
+def cache_plan(
+    config: Config, images: Dataset, *, offline: bool = False, every_class: bool = False
+) -> CachePlan:
+    """The feature cache of a data set's training images; see `plan_cache`."""
     return plan_cache(
         images,
         config.diffusion,
@@ -202,6 +219,7 @@ def cache_plan(config: Config, images: Dataset, *, offline: bool = False) -> Cac
         device=resolve_device(config.run.device),
         folder=cache_folder() / "features",
         offline=offline,
+        every_class=every_class,
         remedy=f"build it again with: {rebuild_command(config)}",
     )
 

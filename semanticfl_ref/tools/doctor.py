@@ -31,7 +31,8 @@ from semanticfl_ref.formatting import format_bytes
 from semanticfl_ref.storage import cache_folder
 
 ROOT = Path(__file__).parents[2]
-OPTIONAL = ("triton", "matplotlib")  # without: torch instead of kernels, reports without figures
+# Without: torch instead of kernels, reports without figures, comparisons without intervals.
+OPTIONAL = ("triton", "matplotlib", "scipy")
 TOLERANCE = 1e-5  # error of a kernel in fp32 against fp64, relative to the largest entry
 WIDEST = 1280  # channels of Stable Diffusion's widest block
 MOST_LAYERS = 20  # of diffusion.layers = all
@@ -57,7 +58,7 @@ def examine(config: Config, offline: bool) -> Iterator[Finding]:
         offline: whether what a run can download by itself counts as missing.
     """
     yield Finding("python", "ok", f"{platform.python_version()} on {platform.platform()}")
-    for line in [*requirements(), "matplotlib"]:
+    for line in [*requirements(), "matplotlib", "scipy"]:
         name = re.match(r"[\w-]+", line)[0]
         yield _check(name, partial(_package, line), needed=name not in OPTIONAL)
     torch = _check("torch imports", lambda: importlib.import_module("torch").__file__)

@@ -113,7 +113,9 @@ def plan_for(model_folder, images, small_shards):
     """A function: a cache folder, and options of the section `diffusion` -> the plan of a cache."""
     from semanticfl_ref.diffusion.feature_cache import plan_cache
 
-    def plan_for(folder, *, images=images, labels=LABELS, names=NAMES, seed=0, **options):
+    def plan_for(
+        folder, *, images=images, labels=LABELS, names=NAMES, seed=0, every_class=False, **options
+    ):
         return plan_cache(
             dataset_of(images, labels, names),
             settings_for(model_folder, **options),
@@ -121,6 +123,7 @@ def plan_for(model_folder, images, small_shards):
             device=torch.device("cpu"),
             folder=folder,
             offline=True,
+            every_class=every_class,
             remedy="remake it",
         )
 

@@ -137,6 +137,56 @@ def test_texts_from_the_unet_lie_in_the_visual_anchors_space(cache, aggregation)
     assert make(cache).provenance["text"] == "clip"
 
 
+def every_class_source(cache):
+    """Each image under every class's caption: its features plus what the caption adds."""
+    features = {
+        layer: (cache.read(layer)[:, None] + draw(CLASSES, width, seed=5)).flatten(0, 1).half()
+        for layer, width in cache.widths.items()
+    }
+    meta = {**cache.meta, "condition": "every-class"}
+    return cache_of(features, cache.text, LABELS, "text-id", meta)
+
+
+def test_texts_per_image_are_mapped_like_the_visual_anchors(cache):
+    """Row c of an image is the anchor of its features under class c's caption."""
+    source = every_class_source(cache)
+    anchors = make(cache, text_source=source, text="unet")
+    assert anchors.text.shape == (N, CLASSES, 12)
+    # Affine maps: what a caption adds moves all images' anchors alike.
+    added = anchors.text - anchors.visual[:, None]
+    torch.testing.assert_close(added, added[:1].expand_as(added), rtol=1e-2, atol=1e-2)
+    indices = torch.tensor([11, 5, 119])
+    assert torch.equal(anchors.text_for(indices), anchors.text[indices])
+    assert torch.equal(make(cache).text_for(indices), cache.text)
+
+
+@pytest.mark.parametrize("per", ["image", "class"])
+@pytest.mark.parametrize("control", ["shuffled", "permuted", "random", "onehot"])
+def test_controls_of_texts_per_image(cache, control, per):
+    options = {"text_source": every_class_source(cache), "text": "unet", "per": per}
+    true, other = make(cache, **options), make(cache, control=control, **options)
+    assert other.text.shape == true.text.shape
+    assert not torch.allclose(other.text, true.text)
+    lengths = [anchors.text.norm(dim=2).flatten().sort().values for anchors in (true, other)]
+    torch.testing.assert_close(*lengths)
+    assert torch.equal(make(cache, control=control, **options).text, other.text)
+    if control == "onehot":
+        unit = torch.nn.functional.normalize(other.text, dim=2)
+        expected = torch.eye(CLASSES).expand(N, CLASSES, CLASSES)
+        torch.testing.assert_close(unit @ unit.mT, expected, rtol=1e-5, atol=1e-5)
+    if control == "shuffled":
+        taken = rows_of(other.text.flatten(1), true.text.flatten(1))
+        assert (taken != torch.arange(N)).all()
+        assert torch.equal(taken.sort().values, torch.arange(N))
+    if control == "permuted":
+        classes = rows_of(make(cache, control=control).text, cache.text)
+        taken = rows_of(other.text.flatten(1), true.text[:, classes].flatten(1))
+        assert torch.equal(LABELS[taken], classes[LABELS])
+        assert torch.equal(other.text, true.text[taken][:, classes])
+        if per == "image":
+            assert torch.equal(other.visual, true.visual[taken])
+
+
 def test_a_text_cache_must_fit(cache):
     with pytest.raises(UserError, match="own class's caption"):
         make(cache, text_source=own_class_source(cache, condition="null"))

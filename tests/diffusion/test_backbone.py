@@ -190,7 +190,7 @@ def test_the_noise_level_is_the_timestep(backbone, images, monkeypatch):
     monkeypatch.setattr(backbone.vae, "encode", encode_and_keep)
     prompts = backbone.null_prompt.expand(12, -1, -1)
     for timestep, low, high in ((0, 0.999, 1), (150, 0.7, 0.9), (999, 0, 0.01)):
-        backbone.pass_once(images, prompts, PassOptions(timestep=timestep, seed=OPTIONS["seed"]))
+        backbone.pass_once(images, [prompts], PassOptions(timestep=timestep, seed=OPTIONS["seed"]))
         clean = distributions[-1].latent_dist.mean * 0.7
         noise = noise_of(images, clean.shape[1:], f"noise/{timestep}")
         signal = backbone.scheduler.alphas_cumprod[timestep]

@@ -126,6 +126,22 @@ def test_own_class_depends_on_the_label(
     assert torch.equal(own.read("mid"), features["mid"].half())
 
 
+def test_every_class_does_not_depend_on_the_label(
+    plan_for, tmp_path, images, model_folder, text_encoder
+):
+    """Rows: the classes of an image one after another. In two parts it is the same."""
+    plan, said = plan_for(tmp_path, every_class=True), []
+    assert plan_for(tmp_path, every_class=True, labels=LABELS.flip(0)).id == plan.id
+    assert plan.id not in (plan_for(tmp_path).id, plan_for(tmp_path, condition="own-class").id)
+    cache = open_or_build(plan, said.append)
+    assert "in all 36 passes" in said[0] and "feature cache of 12 images" in said[1]
+    hidden = text_encoder.encode([f"a photo of a {name}" for name in NAMES])[0]
+    backbone = Backbone(model_folder, layers=["mid"], offline=True)
+    for c, embedding in enumerate(hidden):
+        features = backbone.features(images, timestep=50, seed=0, prompt_embedding=embedding)
+        assert torch.equal(cache.read("mid")[c::3], features["mid"].half())
+
+
 def test_unknown_names(plan_for, tmp_path):
     for change, words in (
         ({"condition": "own-clas"}, "did you mean 'own-class'"),

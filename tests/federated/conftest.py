@@ -61,7 +61,9 @@ def small_context():
             seed=0,
         )
         visual = torch.randn(TRAIN, 8, generator=source)
-        text = torch.randn(CLASSES, 6, generator=source)
+        method = config.methods["feddifrc"]
+        texts = (TRAIN,) if method.keys == "per-image" else ()
+        text = torch.randn(*texts, CLASSES, 6, generator=source)
         anchors = Anchors(visual=visual, text=text, per="image", provenance={})
         return make_context(config, dataset, partition, anchors)
 

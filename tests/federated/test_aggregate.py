@@ -19,8 +19,8 @@ from semanticfl_ref.federated.state import initial_state
 PARAMS = torch.tensor([[1.0, -8.0], [2.0, 0.0], [4.0, 1.0], [7.0, 2.0], [1e9, 3.0]])
 
 
-def aggregate(params_KP, rule, trim=0.2):
-    return robust_aggregate(params_KP, rule, ServerSettings(trim=trim)).tolist()
+def aggregate(params_KP, rule, trim=0.2, sampled=5):
+    return robust_aggregate(params_KP, rule, ServerSettings(trim=trim), sampled).tolist()
 
 
 def test_median_and_trimmed_mean_on_numbers():
@@ -28,6 +28,42 @@ def test_median_and_trimmed_mean_on_numbers():
     assert aggregate(PARAMS[:4], "median") == [3.0, 0.5], "of an even number: the middle two's mean"
     assert aggregate(PARAMS, "trimmed-mean") == pytest.approx([(2 + 4 + 7) / 3, 1.0])
     assert aggregate(PARAMS, "trimmed-mean", 0.4) == aggregate(PARAMS, "median")
+
+
+def test_a_client_that_is_not_finite_does_not_turn_trimming_off():
+    """Five clients are sampled, one of which sends 1 000 and perhaps another NaN: floor(0.2 * 4)
+    would be 0, and the mean 250.75."""
+    five = torch.tensor([[1.0], [1.0], [1.0], [1.1], [1000.0]])
+    assert aggregate(five, "trimmed-mean") == pytest.approx([3.1 / 3])
+    without_nan = five[[0, 1, 2, 4]]
+    assert without_nan.mean() == 250.75
+    assert aggregate(without_nan, "trimmed-mean") == [1.0]
+    assert aggregate(five[[0, 3, 4]], "trimmed-mean", 0.4) == pytest.approx([1.1]), (
+        "two of five at each end; of three clients that are left, the median"
+    )
+    assert aggregate(five[3:4], "trimmed-mean", 0.4) == pytest.approx([1.1])
+
+
+@pytest.mark.parametrize("nan", [False, True])
+def test_trimming_in_a_round_with_a_client_that_is_not_finite(small_context, tamper, nan):
+    """The client that returns a million everywhere is trimmed, also if another is dropped."""
+
+    def attack(update, replica, report):
+        value = {0: 1e6, 1: float("nan") if nan else None}.get(update.client)
+        if value is not None:
+            load_params(replica.model, torch.full_like(replica.row_P, value))
+
+    tamper(attack)
+    context = small_context(
+        federation__method="fedavg",
+        partition__clients=5,
+        federation__clients_per_round=5,
+        federation__aggregation="trimmed-mean",
+        federation__non_finite="drop",
+    )
+    state, line = observed_round(context, [])
+    assert line["dropped"] == ([1] if nan else [])
+    assert state.params.abs().max() < 1e3
 
 
 def test_an_unknown_rule_is_refused():

@@ -59,6 +59,21 @@ def test_an_unknown_form_is_refused():
         consistency(gaussian(2, 2), gaussian(2, 2), "kl")
 
 
+def test_contrast_with_keys_per_image_by_its_sum():
+    """With the same keys for every image it is that with class keys, and so is its gradient."""
+    f, keys, labels = gaussian(4, 6).requires_grad_(), gaussian(4, 3, 6), torch.tensor([0, 2, 1, 1])
+    expected = 0.0
+    for f_b, keys_b, label in zip(f.detach(), keys, labels.tolist(), strict=True):
+        cosines = [float(f_b @ k / (f_b.norm() * k.norm())) for k in keys_b]
+        expected -= math.log(softmax(torch.tensor(cosines, dtype=torch.float64), 0.3)[label]) / 4
+    assert contrast(f, keys, labels, 0.3).item() == pytest.approx(expected, rel=1e-9)
+    gradients = []
+    for text in (keys[0], keys[:1].expand(4, 3, 6)):
+        value = contrast(f, text, labels, 0.3)
+        gradients.append(torch.autograd.grad(value, f)[0])
+    torch.testing.assert_close(*gradients)
+
+
 def test_contrast_prefers_the_own_class():
     text = torch.eye(3, dtype=torch.float64)
     right = contrast(text, text, torch.arange(3), 0.05)

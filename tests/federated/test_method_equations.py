@@ -127,6 +127,36 @@ def test_scaffold_under_momentum(steps, control):
     assert effective_steps(7, 0.0) == 7
 
 
+@pytest.mark.parametrize("steps", ["effective", "made"])
+def test_scaffold_after_the_momentum_step(quadratic_context, steps):
+    """Momentum 1/2, K = 2. Round 1: velocities -t_i and -t_i, since the second gradient is -t_i/2;
+    so y_i = t_i, and c_i is their mean -t_i, as c is -t. Round 2 starts at t, the correction is
+    t_i - t: velocity t - t_i, which the correction undoes, and from t again 3/2 (t - t_i). The
+    model goes to t + 1/4 (t_i - t), and c_i+ = 5/4 (t - t_i)."""
+    context = quadratic_context(
+        federation__method="scaffold",
+        federation__momentum=0.5,
+        scaffold__place="step",
+        scaffold__steps=steps,
+    )
+    state, _ = run_rounds(context, 1)
+    assert_near(state.params, MEAN)
+    assert_near(state.method_state["scaffold.clients"], -TARGETS)
+    trained = []
+    state, _ = run_round(state, context, lambda _, params_P, __: trained.append(params_P.clone()))
+    assert_near(torch.stack(trained), MEAN + (TARGETS - MEAN) / 4)
+    assert_near(state.method_state["scaffold.clients"], 1.25 * (MEAN - TARGETS))
+    assert_near(state.method_state["scaffold.server"], torch.zeros(3))
+
+
+def test_the_place_of_the_correction_does_not_matter_without_momentum(quadratic_context):
+    places = ("gradient", "step")
+    contexts = [quadratic_context(federation__method="scaffold", scaffold__place=p) for p in places]
+    one, other = (run_rounds(context, 3)[0] for context in contexts)
+    assert_near(one.params, other.params)
+    assert_near(one.method_state["scaffold.clients"], other.method_state["scaffold.clients"])
+
+
 def test_moon_on_vectors():
     z, y = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 3.0]])
     assert model_contrast(z, z, y, 0.5).item() == pytest.approx(math.log(1 + math.exp(-2)))
@@ -248,6 +278,29 @@ def test_fedcda_only_looks_at_parameters(parameter, expected):
     models = FEDCDA.select_models(context, state, [0, 1], 1)
     assert state["fedcda.selected"].tolist() == expected
     assert torch.equal(models[1].params_P, state["fedcda.models"][1, expected[1]])
+
+
+@pytest.mark.parametrize(("weights", "expected"), [("even", [1, 1]), ("images", [1, 3])])
+def test_fedcda_weighs_evenly_or_by_images(weights, expected):
+    """Client 1, which has 3 of 4 images, lost 3 less with its older model, which is 4 away instead
+    of 0. Evenly, L = 1: a variance of 4 costs 2, more than the 3/2 that it gains. By images the
+    variance is 3/16 * 16 = 3, which costs 3/2, less than the 9/4 that it gains."""
+    settings = FedCDASettings(memory=2, warm_up=0, batches=1, weights=weights)
+    context = SimpleNamespace(
+        config=SimpleNamespace(method=settings, run=SimpleNamespace(seed=0)),
+        partition=SimpleNamespace(sizes=(1, 3)),
+        layout=SimpleNamespace(optimised=torch.tensor([0])),
+    )
+    state = {
+        "fedcda.models": torch.tensor([[[0.0], [0.0]], [[0.0], [4.0]]]),
+        "fedcda.losses": torch.tensor([[0.0, 0.0], [3.0, 0.0]]),
+        "fedcda.valid": torch.tensor([1, 2]),
+        "fedcda.selected": torch.tensor([0, 0]),
+    }
+    models = FEDCDA.select_models(context, state, [0, 1], 1)
+    assert [model.weight for model in models] == expected
+    assert state["fedcda.selected"].tolist() == [0, 0 if weights == "even" else 1]
+    assert FedCDASettings().weights == "even"
 
 
 def test_fedcda_splits_the_round():

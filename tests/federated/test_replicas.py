@@ -231,6 +231,9 @@ VARIANTS = [
     ("semanticfl", {"semanticfl__consistency": "cosine"}),
     ("semanticfl", {"modalities": ("visual", "neither", "text", "visual and text", "text")}),
     ("moon", {"federation__momentum": 0.0}),
+    ("feddifrc", {"feddifrc__keys": "per-image", "feddifrc__consistency": "l2"}),
+    ("scaffold", {"scaffold__place": "step"}),
+    ("scaffold", {"scaffold__place": "step", "federation__momentum": 0.0}),
     ("fedavg", {"run__precision": "bf16"}),
     ("semanticfl", {"model__norm": "group"}),
 ]

@@ -181,7 +181,7 @@ def test_packages_that_are_missing_or_of_another_version(capsys, monkeypatch, no
     real = importlib.metadata.version
 
     def version(name: str) -> str:
-        if name in ("tqdm", "matplotlib", "triton"):
+        if name in ("tqdm", "matplotlib", "scipy", "triton"):
             raise importlib.metadata.PackageNotFoundError(name)
         return "2.14.1" if name == "torch" else real(name)
 
@@ -190,6 +190,7 @@ def test_packages_that_are_missing_or_of_another_version(capsys, monkeypatch, no
     expected = {
         "tqdm": "FAIL",
         "matplotlib": "warn",
+        "scipy": "warn",
         "triton": "warn",
         "torch": "warn",
         "numpy": "ok",

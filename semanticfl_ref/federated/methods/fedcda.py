@@ -4,17 +4,19 @@
                       =   mean loss + L/2 mean |w_n - w_bar|^2
 
 Source: Wang, Xu, Li, Xu, Li, Zhang: FedCDA: Federated Learning with Cross-rounds Divergence-aware
-Aggregation. ICLR 2024, from its abstract and as public re-implementations read it (its equations
-were not at hand). The server keeps K = 3 models of each client and the loss F_n of its last local
+Aggregation. ICLR 2024, Eqs. 7 and 8, read in a specification made from the paper: the paper itself
+was not at hand. The server keeps K = 3 models of each client and the loss F_n of its last local
 epoch. The first 50 rounds are FedAvg's. Then the round's clients are split at random into B = 3
 batches; batch by batch, the best combination of kept models is selected, with everything selected
 before held fixed. Clients that are not sampled keep their last selection.
 
-Choice: 1/N is the share of images, as in FedAvg, where the paper averages evenly; divergence is
-over parameters, not over BatchNorm's running statistics; there are more batches where one would
-have more than 4096 combinations. memory = 1 is FedAvg: nothing is kept across rounds, so absent
-clients are left out too. The server holds M x memory models. With many clients and few of them per
-round, the models selected are old, and the average lags.
+N counts all clients, and models are averaged evenly; fedcda.weights = images puts each client's
+share of images in place of 1/N, in the selection and in the average. During the warm-up and with
+memory = 1, weights are FedAvg's. Choice: divergence is over parameters, not over BatchNorm's
+running statistics; there are more batches where one would have more than 4096 combinations.
+memory = 1 is FedAvg: nothing is kept across rounds, so absent clients are left out too. The server
+holds M x memory models. With many clients and few of them per round, the models selected are old,
+and the average lags.
 
 Letters: M clients in all, P size of a flat vector, R kept models.
 """
@@ -69,11 +71,13 @@ def keep_model(state: MethodState, update: LocalUpdate, params_P: torch.Tensor, 
 def select(
     context, state: MethodState, clients: list[int], round: int
 ) -> list[SelectedModel] | None:
-    """The models to average, by images; writes the selection into the state.
+    """The models to average, with their weights; writes the selection into the state.
 
     None: the round's own models.
     """
-    settings, images = context.config.method, context.partition.sizes
+    settings, weights = context.config.method, context.partition.sizes
+    if settings.weights == "even":
+        weights = (1,) * len(weights)
     if settings.memory == 1 or round <= settings.warm_up:
         return None
     models, losses = state["fedcda.models"], state["fedcda.losses"]
@@ -90,13 +94,13 @@ def select(
         picks = least_divergent(
             [models[k, own][:, context.layout.optimised] for k, own in candidates.items()],
             [losses[k, own] for k, own in candidates.items()],
-            [images[k] for k in candidates],
+            [weights[k] for k in candidates],
             settings.smoothness,
         )
         for (k, own), pick in zip(candidates.items(), picks, strict=True):
             selected[k] = own[pick]
         fixed |= set(batch)
-    return [SelectedModel(k, models[k, selected[k]], images[k]) for k in sorted(fixed)]
+    return [SelectedModel(k, models[k, selected[k]], weights[k]) for k in sorted(fixed)]
 
 
 def batches(
@@ -114,12 +118,12 @@ def batches(
 def least_divergent(
     models: list[torch.Tensor],
     losses: list[torch.Tensor],
-    images: list[int],
+    weights: list[int],
     smoothness: float,
 ) -> list[int]:
     """The combination of one model per client that minimises mean loss + L/2 * variance.
 
-    Equation (least-divergent) [FedCDA, from its abstract]:
+    Equation (least-divergent) [FedCDA, Eqs. 7 and 8, as a specification gives them]:
         min over choices of mean_n F_n(w_n) + L/2 mean_n |w_n - w_bar|^2
     Test: tests/federated/test_method_equations.py::test_fedcda_chooses_on_numbers
 
@@ -127,21 +131,21 @@ def least_divergent(
         models: per client float32 [c, P], the parameters of its candidates; one for a client whose
             model is fixed.
         losses: per client [c].
-        images: per client its training images, its weight.
+        weights: per client its weight in both means, not normalised.
         smoothness: L.
 
     Returns:
         Per client the index of its candidate; the newest wins a tie.
     """
     products_RR = _inner_products(torch.cat(models))
-    weights = torch.tensor([n / sum(images) for n in images], dtype=torch.float64)
+    shares = torch.tensor([n / sum(weights) for n in weights], dtype=torch.float64)
     loss_R, starts = torch.cat(losses).double(), [0, *itertools.accumulate(map(len, models))]
 
     def objective(picks: tuple[int, ...]) -> float:
         rows = torch.tensor([start + i for start, i in zip(starts[:-1], picks, strict=True)])
-        second_moment = weights @ products_RR[rows, rows]
-        variance = second_moment - weights @ products_RR[rows][:, rows] @ weights
-        return float(weights @ loss_R[rows] + smoothness / 2 * variance)
+        second_moment = shares @ products_RR[rows, rows]
+        variance = second_moment - shares @ products_RR[rows][:, rows] @ shares
+        return float(shares @ loss_R[rows] + smoothness / 2 * variance)
 
     return list(min(itertools.product(*(range(len(m)) for m in models)), key=objective))
 

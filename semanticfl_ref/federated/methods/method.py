@@ -67,7 +67,8 @@ class LocalBatch:
         references: name -> (reference model, its features [B, D] of the same images).
         labels_B: int64 [B].
         visual_BD: float32 [B, width], this batch's visual anchors; None without.
-        text_CD: float32 [C, width], the text anchors; None without.
+        text_CD: float32 [C, width], the text anchors, or [B, C, width] with `texts_per_image`; None
+            without.
     """
 
     update: LocalUpdate
@@ -143,6 +144,8 @@ class Method:
             copy of the state after a local update, in place.
         local_terms: (batch) -> terms that are added to the client's cross-entropy.
         correction: (update) -> a vector [P] that is added to every gradient, or None.
+        corrects_step: (config) -> whether it is added after momentum instead, to the direction of
+            every step.
         weights: (sampled) -> aggregation weights [K], not normalised.
         select_models: (context, the round's copy of the state, clients that returned, round) ->
             models to average instead of the round's own, in ascending client number; or None.
@@ -152,6 +155,8 @@ class Method:
             batch the local terms read.
         payload: (config) -> what travels beside the model.
         needs_anchors: whether the server makes anchors.
+        texts_per_image: (config) -> whether text anchors are U-Net features of each image under
+            every class's caption.
         needs_levels: whether local terms read the features of every level.
         capturable: whether a step with these terms can be captured as a CUDA graph: its operations
             and the shapes of its tensors do not depend on values.
@@ -163,6 +168,7 @@ class Method:
     )
     local_terms: Callable[[LocalBatch], Terms] = lambda batch: {}
     correction: Callable[[LocalUpdate], torch.Tensor | None] = lambda update: None
+    corrects_step: Callable[[Config], bool] = lambda config: False
     weights: Callable[[SampledClients], torch.Tensor] = by_sample_count
     select_models: Callable[
         ["RunContext", MethodState, list[int], int], list[SelectedModel] | None
@@ -173,5 +179,6 @@ class Method:
     reference_models: Callable[[LocalUpdate], dict[str, torch.Tensor]] = lambda update: {}
     payload: Callable[[Config], Payload] = lambda config: Payload()
     needs_anchors: bool = False
+    texts_per_image: Callable[[Config], bool] = lambda config: False
     needs_levels: bool = False
     capturable: bool = True

@@ -12,10 +12,16 @@ The paper has plain SGD. With momentum beta, a constant gradient g moves the mod
 eta_l g sum_t (1 - beta^t) / (1 - beta) in K steps, up to 1 / (1 - beta) times as far; control
 variates by the formula above then come out that much too large, so that corrections overshoot and
 the run may diverge. Choice: scaffold.steps = effective divides by that sum instead of K: exact for
-a constant gradient, the paper's own formula without momentum. scaffold.steps = made takes K. Weight
-decay is part of what the steps show, and so of the control variates. Choice: models are averaged by
-images, as in FedAvg; control variates evenly, as published. The paper's server step eta_g is the
-server optimizer's.
+a constant gradient, the paper's own formula without momentum. scaffold.steps = made is the literal
+K: right without momentum, and with it the formula outside of what it was derived for.
+
+scaffold.place = step adds the correction after momentum, w <- w - eta_l (v + c - c_i), as in
+FedDisco's code and NIID-Bench. There K steps move the model by eta_l (sum_t v_t + K (c - c_i)), so
+that the literal K is right with any momentum, and is always taken: c_i+ is the mean of the v_t.
+
+Weight decay is part of what the steps show, and so of the control variates. Choice: models are
+averaged by images, as in FedAvg; control variates evenly, as published. The paper's server step
+eta_g is the server optimizer's.
 
 control_scale = 0 is FedAvg. BatchNorm's running statistics have no gradient, hence no control
 variate. With few clients per round the c_i are old, and the correction is known to do more harm
@@ -41,10 +47,11 @@ def control_variates(config: Config, params_P: torch.Tensor) -> MethodState:
 
 
 def control_correction(update: LocalUpdate) -> torch.Tensor | None:
-    """What is added to every gradient of a local update, scaled; None at scale 0.
+    """What is added to every gradient, or step, of a local update, scaled; None at scale 0.
 
     Equation (scaffold-correction) [SCAFFOLD, Eq. 3]: g <- g - c_i + c
-    Test: tests/federated/test_method_equations.py::test_scaffold_over_two_rounds
+    Test: tests/federated/test_method_equations.py::test_scaffold_over_two_rounds,
+        tests/federated/test_method_equations.py::test_scaffold_after_the_momentum_step
     """
     scale, state = update.settings.control_scale, update.method_state
     return scale * (state[SERVER] - state[CLIENTS][update.client]) if scale > 0 else None
@@ -63,7 +70,7 @@ def update_controls(
     if update.settings.control_scale == 0:
         return
     federation, steps = update.config.federation, report.steps
-    if update.settings.steps == "effective":
+    if update.settings.place == "gradient" and update.settings.steps == "effective":
         steps = effective_steps(steps, federation.momentum)
     moved_P = (update.start_P - params_P) / (steps * federation.learning_rate)
     moved_P[update.context.layout.buffers] = 0
@@ -81,6 +88,11 @@ def effective_steps(steps: int, momentum: float) -> float:
     return sum((1 - momentum**t) / (1 - momentum) for t in range(1, steps + 1))
 
 
+def corrects_step(config: Config) -> bool:
+    """Whether the correction is added after momentum."""
+    return config.method.place == "step"
+
+
 def one_vector_each_way(config: Config) -> Payload:
     """c goes to a client, c_i+ - c_i comes back."""
     return Payload(vectors=int(config.method.control_scale > 0))
@@ -89,6 +101,7 @@ def one_vector_each_way(config: Config) -> Payload:
 SCAFFOLD = Method(
     init_state=control_variates,
     correction=control_correction,
+    corrects_step=corrects_step,
     update_state=update_controls,
     payload=one_vector_each_way,
 )

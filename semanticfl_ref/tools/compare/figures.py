@@ -27,7 +27,7 @@ def curves_figure(comparison: Comparison):
             axis.fill_between(rounds, *band, color=colour, alpha=0.08, linewidth=0)
         axis.set(title=scenario, xlabel="round")
         axis.grid(alpha=0.25)
-    axes[0].set_ylabel(f"{comparison.part} accuracy, %")
+    axes[0].set_ylabel(f"{comparison.part} accuracy, %\n(band: ± standard deviation over seeds)")
     legend = axes[0].get_legend_handles_labels()
     figure.legend(*legend, loc="outside lower center", ncols=5, frameon=False)
     return figure
@@ -35,11 +35,11 @@ def curves_figure(comparison: Comparison):
 
 def gains_figure(comparison: Comparison):
     """Paired differences to the baseline after the last round: a panel per scenario, a bar per
-    method with its interval, a dot per pair. None for a single method.
+    method, a dot per seed, and the interval of the mean if there is one. None for a single method.
     """
     panels: dict[str, dict[str, Gain]] = {}
     for result in comparison.results:  # of several numbers of rounds, the last remains
-        if result.gain is not None:
+        if result.gain:
             panels.setdefault(result.scenario, {})[result.method] = result.gain
     if not panels:
         return None

@@ -1,26 +1,27 @@
-"""Statistics of a finished grid: means, standard deviations, and paired differences over seeds with
-t intervals and p values.
+"""Statistics of a finished grid: means, standard deviations, and differences paired by seed with t
+intervals and p values.
 
-Seeds are the blocks: runs of one seed share partition, clients and initial weights. Over all
-scenarios, which are fixed and named, a seed's differences are averaged first. Intervals and p
-values need SciPy (the extra `plots`) and five seeds.
-
-Accuracies are in per cent. What counts of a run is its last round, or the mean of its last five
-rounds; never its best round.
+Seeds are blocks: the runs of one seed share what is random, so that a seed gives one difference in
+each scenario, and one over all scenarios, the mean of these. The scenarios are fixed and named; an
+interval is about further seeds, not about further scenarios. Accuracies are in per cent. What
+counts of a run is its last round, or the mean of its last five rounds; never its best round.
 """
 
-import importlib.util
+import warnings
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from itertools import product
 from statistics import fmean, stdev
+
+import numpy as np
 
 from semanticfl_ref.run.folder import RunFolder
 from semanticfl_ref.run.summary import LAST
 from semanticfl_ref.tools.compare.grid import Grid, Run
 
-LEAST_SEEDS = 5  # for an interval or a p value
+ENOUGH_SEEDS = 5  # with fewer, an interval is too wide to be of use, or rests on normality alone
 POOLED = "all scenarios"  # the scenario of results over all of them
 MACHINE = ("processor", "device", "precision", "threads", "python", "versions", "semanticfl_ref")
 
@@ -29,41 +30,28 @@ Rounds = list[dict]  # lines of metrics.jsonl
 
 @dataclass(frozen=True, kw_only=True)
 class Gain:
-    """Differences to another method with the same seed.
+    """Differences of a method to another, in the same scenario and with the same seed.
 
     Attributes:
+        method, reference: entries of the grid; positive is better than the reference.
         mean: mean difference in percentage points.
-        low, high: 95 % t interval of the mean over seeds (df = seeds - 1); None below five seeds.
-        p: of the two-sided t test that the mean is zero; None below five seeds.
-        adjusted: p, adjusted by Holm for the number of methods compared with the baseline.
-        wins: number of seeds whose difference is above zero.
-        values: the difference of each seed; over all scenarios, its mean over them.
+        low, high: 95 % t interval of the mean; None with fewer than ENOUGH_SEEDS seeds, or without
+            SciPy.
+        p: two-sided p value of the t test that the mean is zero; None as above.
+        p_adjusted: Holm's, for all methods that are compared with the reference.
+        wins: number of differences above zero.
+        values: the differences, one per seed.
     """
 
+    method: str
+    reference: str
     mean: float
-    low: float | None
-    high: float | None
-    p: float | None
-    adjusted: float | None
+    low: float | None = None
+    high: float | None = None
+    p: float | None = None
+    p_adjusted: float | None = None
     wins: int
     values: list[float]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Lead:
-    """The best mean of the last rounds against the second best, compared directly.
-
-    Attributes:
-        scenario, rounds: as in `Result`.
-        first, second: methods.
-        gain: of the first over the second.
-    """
-
-    scenario: str
-    rounds: int
-    first: str
-    second: str
-    gain: Gain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,11 +62,11 @@ class Result:
         scenario, method: entries of the grid; POOLED for all scenarios.
         rounds: number of rounds after which this is the result.
         averaged: number of last rounds that `mean_of_last` averages.
-        last, mean_of_last, best, worst_client: a value per run, scenario by scenario in the order
-            of the seeds. `best` is the best round's, chosen on the images that it is reported of:
-            only for comparison with published numbers that may be of this kind.
+        last, mean_of_last, best, worst_client: a value per seed; over all scenarios, its mean over
+            them. `best` is of the round that was best on the reported part: no estimate, and shown
+            only where published numbers may be of that kind.
         bytes_sent: both ways, mean over the runs.
-        gain: None for the baseline.
+        gain: differences to the baseline; None for the baseline.
     """
 
     scenario: str
@@ -90,7 +78,7 @@ class Result:
     best: list[float]
     worst_client: list[float]
     bytes_sent: int
-    gain: Gain | None
+    gain: Gain | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,10 +90,11 @@ class Comparison:
         seeds: seeds in ascending order.
         dataset: name of the data set.
         machine: environment of the first run.
-        leads: of two or more methods, by number of rounds, then by scenario.
-        warnings: of the runs, each once, with its method.
         results: by number of rounds, then by scenario (over all of them last), then by method.
+        leads: of each table of results, in their order, the best method against the second-best, by
+            the mean of the last rounds; none with fewer than three methods.
         curves: scenario -> method -> "mean" and standard "deviation" over seeds after every round.
+        warnings: warning -> the runs that have it.
     """
 
     part: str
@@ -115,29 +104,32 @@ class Comparison:
     dataset: str
     machine: dict
     results: list[Result]
-    leads: list[Lead]
-    warnings: list[str]
+    leads: list[Gain]
     curves: dict[str, dict[str, dict[str, list]]]
+    warnings: dict[str, list[str]]
 
 
 def compare(runs: Sequence[Run], grid: Grid) -> Comparison:
     """The comparison of a grid's finished runs."""
     key = f"{grid.part}_accuracy"
     scenarios = list(dict.fromkeys(run.scenario for run in runs))
-    # Scenario, or POOLED, and method -> the rounds of each run.
-    histories: dict[tuple[str, str], list[Rounds]] = defaultdict(list)
-    for run in sorted(runs, key=lambda run: scenarios.index(run.scenario)):
-        rounds = RunFolder(run.folder).rounds()
-        histories[run.scenario, run.method].append(rounds)
-        histories[POOLED, run.method].append(rounds)
-    results, leads = [], []
+    # Scenario, or POOLED, and method -> for every seed, the rounds of its runs.
+    histories = defaultdict(lambda: [[] for _ in range(grid.seeds)])
+    warned: dict[str, list[str]] = {}
+    for run in runs:
+        folder = RunFolder(run.folder)
+        for scenario in (run.scenario, POOLED):
+            histories[scenario, run.method][run.seed].append(folder.rounds())
+        for text in folder.summary()["warnings"]:
+            warned.setdefault(text, []).append(f"{run.method}, {run.scenario}, seed {run.seed}")
     groups = [*scenarios, POOLED] if len(scenarios) > 1 else scenarios
+    results, leads = [], []
     for after, scenario in product(grid.at or [None], groups):
-        cut = {m: [rounds[:after] for rounds in histories[scenario, m]] for m in grid.methods}
-        found = _results(scenario, cut, grid, key)
-        results += found
-        if len(found) > 1:
-            leads.append(_lead(found, grid.seeds))
+        table = [result_of(scenario, m, histories[scenario, m], after, key) for m in grid.methods]
+        results += with_gains(table, grid.baseline)
+        if len(table) > 2:
+            first, second = sorted(table, key=lambda result: -fmean(result.mean_of_last))[:2]
+            leads += gains([first], second)
     environment = RunFolder(runs[0].folder).read("environment.json")
     return Comparison(
         part=grid.part,
@@ -148,121 +140,104 @@ def compare(runs: Sequence[Run], grid: Grid) -> Comparison:
         machine={name: environment[name] for name in MACHINE},
         results=results,
         leads=leads,
-        warnings=_warnings(runs),
         curves={
             scenario: {method: _curve(histories[scenario, method], key) for method in grid.methods}
             for scenario in scenarios
         },
+        warnings=warned,
     )
 
 
-def gain(differences: Sequence[float], seeds: int) -> Gain:
-    """The mean of paired differences, its t interval and p value.
+def result_of(
+    scenario: str, method: str, by_seed: list[list[Rounds]], after: int | None, key: str
+) -> Result:
+    """The result of a method.
 
     Args:
-        differences: scenario by scenario in the order of the seeds; averaged for each seed.
-        seeds: their number.
+        scenario, method: entries of the grid; POOLED for all scenarios.
+        by_seed: for every seed, the rounds of its run; for all scenarios, of its run in each.
+        after: number of rounds that count; None: all.
+        key: the accuracy in a line of metrics.jsonl.
     """
-    values = [fmean(differences[seed::seeds]) for seed in range(seeds)]
-    low = high = p = None
-    if has_scipy() and seeds >= LEAST_SEEDS:
-        from scipy import stats
 
-        low, high = fmean(values), fmean(values)
-        p = 0.0 if low else 1.0
-        if stdev(values) > 0:  # else the mean is known exactly
-            test = stats.ttest_1samp(values, 0.0)
-            low, high = map(float, test.confidence_interval(0.95))
-            p = float(test.pvalue)
-    wins = sum(value > 0 for value in values)
-    return Gain(mean=fmean(values), low=low, high=high, p=p, adjusted=p, wins=wins, values=values)
+    def means(value):
+        return [fmean(value(rounds[:after]) for rounds in runs) for runs in by_seed]
 
-
-def has_scipy() -> bool:
-    """Whether SciPy, of the extra `plots`, is installed."""
-    return importlib.util.find_spec("scipy") is not None
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """P values adjusted for their number, in the same order.
-
-    Source: Holm: A simple sequentially rejective multiple test procedure. Scandinavian Journal of
-    Statistics 6, 1979.
-    """
-    order = sorted(range(len(p_values)), key=p_values.__getitem__)
-    adjusted, largest = [0.0] * len(p_values), 0.0
-    for rank, i in enumerate(order):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[i]))
-        adjusted[i] = largest
-    return adjusted
+    sent = means(lambda rounds: sum(line["bytes_down"] + line["bytes_up"] for line in rounds))
+    rounds = len(by_seed[0][0][:after])
+    return Result(
+        scenario=scenario,
+        method=method,
+        rounds=rounds,
+        averaged=min(LAST, rounds),
+        last=means(lambda rounds: 100 * rounds[-1][key]),
+        mean_of_last=means(lambda rounds: 100 * fmean(line[key] for line in rounds[-LAST:])),
+        best=means(lambda rounds: 100 * max(line[key] for line in rounds)),
+        worst_client=means(lambda rounds: 100 * min(rounds[-1]["client_accuracy"])),
+        bytes_sent=round(fmean(sent)),
+    )
 
 
-def mean_of_last(rounds: Rounds, key: str) -> float:
-    """Mean accuracy of a run's last rounds, five or as many as there are, in per cent."""
-    return 100 * fmean(line[key] for line in rounds[-LAST:])
+def with_gains(table: Sequence[Result], baseline: str) -> list[Result]:
+    """The results of one table, with their differences to the baseline."""
+    (reference,) = [result for result in table if result.method == baseline]
+    found = gains([result for result in table if result is not reference], reference)
+    by_method = {gain.method: gain for gain in found}
+    return [replace(result, gain=by_method.get(result.method)) for result in table]
 
 
-def standard_deviation(values: Sequence[float]) -> float | None:
-    """Sample standard deviation over runs; None for a single value."""
-    return stdev(values) if len(values) > 1 else None
-
-
-def _results(scenario: str, runs_of: dict[str, list[Rounds]], grid: Grid, key: str) -> list[Result]:
-    """The result of every method, with p values adjusted over the methods."""
-    means = {m: [mean_of_last(rounds, key) for rounds in runs] for m, runs in runs_of.items()}
-    gains = {
-        method: gain(_differences(means[method], means[grid.baseline]), grid.seeds)
-        for method in grid.methods
-        if method != grid.baseline
-    }
-    if any(own.p is not None for own in gains.values()):
-        adjusted = holm([own.p for own in gains.values()])
-        pairs = zip(gains.items(), adjusted, strict=True)
-        gains = {method: replace(own, adjusted=p) for (method, own), p in pairs}
+def gains(results: Sequence[Result], reference: Result) -> list[Gain]:
+    """The differences of some methods to another."""
+    differences = [
+        np.subtract(result.mean_of_last, reference.mean_of_last).tolist() for result in results
+    ]
+    tests = [{}] * len(results)
+    if results and len(reference.last) >= ENOUGH_SEEDS and find_spec("scipy"):
+        tests = _t_tests(differences)
     return [
-        Result(
-            scenario=scenario,
-            method=method,
-            rounds=len(own[0]),
-            averaged=min(LAST, len(own[0])),
-            last=[100 * rounds[-1][key] for rounds in own],
-            mean_of_last=means[method],
-            best=[100 * max(line[key] for line in rounds) for rounds in own],
-            worst_client=[100 * min(rounds[-1]["client_accuracy"]) for rounds in own],
-            bytes_sent=round(
-                fmean(sum(line["bytes_down"] + line["bytes_up"] for line in run) for run in own)
-            ),
-            gain=gains.get(method),
+        Gain(
+            method=result.method,
+            reference=reference.method,
+            mean=fmean(values),
+            wins=sum(value > 0 for value in values),
+            values=values,
+            **test,
         )
-        for method, own in runs_of.items()
+        for result, values, test in zip(results, differences, tests, strict=True)
     ]
 
 
-def _lead(results: list[Result], seeds: int) -> Lead:
-    first, second = sorted(results, key=lambda r: fmean(r.mean_of_last), reverse=True)[:2]
-    differences = _differences(first.mean_of_last, second.mean_of_last)
-    return Lead(
-        scenario=first.scenario,
-        rounds=first.rounds,
-        first=first.method,
-        second=second.method,
-        gain=gain(differences, seeds),
-    )
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down adjustment: the family-wise error rate holds however the tests depend.
+
+    The p value of rank k of m is multiplied by m - k + 1, and is no smaller than those before it.
+
+    Source: Holm, "A simple sequentially rejective multiple test procedure", Scandinavian Journal of
+        Statistics 6, 1979.
+    """
+    order = np.argsort(p_values)
+    scaled = np.sort(p_values) * np.arange(len(p_values), 0, -1)
+    adjusted = np.maximum.accumulate(scaled).clip(max=1)
+    return adjusted[np.argsort(order)].tolist()
 
 
-def _differences(own: list[float], other: list[float]) -> list[float]:
-    return [mine - theirs for mine, theirs in zip(own, other, strict=True)]
+def standard_deviation(values: Sequence[float]) -> float | None:
+    """Sample standard deviation over seeds; None for a single value."""
+    return stdev(values) if len(values) > 1 else None
 
 
-def _warnings(runs: Sequence[Run]) -> list[str]:
-    texts = (
-        f"{run.method}: {text}"
-        for run in runs
-        for text in RunFolder(run.folder).summary().get("warnings", [])
-    )
-    return list(dict.fromkeys(texts))
+def _t_tests(differences):
+    """Interval and p values of each method, as fields of `Gain`."""
+    from scipy.stats import ttest_1samp
+
+    with warnings.catch_warnings(action="ignore"):  # of equal differences: the interval is a point
+        test = ttest_1samp(differences, 0, axis=1)
+    p = np.nan_to_num(test.pvalue, nan=1)  # of differences that are all zero
+    rows = np.transpose([*test.confidence_interval(0.95), p, holm(p)]).tolist()
+    return [dict(zip(("low", "high", "p", "p_adjusted"), row, strict=True)) for row in rows]
 
 
-def _curve(runs: list[Rounds], key: str) -> dict[str, list]:
-    values = [[100 * line[key] for line in lines] for lines in zip(*runs, strict=True)]
+def _curve(by_seed, key):
+    runs = zip(*(rounds for (rounds,) in by_seed), strict=True)
+    values = [[100 * line[key] for line in lines] for lines in runs]
     return {"mean": list(map(fmean, values)), "deviation": list(map(standard_deviation, values))}

@@ -8,10 +8,9 @@ from pathlib import Path
 from statistics import fmean
 
 from semanticfl_ref.tools.compare.statistics import (
-    LEAST_SEEDS,
+    ENOUGH_SEEDS,
     POOLED,
     Comparison,
-    has_scipy,
     standard_deviation,
 )
 from semanticfl_ref.tools.report.page import render
@@ -35,8 +34,7 @@ def markdown(comparison: Comparison, command: str | None = None) -> str:
         rounds=sorted({len(curve["mean"]) for curve in curves}),
         command=command,
         spread=mean_and_deviation,
-        scipy=has_scipy(),
-        too_few=len(comparison.seeds) < LEAST_SEEDS,
+        enough=ENOUGH_SEEDS,
     )
 
 
@@ -60,6 +58,6 @@ def csv_text(comparison: Comparison) -> str:
 
 
 def mean_and_deviation(values: Sequence[float]) -> str:
-    """Mean ± standard deviation; the mean alone for a single value."""
+    """Mean ± sample standard deviation; the mean alone for a single value."""
     deviation = standard_deviation(values)
     return f"{fmean(values):.1f}" + (f" ± {deviation:.1f}" if deviation is not None else "")

@@ -47,11 +47,18 @@ def anchor_pictures(context: RunContext) -> list[tuple[str, str, str]]:
     is_made = visual.isfinite().all(1)  # not of images that no client trains on
     visual, labels = visual[is_made], labels[is_made]
     visual = visual / visual.std(0).clamp(min=1e-12)
+
+    def text_rows(c: int) -> torch.Tensor:
+        """A class's text anchor, or with texts per image those of the first images of the class."""
+        if anchors.text.ndim == 2:
+            return anchors.text[c][None]
+        return anchors.text[dataset.train_labels == c, c][:PER_CLASS]
+
     return [
         (
             dataset.class_names[c],
             heat_map(visual[labels == c][:PER_CLASS]),
-            heat_map(anchors.text[c][None]),
+            heat_map(text_rows(c)),
         )
         for c in labels.unique()[:CLASSES].tolist()
     ]

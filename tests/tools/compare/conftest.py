@@ -1,6 +1,7 @@
 """Grids: one made of numbers alone, so that statistics can be redone on paper, and one trained."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,11 +25,14 @@ ENVIRONMENT = {
 @pytest.fixture
 def finished_grid(tmp_path):
     """A function: (method -> scenario -> a list of test accuracies per seed) and fields of a Grid
-    -> the finished runs of these accuracies, and their grid.
+    -> the finished runs of these accuracies, and their grid. `warnings` are those of every run but
+    the baseline's.
     """
 
     def make(
-        accuracies: dict[str, dict[str, list[list[float]]]], **fields
+        accuracies: dict[str, dict[str, list[list[float]]]],
+        warnings: Sequence[str] = (),
+        **fields,
     ) -> tuple[list[Run], Grid]:
         methods, scenarios = list(accuracies), list(next(iter(accuracies.values())))
         first = accuracies[methods[0]][scenarios[0]]
@@ -57,7 +61,8 @@ def finished_grid(tmp_path):
                     "bytes_up": 6,
                 }
                 folder.append(line, 1.0)
-            folder.finish(json.loads("{}"))
+            own = [] if run.method == grid.baseline else list(warnings)
+            folder.finish({"warnings": own})
         return runs, grid
 
     return make

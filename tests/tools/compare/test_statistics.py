@@ -2,14 +2,22 @@
 
 import json
 import math
+import sys
+import warnings
 from dataclasses import asdict
 
 import numpy as np
 import pytest
 
-from semanticfl_ref.run.folder import RunFolder
-from semanticfl_ref.tools.compare import statistics
-from semanticfl_ref.tools.compare.statistics import Result, compare, gain, holm
+from semanticfl_ref.tools.compare.statistics import (
+    Gain,
+    Result,
+    compare,
+    gains,
+    holm,
+    result_of,
+    with_gains,
+)
 
 FLAT = {
     "fedavg": {"iid": [[0.5] * 6, [0.6] * 6]},
@@ -60,36 +68,17 @@ def test_the_validation_part_is_reported_when_asked(finished_grid):
     assert mine.last == pytest.approx([35, 45])
 
 
-def test_seeds_are_the_blocks_over_all_scenarios(finished_grid):
-    """A seed's differences are averaged over the scenarios first."""
+def test_over_all_scenarios_each_seed_is_averaged_first(finished_grid):
     accuracies = {
         "fedavg": {"iid": [[0.5], [0.6]], "nid2": [[0.2], [0.2]]},
         "moon": {"iid": [[0.6], [0.9]], "nid2": [[0.1], [0.0]]},
     }
     pooled = by_entries(compare(*finished_grid(accuracies)).results)["all scenarios", "moon"]
-    assert pooled.gain.values == pytest.approx([0, 5])
+    assert pooled.last == pooled.mean_of_last == pytest.approx([35, 45])
+    assert pooled.worst_client == pytest.approx([35 / 4, 45 / 4])
+    assert pooled.gain.values == pytest.approx([0, 5]), "a value per seed, of two scenarios"
     assert pooled.gain.mean == pytest.approx(2.5)
-    assert pooled.gain.wins == 1
-
-
-def test_best_against_second_best(finished_grid):
-    accuracies = {
-        "fedavg": {"iid": [[0.5], [0.6]]},
-        "moon": {"iid": [[0.6], [0.9]]},
-        "fedprox": {"iid": [[0.7], [0.7]]},
-    }
-    (lead,) = compare(*finished_grid(accuracies)).leads
-    assert (lead.first, lead.second) == ("moon", "fedprox")
-    assert lead.gain.values == pytest.approx([-10, 20])
-
-
-def test_warnings_of_the_runs(finished_grid):
-    runs, grid = finished_grid(FLAT)
-    for run in runs[2:]:
-        RunFolder(run.folder).finish({"warnings": ["a term is negligible"]})
-    assert compare(runs, grid).warnings == [
-        f"{run.method}: a term is negligible" for run in runs[2:]
-    ]
+    assert pooled.bytes_sent == 16
 
 
 def test_a_further_method_changes_no_other_method(finished_grid, tmp_path):
@@ -101,40 +90,142 @@ def test_a_further_method_changes_no_other_method(finished_grid, tmp_path):
     assert {key: three[key] for key in two} == two
 
 
-def test_the_t_interval_on_numbers():
-    """Differences 1 ... 5: mean 3, standard error sqrt(0.5), t(0.975, 4) = 2.776."""
+def test_interval_and_p_value_by_hand():
+    """Mean 3, standard deviation sqrt(2.5), five seeds: Student's t of four degrees of freedom
+    leaves 2.5 % beyond 2.7764, and 0.0132 on both sides beyond 4.2426.
+    """
     pytest.importorskip("scipy")
-    found = gain([1.0, 2.0, 3.0, 4.0, 5.0], 5)
-    half = 2.776445 * math.sqrt(0.5)
-    assert (found.low, found.high) == pytest.approx((3 - half, 3 + half), abs=1e-5)
-    assert found.p == pytest.approx(0.013236, abs=1e-5)
-    certain = gain([2.0] * 5, 5)
-    assert (certain.low, certain.high, certain.p) == (2, 2, 0)
-    few = gain([1.0, 2.0, 3.0, 4.0], 4)
-    assert (few.low, few.high, few.p, few.adjusted) == (None,) * 4, "too few seeds"
+    (gain,) = compared([1.0, 2.0, 3.0, 4.0, 5.0])
+    half = 2.7764 * math.sqrt(2.5 / 5)
+    assert (gain.low, gain.high) == pytest.approx((3 - half, 3 + half), abs=1e-3)
+    assert gain.p == pytest.approx(0.0132, abs=1e-4)
+    assert gain.p_adjusted == gain.p, "the only one"
+    assert gain.wins == 5
+    three = compared(
+        [1.0, 2.0, 3.0, 4.0, 5.0], [0.0, 2.0, 1.0, -2.0, -1.0], [5.0, 1.0, 3.0, 2.0, 4.0]
+    )
+    assert [gain.p_adjusted for gain in three] == pytest.approx([3 * gain.p, 1, 3 * gain.p])
 
 
-def test_holm_on_numbers():
-    """Four p values: times 4, 3, 2, 1 in ascending order, never descending, at most 1."""
+def test_equal_differences_have_a_point_as_interval():
+    """And, if they are zero, no evidence against zero; nothing is written about it."""
+    pytest.importorskip("scipy")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        zero, two = compared([0.0] * 5, [2.0] * 5)
+    assert (zero.low, zero.high, zero.p, zero.p_adjusted) == (0, 0, 1, 1)
+    assert (two.low, two.high, two.p) == (2, 2, 0)
+
+
+@pytest.mark.parametrize("seeds", [1, 2, 3, 4])
+def test_fewer_than_five_seeds_have_no_interval(seeds):
+    (gain,) = compared([3.0] * seeds)
+    assert (gain.mean, gain.wins) == (3, seeds)
+    assert gain.low is gain.high is gain.p is gain.p_adjusted is None
+
+
+def test_without_scipy_means_and_wins_remain(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    (gain,) = compared([1.0, 2.0, 3.0, 4.0, -5.0])
+    assert (gain.mean, gain.wins) == (1, 4)
+    assert gain.low is gain.high is gain.p is gain.p_adjusted is None
+
+
+def test_holm_by_hand():
+    """Of four: times 4, 3, 2, 1 in ascending order, never below the one before, at most one."""
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
-    assert holm([0.9, 0.6]) == [1.0, 1.0]
+    assert holm([0.4, 0.6, 0.9]) == [1, 1, 1]
+    assert holm([0.02]) == [0.02]
+    assert holm([]) == []
 
 
 @pytest.mark.parametrize("seeds", [5, 10])
-@pytest.mark.parametrize("spreads", [(1.0,), (0.5, 3.0)])
-def test_coverage_of_the_interval(seeds, spreads):
-    """Normal differences of mean 1, in scenarios of unequal spread: 94 to 96 %."""
+def test_the_interval_covers_the_true_difference_in_95_of_100_experiments(seeds):
+    """10 000 experiments, normal differences: the standard error of the coverage is 0.2 %."""
     pytest.importorskip("scipy")
-    source = np.random.default_rng(seeds)
-    covered, trials = 0, 3_000
-    for _ in range(trials):
-        scenarios = [source.normal(1.0, spread, seeds) for spread in spreads]
-        found = gain(np.concatenate(scenarios).tolist(), seeds)
-        covered += found.low <= 1.0 <= found.high
-    assert 0.94 <= covered / trials <= 0.96
+    differences = np.random.default_rng(seeds).normal(3.0, 2.0, (10_000, seeds)).tolist()
+    assert 0.94 <= coverage(differences, 3.0) <= 0.96
 
 
-def test_without_scipy_there_are_means_and_wins(monkeypatch, finished_grid):
-    monkeypatch.setattr(statistics, "has_scipy", lambda: False)
-    found = gain([1.0, 2.0, 3.0, 4.0, 5.0], 5)
-    assert (found.mean, found.wins, found.low, found.p) == (3.0, 5, None, None)
+@pytest.mark.parametrize("seeds", [5, 10])
+def test_over_scenarios_of_unequal_spread_the_coverage_holds(seeds):
+    """And with what the scenarios of a seed share: pairs of scenario and seed are not independent,
+    means within a seed are.
+    """
+    pytest.importorskip("scipy")
+    generator = np.random.default_rng(seeds)
+    spreads, truths, experiments = [0.5, 2.0, 8.0], [0.0, 4.0, -1.0], 10_000
+    shared = generator.normal(0, 3, (experiments, seeds))
+    own = generator.normal(truths, spreads, (experiments, seeds, 3)) + shared[..., None]
+    means = [
+        result_of("all scenarios", "moon", rounds_of(experiment), None, "accuracy").mean_of_last
+        for experiment in own.tolist()
+    ]
+    assert 0.94 <= coverage(means, 100.0) <= 0.96, "the mean of the truths, in per cent"
+
+
+def test_the_winner_is_compared_with_the_runner_up(finished_grid):
+    """Whichever the baseline is, and with the same seeds."""
+    accuracies = {
+        "fedavg": {"iid": [[0.5], [0.6]], "nid2": [[0.1], [0.1]]},
+        "moon": {"iid": [[0.7], [0.5]], "nid2": [[0.1], [0.2]]},
+        "fedprox": {"iid": [[0.4], [0.9]], "nid2": [[0.0], [0.1]]},
+    }
+    iid, nid2, pooled = compare(*finished_grid(accuracies)).leads
+    assert (iid.method, iid.reference) == ("fedprox", "moon")
+    assert iid.values == pytest.approx([-30, 40])
+    assert iid.wins == 1
+    assert (nid2.method, nid2.reference) == ("moon", "fedavg")
+    assert (pooled.method, pooled.reference) == ("moon", "fedprox")
+    assert pooled.values == pytest.approx([20, -15])
+
+
+def test_two_methods_have_their_difference_in_the_table(finished_grid):
+    assert compare(*finished_grid(FLAT)).leads == []
+
+
+def test_holm_counts_the_methods_of_a_table():
+    pytest.importorskip("scipy")
+    values = [1.0, 2.0, 3.0, 4.0, 5.0]
+    table = [result([0.0] * 5), result(values, "moon"), result(values[::-1], "fedprox")]
+    reference, moon, fedprox = with_gains(table, "fedavg")
+    assert reference.gain is None
+    assert moon.gain.p_adjusted == pytest.approx(2 * moon.gain.p)
+    assert fedprox.gain.p_adjusted == pytest.approx(2 * fedprox.gain.p)
+
+
+def test_warnings_of_every_run(finished_grid):
+    runs, grid = finished_grid(FLAT, warnings=["the term is negligible"])
+    assert compare(runs, grid).warnings == {
+        "the term is negligible": ["semanticfl, iid, seed 0", "semanticfl, iid, seed 1"]
+    }
+
+
+def compared(*differences: list[float]) -> list[Gain]:
+    """As methods whose accuracies they are, with one whose accuracies are zero."""
+    return gains([result(values) for values in differences], result([0.0] * len(differences[0])))
+
+
+def coverage(differences: list[list[float]], truth: float) -> float:
+    """Share of intervals that contain the truth."""
+    return np.mean([gain.low <= truth <= gain.high for gain in compared(*differences)])
+
+
+def rounds_of(accuracies: list[list[float]]) -> list[list[list[dict]]]:
+    """Per seed and scenario an accuracy -> per seed and scenario a run of one round."""
+    line = {"client_accuracy": [0.0], "bytes_down": 0, "bytes_up": 0}
+    return [[[{**line, "accuracy": value}] for value in runs] for runs in accuracies]
+
+
+def result(values: list[float], method: str = "fedavg") -> Result:
+    return Result(
+        scenario="iid",
+        method=method,
+        rounds=1,
+        averaged=1,
+        last=values,
+        mean_of_last=values,
+        best=values,
+        worst_client=values,
+        bytes_sent=0,
+    )

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import sys
 
 import pytest
 
@@ -19,8 +20,10 @@ TWO = {
 
 def test_markdown_by_hand(finished_grid):
     text = markdown(compare(*finished_grid(TWO)), "python -m semanticfl_ref compare")
-    assert "| fedavg | 55.0 ± 7.1 | 55.0 ± 7.1 | 13.8 ± 1.8 | 80 B |  |  |  |  |" in text, "iid"
-    assert "| +15.0 (too few seeds for an interval) |  |  | 2 of 2 |" in text
+    assert "| fedavg | 55.0 ± 7.1 | 55.0 ± 7.1 | 13.8 ± 1.8 | 80 B |  |  |  |  |  |" in text, "iid"
+    assert "| +15.0 | too few seeds for an interval |  |  | 2 of 2 |" in text
+    assert "Intervals and p values need 5 seeds." in text
+    assert "± is the sample standard deviation over seeds." in text
     assert "| mean of the last 5 |" in text
     assert "**all scenarios**" in text
     assert "in %; seeds: 2, rounds: 5." in text
@@ -28,25 +31,61 @@ def test_markdown_by_hand(finished_grid):
     assert text.endswith("    python -m semanticfl_ref compare")
 
 
-def test_five_seeds_have_intervals(finished_grid):
+FIVE = {
+    "fedavg": {"iid": [[0.5]] * 5, "nid2": [[0.4]] * 5},
+    "moon": {"iid": [[0.51], [0.52], [0.53], [0.54], [0.55]], "nid2": [[0.4]] * 5},
+    "semanticfl": {"iid": [[0.6], [0.5], [0.7], [0.6], [0.6]], "nid2": [[0.5]] * 5},
+}
+
+
+def test_markdown_of_five_seeds_by_hand(finished_grid):
+    """MOON's differences are 1 to 5, see test_statistics.py; over both scenarios half of that.
+    SemanticFL's to MOON: 9, -2, 17, 6, 5; mean 7, standard error sqrt(47.5 / 5) = 3.08.
+    """
     pytest.importorskip("scipy")
-    steps = (0.0, 0.01, 0.02, 0.03, 0.04)
-    accuracies = {
-        "fedavg": {"iid": [[0.5]] * 5},
-        "moon": {"iid": [[0.51 + step] for step in steps]},
-        "fedprox": {"iid": [[0.5 + step] for step in steps]},
-    }
-    text = markdown(compare(*finished_grid(accuracies)))
-    assert "| +3.0 [+1.0, +5.0] | 0.013 | 0.026 | 5 of 5 |" in text
-    assert "| +2.0 [+0.0, +4.0] | 0.047 | 0.047 | 4 of 5 |" in text
-    assert "Best against second best: moon minus fedprox, +1.0" in text
-    assert "too few" not in text
+    text = markdown(compare(*finished_grid(FIVE)))
+    assert "| +3.0 | +1.0 to +5.0 | 0.013 | 0.026 | 5 of 5 |" in text
+    assert "| +1.5 | +0.5 to +2.5 | 0.013 | 0.013 | 5 of 5 |" in text
+    assert (
+        "The winner, semanticfl, against the runner-up, moon: +7.0 (95 % interval -1.6 to +15.6, "
+        "p 0.086), wins 4 of 5."
+    ) in text
+    words = " ".join(text.split())
+    assert "Student's t, degrees of freedom: 4; exact for normally distributed" in words
+    assert "Holm's p values are adjusted for the number of differences in the table" in words
+    assert "each seed's values are averaged over the scenarios first" in words
+    assert "The scenarios are fixed (iid, nid2): intervals and p values are about further" in words
+    assert "tends to be overstated" in words
+    assert "too few seeds" not in text and "SciPy" not in text
+
+
+def test_without_scipy_the_table_says_so(finished_grid, monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    text = markdown(compare(*finished_grid(FIVE)))
+    assert "| +3.0 | not computed: SciPy is missing |  |  | 5 of 5 |" in text
+    assert "moon: +7.0 (not computed: SciPy is missing), wins 4 of 5." in text
+    assert "Intervals and p values need SciPy: pip install scipy" in text
+
+
+def test_a_single_method_or_scenario_is_told_nothing_of_others(finished_grid):
+    text = markdown(compare(*finished_grid({"fedavg": {"iid": [[0.5]] * 5}})))
+    assert "averaged over the scenarios" not in text
+    assert "winner" not in text and "Intervals" not in text and "interval of" not in text
+
+
+def test_warnings_are_shown_with_their_runs(finished_grid):
+    text = markdown(compare(*finished_grid(TWO, warnings=["negligible: raise it", "a stand-in"])))
+    runs = "; ".join(
+        f"semanticfl, {scenario}, seed {seed}" for seed in (0, 1) for scenario in ("iid", "nid2")
+    )
+    assert f"\n\nWarnings of the runs:\n\n- negligible: raise it ({runs})\n- a stand-in (" in text
+    assert "Warnings" not in markdown(compare(*finished_grid({"moon": {"iid": [[0.5]]}})))
 
 
 def test_one_seed_has_no_deviation(finished_grid):
     text = markdown(compare(*finished_grid({"fedavg": {"iid": [[0.5]]}, "moon": {"iid": [[0.6]]}})))
-    few = "(too few seeds for an interval)"
-    assert f"| moon | 60.0 | 60.0 | 15.0 | 16 B | +10.0 {few} |  |  | 1 of 1 |" in text
+    assert "| moon | 60.0 | 60.0 | 15.0 | 16 B | +10.0 | too few seeds for an interval |" in text
+    assert "|  |  | 1 of 1 |" in text
     assert "in %; seeds: 1, rounds: 1." in text
 
 
@@ -93,6 +132,15 @@ def test_figures(finished_grid, tmp_path):
         assert contents[0].startswith(b"\x89PNG")
         assert all(name in contents[2] for name in (b"semanticfl", b"iid", b"nid2"))
     assert b"all scenarios" in contents[2], "the gains have a panel over all"
+
+
+def test_gains_have_an_interval_only_where_there_is_one(finished_grid):
+    """Beside the line at zero, the dots of each method, and with five seeds its interval."""
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("scipy")
+    for accuracies, lines in ((TWO, 1 + 1), (FIVE, 1 + 2 * 2)):
+        axis = gains_figure(compare(*finished_grid(accuracies))).axes[0]
+        assert len(axis.get_lines()) == lines
 
 
 def test_settings_change_the_line_but_not_the_colour(finished_grid):

@@ -66,7 +66,7 @@ Args:
     tests = ["tests/a.py::test_one", "tests/b.py::test_two", "tests/c.py::test_three"]
     assert re.split(r",\s*", match["tests"]) == tests
     (scaffold,) = (e for e in equations() if e.tag == "local-step")
-    assert len(scaffold.tests) == 2 and len(scaffold.text.splitlines()) == 3
+    assert len(scaffold.tests) == 3 and len(scaffold.text.splitlines()) == 3
 
 
 def test_every_term_and_every_method_with_an_equation_of_its_own_is_in_the_map():

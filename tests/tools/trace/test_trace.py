@@ -227,7 +227,7 @@ def test_the_diffusion_pass_is_the_one_that_made_the_features(default):
     inside = [step for step in seen.document["before"] if step["file"] == "diffusion/backbone.py"]
     sources = " ".join(step["source"] for step in inside)
     calls = ("self.vae.encode(", "self.scheduler.add_noise(", "self._hooks(", "self.unet(")
-    places = [sources.index(call) for call in (*calls, "return pooled")]
+    places = [sources.index(call) for call in (*calls, "return found")]
     assert places == sorted(places)
 
 
