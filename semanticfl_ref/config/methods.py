@@ -12,7 +12,7 @@ from semanticfl_ref.config.schema import Section, option
 @dataclass(frozen=True, kw_only=True)
 class SemanticFLSettings(Section):
     """The paper's ablations: lambda_kd = 0 is "without visual anchors", lambda_con = 0 "without
-    text anchors"; `diffusion.layers` selects the VAE alone, the U-Net alone, or both."""
+    text anchors"; `anchors.levels` selects the VAE alone, the U-Net alone, or both."""
 
     lambda_kd: float = option(
         1.0, "weight of the consistency with the visual anchors", low=0.0, source="S"
@@ -230,5 +230,5 @@ register_method(
     "feddifrc",
     f"{PACKAGE}.feddifrc:FEDDIFRC",
     FedDifRCSettings,
-    preset={"anchors.text": "unet", "diffusion.timestep": 300},
+    preset={"anchors.text": "unet", "anchors.levels": "unet", "diffusion.timestep": 300},
 )

@@ -8,6 +8,7 @@ from semanticfl_ref.config.registry import register_dataset
 # With the embedded diffusion model, whose layers are fewer and narrower than Stable Diffusion's.
 TINY_MODEL = {
     "diffusion.layers": "mid",
+    "diffusion.vae_pool": 4,
     "diffusion.timestep": 20,
     "diffusion.input_size": 0,
     "diffusion.precision": "fp32",

@@ -7,19 +7,22 @@ gives the reasons.
 
 import dataclasses
 import math
-import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from semanticfl_ref.config import methods, presets  # noqa: F401  (they register names)
+from semanticfl_ref.config.anchor_settings import (  # noqa: F401  (also read from here)
+    CONTROLS,
+    STABLE_DIFFUSION,
+    AnchorsSettings,
+    DiffusionSettings,
+)
 from semanticfl_ref.config.registry import DATASETS, METHODS, MODELS, SCENARIOS
 from semanticfl_ref.config.schema import Section, convert, option
 from semanticfl_ref.errors import UserError, unknown_setting
 
-CONTROLS = ("sd", "shuffled", "permuted", "random", "onehot")
-STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 # Locations and bookkeeping: a run may be resumed with these changed. The content behind the paths
 # is part of a run's identity.
 NOT_IDENTITY = frozenset(
@@ -81,6 +84,9 @@ class PartitionSettings(Section):
         high=1e6,
         source="S",
     )
+    equal_sizes: bool = option(
+        False, "nid1 with clients of equal size, as FedDifRC's code has them", source="N"
+    )
     classes_per_client: int = option(
         2, "classes per client of pathological", low=1, source="McMahan et al. 2017: 2"
     )
@@ -114,107 +120,6 @@ class PartitionSettings(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiffusionSettings(Section):
-    source: str = option(
-        STABLE_DIFFUSION,
-        "frozen Stable Diffusion: hub id or folder; tiny: the embedded model",
-        source="S",
-    )
-    layers: str = option(
-        "up.1,up.2,up.3",
-        "layers to read, separated by commas: vae, down.0, mid, up.3, up.1.resnets.0, "
-        "up.1.attentions.2, ...; all: vae and every block",
-        source="N",
-    )
-    timestep: int = option(150, "noise level of the U-Net pass", low=0, high=999, source="S")
-    pool: int = option(
-        1, "cells per side of the pooled grid; 1: global average, 2: 2x2", low=1, high=4, source="S"
-    )
-    prompt: str = option(
-        "a photo of a {}", "caption of a class; {} is replaced by its name", source="S"
-    )
-    condition: str = option(
-        "null",
-        "caption of an image's U-Net pass: null (empty) or own-class, which leaks the label into "
-        "the anchor",
-        choices=("null", "own-class"),
-        source="O",
-    )
-    input_size: int = option(
-        224,
-        "side to which images are resized before the VAE; 0: not resized",
-        low=0,
-        high=1024,
-        source="N",
-        unit="pixels",
-    )
-    latent: str = option(
-        "mean",
-        "latent of an image: mean of the VAE's distribution, or a sample seeded by its content",
-        choices=("mean", "sample"),
-        source="O",
-    )
-    precision: str = option(
-        "auto",
-        "U-Net precision; auto: fp16 on CUDA, bf16 on a CPU with native support, else fp32",
-        choices=("auto", "fp32", "bf16", "fp16"),
-    )
-
-    @property
-    def layer_names(self) -> tuple[str, ...]:
-        """The layers as a tuple, in the order in which they are written."""
-        return tuple(name.strip() for name in self.layers.split(","))
-
-
-@dataclass(frozen=True, kw_only=True)
-class AnchorsSettings(Section):
-    control: str = option(
-        "sd", "source of the anchors: sd (diffusion model), or a control", choices=CONTROLS
-    )
-    images: str = option(
-        "train",
-        "images that make the visual anchors: train, heldout:N (N per class, given to no client), "
-        "or a folder of class folders",
-        source="O",
-    )
-    per: str = option(
-        "image", "one visual anchor per image or per class", choices=("image", "class"), source="N"
-    )
-    width: int = option(512, "width of a visual anchor", low=2, high=4096, source="S")
-    aggregation: str = option(
-        "256-128-128",
-        "width per layer, in the order of diffusion.layers; equal: the same for each; "
-        "separability: equal, with layers weighted by their Fisher ratio",
-        source="N",
-    )
-    whiten: bool = option(True, "PCA components scaled to unit variance", source="O")
-    text: str = option(
-        "clip",
-        "text anchors: clip (text encoder), unet (mean U-Net features of a class's images under "
-        "its caption)",
-        choices=("clip", "unet"),
-        source="S",
-    )
-    text_images: int = option(
-        16, "images per class that make its text anchor with anchors.text = unet", low=1, source="O"
-    )
-
-    def __post_init__(self):
-        super().__post_init__()
-        kind, _, number = self.images.partition(":")
-        if kind == "heldout" and not re.fullmatch("0*[1-9][0-9]*", number):
-            raise UserError(
-                f"anchors.images = {self.images!r}: expected heldout:N with N images per class, "
-                f"for example heldout:20"
-            )
-
-    @property
-    def held_out(self) -> int:
-        """Images per class that are held out for the anchors and given to no client."""
-        return int(self.images[8:]) if self.images.startswith("heldout:") else 0
-
-
-@dataclass(frozen=True, kw_only=True)
 class ModelSettings(Section):
     name: str = option("resnet10", "client model", choices=MODELS, source="S")
     width: int = option(
@@ -231,6 +136,21 @@ class ModelSettings(Section):
         choices=("average", "local"),
         source="O",
     )
+    norm: str = option(
+        "batch",
+        "normalisation layers: batch (BatchNorm), group (GroupNorm of two groups, which keeps no "
+        "running statistics)",
+        choices=("batch", "group"),
+        source="O",
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.norm == "group" and self.batch_norm == "local":
+            raise UserError(
+                "model.batch_norm = local: with model.norm = group there is no BatchNorm to keep; "
+                "leave one of the two out"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -324,8 +244,8 @@ class Config:
 
     data: DataSettings = DataSettings()
     partition: PartitionSettings = PartitionSettings()
-    diffusion: DiffusionSettings = DiffusionSettings()
-    anchors: AnchorsSettings = AnchorsSettings()
+    diffusion: DiffusionSettings = field(default_factory=DiffusionSettings)
+    anchors: AnchorsSettings = field(default_factory=AnchorsSettings)
     model: ModelSettings = ModelSettings()
     federation: FederationSettings = FederationSettings()
     server: ServerSettings = ServerSettings()

@@ -2,7 +2,7 @@
 
     iid           equal parts of a shuffle
     nid1          label skew: every class by Dirichlet(alpha) proportions; a client that holds
-                  N / M images gets no more
+                  N / M images gets no more; or clients of equal size
     nid2          the extreme split of six clients: five hold a fifth of the classes each, one all
     pathological  every client holds k classes, in shards of about one size
     quantity      size skew: sizes by Dirichlet(alpha), the same labels everywhere
@@ -63,6 +63,8 @@ def nid1(a: Assignment) -> torch.Tensor:
     """Label skew: every class is distributed by Dirichlet proportions of its own.
 
     Source: the Dirichlet split with balancing that MOON's and FedDisco's experiments use.
+    `partition.equal_sizes` as in FedDifRC's public code: the clients' images one client after the
+    other, cut into equal parts. Choice: the order within a client is random.
     """
     client_N = torch.empty_like(a.labels)
     sizes_M = torch.zeros(a.clients, dtype=torch.int64)
@@ -76,7 +78,18 @@ def nid1(a: Assignment) -> torch.Tensor:
         counts_M = _sizes(log_share_M, len(own))
         client_N[own] = torch.repeat_interleave(torch.arange(a.clients), counts_M)
         sizes_M += counts_M
+    if a.settings.equal_sizes:
+        return equal_parts(client_N, a.clients, a.generator)
     return client_N
+
+
+def equal_parts(client_N: torch.Tensor, clients: int, source: torch.Generator) -> torch.Tensor:
+    """The clients' images one client after the other, in random order within it, cut into parts
+    whose sizes differ by one at most."""
+    order_N = torch.randperm(len(client_N), generator=source)
+    order_N = order_N[client_N[order_N].argsort(stable=True)]
+    parts = torch.arange(len(client_N)) * clients // len(client_N)
+    return parts[order_N.argsort()]
 
 
 def nid2(a: Assignment) -> torch.Tensor:

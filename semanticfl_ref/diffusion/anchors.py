@@ -75,15 +75,12 @@ def make_anchors(
     Raises:
         UserError: widths that the layers do not have, or a class without images.
 
-    Source: Choice: the aggregation. 256-128-128 over up-blocks and U-Net text anchors are
-    FedDifRC's; the paper's "adaptive multimodal diffusion aggregation" is not published.
+    Source: Choice: the aggregation. Half, a quarter and a quarter for the up-blocks and U-Net text
+    anchors are FedDifRC's; that there is a VAE level is the abstract's, its eighth of the width
+    ours. The paper's "adaptive multimodal diffusion aggregation" is not published.
     """
-    layers = list(source.widths)
-    widths = layer_widths(settings, layers)
-    projections = [
-        _fit(source, layer, width, settings.whiten)
-        for layer, width in zip(layers, widths, strict=True)
-    ]
+    widths = layer_widths(settings, list(source.widths))
+    projections = [_fit(source, layer, width, settings.whiten) for layer, width in widths.items()]
     levels = [project(source) for project in projections]
     strengths = None
     if settings.aggregation == "separability":
@@ -91,7 +88,8 @@ def make_anchors(
     visual_ND, text = _side_by_side(levels, strengths), source.text
     if text_source is not None:
         condition = text_source.meta.get("condition")
-        if list(text_source.widths) != layers or condition not in ("own-class", "every-class"):
+        missing = widths.keys() - text_source.widths.keys()
+        if missing or condition not in ("own-class", "every-class"):
             raise UserError(
                 "anchors.text = unet needs features of the same layers, of images under their own "
                 "class's caption or every class's"
@@ -110,8 +108,8 @@ def make_anchors(
         "per": per,
         "seed": seed,
         "image_count": len(source.labels),
-        "widths": widths,
-        "layer_strengths": dict(zip(layers, strengths, strict=True)) if strengths else None,
+        "widths": list(widths.values()),
+        "layer_strengths": dict(zip(widths, strengths, strict=True)) if strengths else None,
         "explained_variance": {project.layer: project.explained for project in projections},
         "cache": source.id,
         "text_cache": text_source.id if text_source else None,
@@ -128,6 +126,7 @@ COPIED = (
     "layers",
     "timestep",
     "pool",
+    "vae_pool",
     "prompt",
     "condition",
     "latent",
@@ -136,27 +135,43 @@ COPIED = (
 )
 
 
-def layer_widths(settings: AnchorsSettings, layers: list[str]) -> list[int]:
-    """The width of each layer's part of an anchor.
+def layer_widths(settings: AnchorsSettings, layers: list[str]) -> dict[str, int]:
+    """Layer -> width of its part of an anchor, of the layers that `settings.levels` keeps.
+
+    Widths are those of `settings.aggregation`; if layers are left out, the others share the whole
+    width in the same proportions.
 
     Raises:
-        UserError: the widths do not fit the layers or do not sum to the anchor's width.
+        UserError: the widths do not fit the layers or do not sum to the anchor's width; or no layer
+            is left.
     """
-    width, aggregation, count = settings.width, settings.aggregation, len(layers)
+    width, aggregation, levels = settings.width, settings.aggregation, settings.levels
+    kept = [layer for layer in layers if levels in ("all", _level(layer))]
+    count = len(kept)
+    if not kept:
+        raise UserError(
+            f"anchors.levels = {levels}: none of diffusion.layers = {','.join(layers)} is of this "
+            f"level; add one, or use anchors.levels=all"
+        )
     if width < count:
         raise UserError(
             f"anchors.width = {width} is too small for {count} layers: raise it to {count} or more"
         )
     if aggregation in ("equal", "separability"):
-        return [width // count + (i < width % count) for i in range(count)]
-    widths = []
+        return {layer: width // count + (i < width % count) for i, layer in enumerate(kept)}
+    parts = []
     if re.fullmatch(r"[1-9]\d*(-[1-9]\d*)*", aggregation):
-        widths = [int(part) for part in aggregation.split("-")]
-    if len(widths) != count or sum(widths) != width:
+        parts = [int(part) for part in aggregation.split("-")]
+    if len(parts) != len(layers) or sum(parts) != width:
         raise UserError(
-            f"anchors.aggregation = {aggregation}: expected equal, separability, or {count} widths "
-            f"such as 256-128-128 (layers {', '.join(layers)}) that sum to anchors.width = {width}"
+            f"anchors.aggregation = {aggregation}: expected equal, separability, or {len(layers)} "
+            f"widths such as 256-128-128 (layers {', '.join(layers)}) that sum to anchors.width = "
+            f"{width}"
         )
+    shares = dict(zip(layers, parts, strict=True))
+    total = sum(shares[layer] for layer in kept)
+    widths = {layer: width * shares[layer] // total for layer in kept}
+    widths[kept[0]] += width - sum(widths.values())
     return widths
 
 
@@ -231,13 +246,18 @@ def _fit(cache: FeatureCache, layer: str, width: int, whiten: bool) -> _Projecti
         raise UserError(
             f"layer {layer}: only {available} PCA components available ({cache.meta.get('images')} "
             f"images), {width} requested; request fewer (--set anchors.width={available} for one "
-            f"layer), use more images, or, if the layer has too few channels, raise diffusion.pool"
+            f"layer), use more images, or, if the layer has too few channels, raise diffusion.pool "
+            f"(diffusion.vae_pool for the latent)"
         )
     kept = variances[:width]
     # Without whitening, one number per layer, so that no layer dominates by its scale.
     scale = kept.sqrt() if whiten else kept.mean().sqrt()
     explained = round(float(kept.sum() / variances.sum()), 6)
     return _Projection(layer, mean, directions, scale, explained)
+
+
+def _level(layer: str) -> str:
+    return "vae" if layer == "vae" else "unet"
 
 
 def _strengths(levels: list[torch.Tensor], labels: torch.Tensor, classes: int) -> list[float]:

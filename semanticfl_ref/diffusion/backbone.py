@@ -45,7 +45,8 @@ class PassOptions:
     Attributes:
         timestep: noise level, from 0 (no noise) to the scheduler's last.
         seed: seed of the noise.
-        pool: every layer is averaged over pool x pool cells.
+        pool: every layer of the U-Net is averaged over pool x pool cells.
+        vae_pool: the latent is averaged over vae_pool x vae_pool cells.
         input_size: height and width to which images are resized first (bicubic, antialiased); 0:
             not resized.
         latent: "mean" of the VAE's distribution, or a "sample" of it.
@@ -54,6 +55,7 @@ class PassOptions:
     timestep: int
     seed: int
     pool: int = 1
+    vae_pool: int = 1
     input_size: int = 0
     latent: str = "mean"
 
@@ -151,8 +153,8 @@ class Backbone:
             options: the fields of `PassOptions`.
 
         Returns:
-            layer -> float32 [B, channels * pool * pool], or with `every_caption` [B, C, channels *
-            pool * pool]; on the CPU.
+            layer -> float32 [B, channels * cells], or with `every_caption` [B, C, channels *
+            cells]; on the CPU.
 
         Raises:
             UserError: a timestep, size or pool that the model does not admit.
@@ -196,8 +198,8 @@ class Backbone:
         Test: tests/diffusion/test_backbone.py::test_the_noise_level_is_the_timestep
 
         Returns:
-            For each caption layer -> float32 [B, channels * pool * pool] on the device, in the
-            order of computation; "vae" is always among them.
+            For each caption layer -> float32 [B, channels * cells] on the device, in the order of
+            computation; "vae" is always among them.
         """
         pixels = scale_images(images.to(self.device), options.input_size)  # [B, 3, H, W]
         distribution = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
@@ -206,7 +208,7 @@ class Backbone:
             noise = image_noise(images, latent.shape[1:], options.seed, "vae-sample")
             latent = latent + distribution.std.float() * noise.to(self.device)
         latent = latent * self.vae.config.scaling_factor
-        vae = {"vae": pool_cells(latent, options.pool)}
+        vae = {"vae": pool_cells(latent, options.vae_pool)}
         if self.deepest == "vae":
             return [vae for _ in captions]
         noise = image_noise(images, latent.shape[1:], options.seed, f"noise/{options.timestep}")
@@ -226,13 +228,14 @@ class Backbone:
         """The empty caption as the U-Net sees it: float32 [T, D]."""
         return TextEncoder(self.folder, self.device).encode([""])[0][0]
 
-    def widths(self, pool: int = 1) -> dict[str, int]:
+    def widths(self, pool: int = 1, vae_pool: int = 1) -> dict[str, int]:
         """layer -> width of its pooled vector."""
         channels = self.unet.config.block_out_channels
-        blocks = {"vae": self.vae.config.latent_channels, "mid": channels[-1]}
+        cells, latent = pool**2, self.vae.config.latent_channels
+        blocks = {"vae": latent * vae_pool**2, "mid": channels[-1] * cells}
         for i, width in enumerate(channels, 1):
-            blocks[f"down.{i - 1}"] = blocks[f"up.{len(channels) - i}"] = width
-        return {layer: blocks[block_of(layer)] * pool**2 for layer in self.layers}
+            blocks[f"down.{i - 1}"] = blocks[f"up.{len(channels) - i}"] = width * cells
+        return {layer: blocks[block_of(layer)] for layer in self.layers}
 
     def memory(self) -> str:
         """A line for readers: how much of the U-Net is loaded."""
@@ -257,13 +260,18 @@ class Backbone:
                 f"images of {height}x{width} pixels do not fit the VAE: set diffusion.input_size "
                 f"to a multiple of {shrink}"
             )
-        halvings = len(self.unet.config.block_out_channels) - 1 if self.deepest != "vae" else 0
-        smallest = -(-side // (shrink * 2**halvings))  # odd sizes are rounded up
-        if not 1 <= options.pool <= smallest:
-            raise UserError(
-                f"diffusion.pool = {options.pool}: at input size {side} the smallest layer has "
-                f"{smallest} cells per side; choose 1 ... {smallest}"
-            )
+        halvings = len(self.unet.config.block_out_channels) - 1
+        most = {"vae_pool": (side // shrink, "latent", "vae" in self.layers)}
+        # Odd sizes are rounded up.
+        smallest = -(-side // (shrink * 2**halvings))
+        most["pool"] = (smallest, "smallest layer", self.deepest != "vae")
+        for name, (cells, what, read) in most.items():
+            value = getattr(options, name)
+            if read and not 1 <= value <= cells:
+                raise UserError(
+                    f"diffusion.{name} = {value}: at input size {side} the {what} has {cells} "
+                    f"cells per side; choose 1 ... {cells}"
+                )
 
     @contextlib.contextmanager
     def _hooks(self, pooled: dict[str, torch.Tensor], pool: int) -> Iterator[None]:

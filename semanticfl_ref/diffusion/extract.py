@@ -7,13 +7,14 @@ complete shard and ends with the same bytes. Processes that need the same cache 
 import fcntl
 import shutil
 from contextlib import nullcontext
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from semanticfl_ref.device import default_threads
-from semanticfl_ref.diffusion.backbone import Backbone, check_finite
+from semanticfl_ref.diffusion.backbone import Backbone, PassOptions, check_finite
 from semanticfl_ref.diffusion.feature_cache import (
     MANIFEST,
     SHARD,
@@ -143,12 +144,12 @@ def _extract(
         plan.model, layers=meta["layers"], device=plan.device, precision=meta["precision"]
     )
     assert SHARD % backbone.batch == 0, "a shard must end where a pass ends"
-    widths = backbone.widths(meta["pool"])
+    widths = backbone.widths(meta["pool"], meta["vae_pool"])
     every_caption = meta["condition"] == "every-class"
     done = len(plan.images) - sum(map(len, missing.values()))
     _announce(plan, done, 2 * sum(widths.values()), say)
     say(backbone.memory())
-    options = {k: meta[k] for k in ("timestep", "seed", "pool", "input_size", "latent")}
+    options = {field.name: meta[field.name] for field in fields(PassOptions)}
     # The embedded model is too small for several threads.
     threads = default_threads() if backbone.batch == backbone.LARGE_PASS else nullcontext()
     with (

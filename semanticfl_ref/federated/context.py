@@ -4,6 +4,7 @@ Letters: B batch, C classes, D width of an anchor, P size of a flat vector.
 """
 
 from dataclasses import dataclass, replace
+from inspect import signature
 
 import torch
 from torch import nn
@@ -18,6 +19,7 @@ from semanticfl_ref.device import (
     use_deterministic_kernels,
 )
 from semanticfl_ref.diffusion.anchors import Anchors
+from semanticfl_ref.errors import UserError
 from semanticfl_ref.federated.flat import FlatLayout, flat_layout
 from semanticfl_ref.federated.methods.method import Method
 from semanticfl_ref.federated.replicas import Replicas
@@ -77,8 +79,8 @@ def make_context(
     """Move everything to the device and build the model with the heads that the method needs.
 
     Raises:
-        UserError: CUDA is asked for and not available, or anchors whose width the model cannot
-            meet.
+        UserError: CUDA is asked for and not available, anchors whose width the model cannot meet,
+            or normalisation layers that it does not offer.
     """
     use_deterministic_kernels()
     device = resolve_device(config.run.device)
@@ -90,8 +92,15 @@ def make_context(
     else:
         anchors = None
     width, build = config.model.width, MODELS[config.model.name]
-    heads = method.heads(config, anchors, 8 * width)
-    model = build(width, dataset.classes, **heads, seed=config.run.seed)
+    options = method.heads(config, anchors, 8 * width)
+    if config.model.norm != "batch":
+        if "norm" not in signature(build).parameters:
+            raise UserError(
+                f"model.norm = {config.model.norm}: the model {config.model.name!r} takes no "
+                f"argument norm; leave model.norm out, or add the argument"
+            )
+        options["norm"] = config.model.norm
+    model = build(width, dataset.classes, **options, seed=config.run.seed)
     model = model.to(device, memory_format=torch.channels_last)
     tensors = {name: tensor.to(device) for name, tensor in dataset.tensors.items()}
     return RunContext(

@@ -5,6 +5,7 @@ paper's width).
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,15 @@ from torch import nn
 from semanticfl_ref.randomness import generator
 
 HEADS = ("visual_head", "text_head", "projection_head")
+GROUPS = 2  # of GroupNorm; as in Hsieh et al. 2020 and Reddi et al. 2021
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """GroupNorm of two groups, or of one where the number of channels is odd."""
+    return nn.GroupNorm(math.gcd(GROUPS, channels), channels)
+
+
+NORMS = {"batch": nn.BatchNorm2d, "group": group_norm}
 
 
 class ResNet10(nn.Module):
@@ -27,6 +37,7 @@ class ResNet10(nn.Module):
             models; 0: the identity.
         seed: the initial weights come from (seed, "model"), those of the heads from (seed,
             "heads"): a method with heads and one without start from the same backbone, bitwise.
+        norm: "batch" (BatchNorm) or "group" (GroupNorm).
 
     Source: He et al. 2016 (basic blocks); ten layers and 512-d features as in FedDifRC (arXiv
     2507.06482).
@@ -40,18 +51,19 @@ class ResNet10(nn.Module):
         text_width: int = 0,
         projection_width: int = 0,
         seed: int = 0,
+        norm: str = "batch",
     ):
         super().__init__()
         features = 8 * width
         # Layers draw from torch's global generator when they are made: it must not move.
         with torch.random.fork_rng(devices=[]):
             self.stem = nn.Conv2d(3, width, 3, padding=1, bias=False)
-            self.stem_norm = nn.BatchNorm2d(width)
+            self.stem_norm = NORMS[norm](width)
             self.stages = nn.Sequential(
-                BasicBlock(width, width, stride=1),
-                BasicBlock(width, 2 * width, stride=2),
-                BasicBlock(2 * width, 4 * width, stride=2),
-                BasicBlock(4 * width, features, stride=2),
+                BasicBlock(width, width, stride=1, norm=NORMS[norm]),
+                BasicBlock(width, 2 * width, stride=2, norm=NORMS[norm]),
+                BasicBlock(2 * width, 4 * width, stride=2, norm=NORMS[norm]),
+                BasicBlock(4 * width, features, stride=2, norm=NORMS[norm]),
             )
             self.classifier = nn.Linear(features, classes)
             self.visual_head = nn.Linear(features, visual_width) if visual_width else nn.Identity()
@@ -90,17 +102,17 @@ class ResNet10(nn.Module):
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut, with a 1x1 convolution where the shape changes."""
 
-    def __init__(self, inputs: int, outputs: int, stride: int):
+    def __init__(self, inputs: int, outputs: int, stride: int, norm: Callable[[int], nn.Module]):
         super().__init__()
         self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        self.norm1 = nn.BatchNorm2d(outputs)
+        self.norm1 = norm(outputs)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        self.norm2 = nn.BatchNorm2d(outputs)
+        self.norm2 = norm(outputs)
         self.stride = stride
         self.shortcut = nn.Identity()
         if inputs != outputs:
             projection = nn.Conv2d(inputs, outputs, 1, bias=False)
-            self.shortcut = nn.Sequential(projection, nn.BatchNorm2d(outputs))
+            self.shortcut = nn.Sequential(projection, norm(outputs))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.relu(self.before_relu(x))

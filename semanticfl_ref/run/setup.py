@@ -194,6 +194,9 @@ def anchor_images(config: Config, data: RunData) -> Dataset:
 def cache_plans(config: Config, images: Dataset, *, offline: bool = False) -> dict[str, CachePlan]:
     """The feature caches that the anchors need: "visual", and "text" with anchors.text = unet."""
     plans = {"visual": cache_plan(config, images, offline=offline)}
+    if config.anchors.levels == "unet":  # the latent is the same for all captions
+        layers = ",".join(name for name in config.diffusion.layer_names if name != "vae")
+        config = replace(config, diffusion=replace(config.diffusion, layers=layers))
     if METHODS[config.federation.method].texts_per_image(config):
         plans["text"] = cache_plan(config, images, offline=offline, every_class=True)
     elif config.anchors.text == "unet":

@@ -105,6 +105,7 @@ def test_the_paper_setting():
         ({"data.name": ["digits"]}, "data.name = .*expected a string"),
         ({"federation.method": ["fedavg"]}, "federation.method = .*expected a string"),
         ({"data.image_size": 8}, "data.image_size = 8"),
+        ({"model.norm": "group", "model.batch_norm": "local"}, "no BatchNorm to keep"),
     ],
 )
 def test_a_mistake_is_named(settings, message):

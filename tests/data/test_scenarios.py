@@ -12,7 +12,7 @@ import torch
 
 from semanticfl_ref.config.settings import PartitionSettings
 from semanticfl_ref.data.partition import CORRUPTIONS, MODALITIES
-from semanticfl_ref.data.scenarios import Assignment, long_tail, quantity
+from semanticfl_ref.data.scenarios import Assignment, equal_parts, long_tail, quantity
 from semanticfl_ref.errors import UserError
 from semanticfl_ref.randomness import generator
 
@@ -108,6 +108,27 @@ def test_pathological_cuts_large_classes_into_more_shards():
 def test_shards_that_do_not_come_out(options, words):
     with pytest.raises(UserError, match=words):
         split("pathological", **options)
+
+
+@pytest.mark.parametrize("alpha", [0.05, 0.2, 1e3])
+def test_equal_sizes_keep_the_skew(alpha):
+    """Sizes differ by one at most; a client's labels are nearly those of the split without."""
+    labels = torch.arange(5003) % 10
+    plain = split("nid1", labels, alpha=alpha)
+    p = split("nid1", labels, alpha=alpha, equal_sizes=True)
+    assert set(p.sizes) == {500, 501}
+    assert torch.cat(p.indices).sort().values.equal(torch.arange(5003))
+    assert p.skew == pytest.approx(plain.skew, rel=0.35, abs=0.02)
+    assert p.sha256 != plain.sha256
+
+
+def test_equal_sizes_by_hand():
+    """Clients of 30, 50 and 40 images one after the other, cut at 40 and 80."""
+    assert len(set(torch.bincount(torch.tensor([0] * 30 + [1] * 50 + [2] * 40)).tolist())) == 3
+    client_N = torch.tensor([0] * 30 + [1] * 50 + [2] * 40)
+    equal = equal_parts(client_N, 3, generator(0, "test"))
+    moved = torch.stack([torch.bincount(equal[client_N == m], minlength=3) for m in range(3)])
+    assert moved.tolist() == [[30, 0, 0], [10, 40, 0], [0, 0, 40]]
 
 
 def test_quantity_skews_sizes_and_not_labels():

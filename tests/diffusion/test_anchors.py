@@ -6,8 +6,9 @@ import pytest
 import torch
 from cache_files import cache_of
 
+from semanticfl_ref.config.resolve import resolve
 from semanticfl_ref.config.settings import AnchorsSettings
-from semanticfl_ref.diffusion.anchors import fisher_ratio, make_anchors, pca
+from semanticfl_ref.diffusion.anchors import fisher_ratio, layer_widths, make_anchors, pca
 from semanticfl_ref.diffusion.controls import apply_control
 from semanticfl_ref.errors import UserError
 
@@ -226,6 +227,51 @@ def test_aggregation_by_widths(cache):
     for wrong in ("8-5", "12", "8-4-0", "paper"):
         with pytest.raises(UserError, match="aggregation"):
             make(cache, aggregation=wrong)
+
+
+def test_the_vae_alone_and_the_unet_alone_have_the_whole_width(cache):
+    """One setting each; the widths that are left keep their proportions, and text anchors from the
+    U-Net are mapped by the same layers.
+    """
+    features = {"vae": cache.read("up.0"), "up.1": cache.read("mid"), "up.2": cache.read("mid")}
+    levels = cache_of(features, cache.text, LABELS, "id", {**cache.meta, "layers": list(features)})
+    both = make(levels, aggregation="3-6-3")
+    assert both.provenance["widths"] == [3, 6, 3]
+    assert both.provenance["layers"] == ["vae", "up.1", "up.2"]
+    vae = make(levels, aggregation="3-6-3", levels="vae")
+    unet = make(levels, aggregation="3-6-3", levels="unet")
+    assert (vae.provenance["widths"], unet.provenance["widths"]) == ([12], [8, 4])
+    assert list(unet.provenance["explained_variance"]) == ["up.1", "up.2"]
+    torch.testing.assert_close(vae.visual[:, :3], both.visual[:, :3])
+    torch.testing.assert_close(unet.visual[:, :6], both.visual[:, 3:9])
+    assert make(levels, levels="unet", width=11).provenance["widths"] == [6, 5]
+    assert make(levels, aggregation="3-5-4", levels="unet").provenance["widths"] == [7, 5]
+    texts = make(
+        levels,
+        levels="unet",
+        text_source=replace(levels, meta={**levels.meta, "condition": "own-class"}),
+    )
+    assert texts.text.shape == (CLASSES, 12)
+    with pytest.raises(UserError, match=r"levels = vae: none of diffusion\.layers = mid,up\.0"):
+        make(cache, levels="vae")
+
+
+def test_the_default_anchors_have_a_vae_level():
+    """The widths of FedDifRC's up-blocks stand 2 to 1 to 1; the VAE has an eighth."""
+    config = resolve({"data.name": "cifar10"})
+    layers = list(config.diffusion.layer_names)
+    assert layer_widths(config.anchors, layers) == {
+        "vae": 64,
+        "up.1": 224,
+        "up.2": 112,
+        "up.3": 112,
+    }
+    unet = resolve({"data.name": "cifar10", "anchors.levels": "unet"})
+    assert layer_widths(unet.anchors, layers) == {"up.1": 256, "up.2": 128, "up.3": 128}
+    vae = resolve({"data.name": "cifar10", "anchors.levels": "vae"})
+    assert layer_widths(vae.anchors, layers) == {"vae": 512}
+    assert 4 * config.diffusion.vae_pool**2 >= 512, "so many values a latent has"
+    assert config.diffusion.input_size // 8 >= config.diffusion.vae_pool
 
 
 def test_a_width_that_the_levels_cannot_give_is_refused(cache):

@@ -31,6 +31,7 @@ THREADS = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count())
 # Pixels; the default 224 costs ten times as much and makes the same kind of odd sizes in the U-Net:
 # 9, 5, 3, 2.
 INPUT = 72
+CELLS = 6  # per side, of the latent's 9
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +55,7 @@ def flags(archive, sd):
         **archive,
         "diffusion.source": str(sd),
         "diffusion.input_size": INPUT,
+        "diffusion.vae_pool": CELLS,
         "run.threads": THREADS,
     }
     assignments = [word for name in settings for word in ("--set", f"{name}={settings[name]}")]
@@ -122,7 +124,7 @@ def test_the_cache_holds_what_the_whole_forward_gives(built, sd, archive, as_man
     stored = load_file(built[1] / "shard-00001.safetensors")
     whole = Backbone(
         sd,
-        layers=["up.1", "up.2", "up.3"],
+        layers=["vae", "up.1", "up.2", "up.3"],
         precision=manifest["meta"]["precision"],
         offline=True,
         whole=True,
@@ -136,7 +138,7 @@ def test_the_cache_holds_what_the_whole_forward_gives(built, sd, archive, as_man
         return encode(values)
 
     whole.vae.encode = encode_and_keep
-    options = {"timestep": 150, "seed": 0, "input_size": INPUT}
+    options = {"timestep": 150, "seed": 0, "input_size": INPUT, "vae_pool": CELLS}
     features = whole.features(images, **options)
     assert set(features) == set(stored)
     assert all(torch.equal(features[layer].half(), stored[layer]) for layer in features)
@@ -145,7 +147,7 @@ def test_the_cache_holds_what_the_whole_forward_gives(built, sd, archive, as_man
     if SIZE == "sd15":
         parameters = sum(parameter.numel() for parameter in whole.unet.parameters())
         assert whole.unet.num_parameters() == parameters == 859_520_964
-        assert [values.shape[1] for values in features.values()] == [1280, 640, 320]
+        assert [values.shape[1] for values in features.values()] == [144, 1280, 640, 320]
     shuffled = whole.features(images.flip(0), **options)
     for layer, values in features.items():
         assert (shuffled[layer].flip(0) - values).norm() <= 2e-2 * values.norm()
@@ -194,4 +196,4 @@ def test_train_uses_the_cache(built, flags, tmp_path):
     assert {file: file.stat().st_mtime_ns for file in folder.iterdir()} == before
     anchors = json.loads((tmp_path / "run" / "summary.json").read_text())["anchors"]
     assert f"features-{anchors['cache']}" == folder.name
-    assert anchors["layers"] == ["up.1", "up.2", "up.3"]
+    assert anchors["layers"] == ["vae", "up.1", "up.2", "up.3"]

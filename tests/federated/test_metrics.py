@@ -193,6 +193,7 @@ def test_clients_that_do_not_move_have_no_alignment(quadratic_context):
         {"federation__aggregation": "median"},
         {"federation__method": "fedcda", "fedcda__warm_up": 0},
         {"model__batch_norm": "local"},
+        {"model__norm": "group"},
     ],
 )
 def test_drift_is_over_what_descends_from_the_global_model(small_context, settings):

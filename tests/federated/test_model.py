@@ -7,8 +7,10 @@ import sys
 import pytest
 import torch
 
+from semanticfl_ref.config.registry import MODELS, register_model
+from semanticfl_ref.errors import UserError
 from semanticfl_ref.federated.flat import flat_layout, flatten_params, load_params, with_parameters
-from semanticfl_ref.federated.model import ResNet10
+from semanticfl_ref.federated.model import ResNet10, group_norm
 
 
 def test_a_flat_vector_round_trips_and_leaves_counters_out():
@@ -64,6 +66,35 @@ def test_parts_of_a_flat_vector_stand_beside_their_parameters():
     model = ResNet10(2, 3, 8, 6)
     for parameter, part in with_parameters(model, flatten_params(model)):
         assert torch.equal(parameter.detach(), part)
+
+
+def test_group_norm_has_no_buffers_and_the_same_parameters():
+    """Two groups of channels, each normalised within an image: no image sees another."""
+    model, layout = ResNet10(2, 3, 8, 6, norm="group"), flat_layout(ResNet10(2, 3, norm="group"))
+    batch = ResNet10(2, 3, 8, 6)
+    assert not list(model.buffers())
+    assert len(layout.buffers) == len(layout.batch_norm) == 0
+    assert [p.shape for p in model.parameters()] == [p.shape for p in batch.parameters()]
+    for one, other in zip(model.parameters(), batch.parameters(), strict=True):
+        assert torch.equal(one, other), "the same initial weights"
+    params_P = flatten_params(model)
+    other = ResNet10(2, 3, 8, 6, norm="group", seed=1)
+    load_params(other, params_P)
+    assert torch.equal(flatten_params(other), params_P)
+    images = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(model(images)[0][:1], model(images[:1])[0])
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.GroupNorm)]
+    assert len(norms) == 12 and {m.num_groups for m in norms} == {2}
+    assert group_norm(3).num_groups == 1
+
+
+def test_a_model_without_the_argument_refuses_group_norm(small_context, monkeypatch):
+    monkeypatch.setattr(MODELS, "entries", dict(MODELS.entries))
+    register_model("own", lambda width, classes, seed: ResNet10(width, classes, seed=seed))
+    own = {"model__name": "own", "federation__method": "fedavg"}
+    small_context(**own)
+    with pytest.raises(UserError, match="model 'own' takes no argument norm"):
+        small_context(**own, model__norm="group")
 
 
 def test_the_papers_network_has_its_size():

@@ -5,14 +5,15 @@ import torch
 import torch.nn.functional as F
 
 from semanticfl_ref.config.registry import DATASETS
-from semanticfl_ref.config.resolve import resolve
+from semanticfl_ref.config.resolve import read_toml, resolve
 from semanticfl_ref.data.dataset import Dataset
 from semanticfl_ref.data.partition import make_partition
 from semanticfl_ref.diffusion.anchors import Anchors
 from semanticfl_ref.federated.context import make_context
 from semanticfl_ref.federated.methods.method import LocalUpdate
 from semanticfl_ref.federated.state import initial_state
-from semanticfl_ref.run.summary import NEGLIGIBLE
+from semanticfl_ref.run.summary import NEGLIGIBLE, negligible_terms
+from semanticfl_ref.tools import reproduce
 
 CLASSES = {"cifar100": 100, "tinyimagenet": 200}
 TEXT_WIDTH = {"stable": 768, "tiny": 64}
@@ -64,8 +65,44 @@ def first_shares(name: str, **settings: object) -> dict[str, float]:
     return {term: gradient.share for term, gradient in report.first.gradients.items()}
 
 
-@pytest.mark.parametrize("name", DATASETS)
-def test_no_term_of_a_preset_is_inert(name):
-    shares = first_shares(name)
+TINY = {"diffusion.source": "tiny"}
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [*((name, {}) for name in DATASETS), ("image_folder", TINY), ("cifar10", TINY)],
+)
+def test_no_term_of_a_preset_is_inert(name, settings):
+    shares = first_shares(name, **settings)
     assert set(shares) == {"cross_entropy", "consistency", "contrast"}
     assert min(shares.values()) >= NEGLIGIBLE, shares
+
+
+@pytest.mark.parametrize(
+    ("settings", "inert"),
+    [
+        ({"semanticfl.kd_squared": True}, "consistency"),
+        ({"semanticfl.kd_temperature": 1.0}, "consistency"),
+        ({"semanticfl.lambda_con": 0.01}, "contrast"),
+        (read_toml(reproduce.FOLDER / "cifar10-nid1.toml"), "contrast"),
+        (read_toml(reproduce.FOLDER / "cifar100-nid2.toml"), "contrast"),
+    ],
+)
+def test_a_reading_that_is_inert_has_to_be_named_and_is_warned_of(settings, inert):
+    """Those of the summary, which nothing but a setting or a published cell chooses."""
+    settings = dict(settings)
+    name = settings.pop("data.name", "cifar10")
+    (warning,) = negligible_terms(first_shares(name, **settings))
+    assert f"the term {inert!r} contributes 0." in warning
+
+
+def test_the_measured_shares():
+    """The ones that docs/choices.md names, in per cent of the gradient norm at the features."""
+    readings = {
+        0.03: {"semanticfl.kd_squared": True},
+        2.7: {},
+        11: {"semanticfl.consistency": "cosine"},
+    }
+    for percent, settings in readings.items():
+        share = 100 * first_shares("cifar10", **settings)["consistency"]
+        assert share == pytest.approx(percent, rel=0.1)

@@ -235,6 +235,7 @@ VARIANTS = [
     ("scaffold", {"scaffold__place": "step"}),
     ("scaffold", {"scaffold__place": "step", "federation__momentum": 0.0}),
     ("fedavg", {"run__precision": "bf16"}),
+    ("semanticfl", {"model__norm": "group"}),
 ]
 
 

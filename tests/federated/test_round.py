@@ -6,6 +6,7 @@ import pytest
 import torch
 from quadratic import run_rounds, trained_alone
 
+from semanticfl_ref.config.registry import METHODS
 from semanticfl_ref.data.batches import epoch_batches, network_input
 from semanticfl_ref.errors import NonFiniteError
 from semanticfl_ref.federated import aggregate, replicas
@@ -208,6 +209,22 @@ def test_local_batch_norm_keeps_each_clients_own(small_context):
     start = start_P[context.layout.batch_norm]
     assert torch.equal(state.batch_norm[absent], start)
     assert all(not torch.equal(state.batch_norm[k], start) for k in lines[0]["clients"])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_trains_with_group_norm(small_context, name):
+    """Also with a server optimizer, and with a client that has a batch of a single image."""
+    context = small_context(
+        federation__method=name,
+        model__norm="group",
+        federation__server_optimizer="fedadam",
+        federation__batch_size=3,
+    )
+    start_P = initial_state(context).params
+    state, lines = run_rounds(context, rounds=2)
+    assert len(context.layout.optimised) == context.layout.size
+    assert state.params.isfinite().all() and not torch.equal(state.params, start_P)
+    assert all(line["test_accuracy"] >= 0 for line in lines)
 
 
 def test_an_observer_sees_every_local_update(small_context):

@@ -159,7 +159,7 @@ def test_the_embedded_model_stands_in_with_its_own_layers():
     stand_in = resolve({"data.name": "cifar10", "diffusion.source": "tiny"})
     assert (stand_in.diffusion.layers, stand_in.diffusion.input_size) == ("mid", 0)
     assert (stand_in.anchors.aggregation, stand_in.model.width) == ("equal", 64)
-    assert resolve({"data.name": "cifar10"}).diffusion.layers == "up.1,up.2,up.3"
+    assert resolve({"data.name": "cifar10"}).diffusion.layers == "vae,up.1,up.2,up.3"
     asked = resolve({"data.name": "cifar10", "diffusion.source": "tiny", "diffusion.timestep": 150})
     again = settings_of(cli.parse(without_rebuild(rebuild_command(asked))))
     assert again.diffusion == asked.diffusion and asked.diffusion.timestep == 150
@@ -185,6 +185,7 @@ def probed(built):
     """The digits probed on a hundred images, two timesteps, with a figure."""
     figure = built[0] / "figure.png" if importlib.util.find_spec("matplotlib") else None
     asked = [*DIGITS, "--probe-images", "100", "--timesteps", "20,600"]
+    asked += ["--set", "diffusion.vae_pool=1"]
     if figure is not None:
         asked += ["--figure", str(figure)]
     with pytest.MonkeyPatch.context() as patch:

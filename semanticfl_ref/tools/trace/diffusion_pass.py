@@ -5,11 +5,12 @@
 Letters: B images.
 """
 
+from dataclasses import fields
 from functools import partial
 
 import torch
 
-from semanticfl_ref.diffusion.backbone import Backbone
+from semanticfl_ref.diffusion.backbone import Backbone, PassOptions
 from semanticfl_ref.diffusion.feature_cache import CachePlan
 from semanticfl_ref.diffusion.modules import unet_layers
 from semanticfl_ref.diffusion.text import TextEncoder, captions
@@ -54,7 +55,7 @@ def diffusion_pass(
     for layer, module in unet_layers(backbone.unet).items():
         if layer in backbone.layers:
             module.register_forward_hook(partial(keep, layer))
-    options = {key: meta[key] for key in ("timestep", "seed", "pool", "input_size", "latent")}
+    options = {field.name: meta[field.name] for field in fields(PassOptions)}
     with Tracer(["diffusion/backbone.py"]) as tracer:
         pooled = backbone.features(images, prompt_embedding=prompts, **options)
     stages |= {f"pooled {layer}": values for layer, values in pooled.items()}

@@ -42,6 +42,32 @@ def test_every_published_result_makes_its_configurations(name, tmp_path):
         sampled = 6 if config.partition.scenario == "nid2" else 5
         assert config.federation.clients_per_round == sampled
         assert config.federation.rounds == 50
+        assert config.diffusion.layers == "vae,up.1,up.2,up.3"
+        if config.data.name == "cifar10":
+            assert config.partition.equal_sizes
+            assert config.methods["moon"].mu == 5
+
+
+def test_the_table_of_feddifrc():
+    """Four splits of CIFAR-10; both of its terms, each alone, and baselines where it has them."""
+    columns = ("cifar10-nid1-005", "cifar10-nid1", "cifar10-nid1-05", "cifar10-nid2")
+    table = {
+        "fedavg": (78.27, 84.65, 86.11, 72.60),
+        "fedprox": (78.42, 84.59, None, 72.81),
+        "moon": (80.79, 86.10, None, 73.35),
+        "feddifrc": (83.14, 88.27, 89.31, 76.45),
+        "feddifrc[feddifrc.lambda_noise=0]": (81.39, 86.03, 88.16, 75.67),
+        "feddifrc[feddifrc.lambda_text=0]": (80.35, 86.40, 87.54, 75.33),
+    }
+    for method, values in table.items():
+        assert tuple(RESULTS[name].accuracy.get(method) for name in columns) == values
+    assert all("FedDifRC's own table" in RESULTS[name].source for name in columns)
+    assert [RESULTS[name].scenarios[0][:9] for name in columns[:3]] == [
+        "nid1:0.05",
+        "nid1:0.2",
+        "nid1:0.5",
+    ]
+    assert RESULTS["cifar10-nid1"].accuracy["semanticfl"] == 88.94
 
 
 def test_the_list(capsys):
