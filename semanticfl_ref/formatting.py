@@ -14,6 +14,14 @@ def format_bytes(count: float) -> str:
     return f"{count:.1f} TiB"
 
 
+def format_seconds(seconds: float) -> str:
+    """A duration: 90 is "90 s", 5400 is "90 min"."""
+    for unit, size in (("s", 1), ("min", 60)):
+        if seconds < 100 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds / 3600:.1f} h"
+
+
 def format_percent(share: float | None) -> str:
     """A share in 0 ... 1 as per cent with one decimal; empty for None."""
     return "" if share is None else f"{share:.1%}"

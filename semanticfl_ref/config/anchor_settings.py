@@ -70,6 +70,11 @@ class DiffusionSettings(Section):
         "U-Net precision; auto: fp16 on CUDA, bf16 on a CPU with native support, else fp32",
         choices=("auto", "fp32", "bf16", "fp16"),
     )
+    compile: bool = option(
+        False,
+        "torch.compile of the VAE's encoder: slower to start, other last bits",
+        source="O",
+    )
 
     @property
     def layer_names(self) -> tuple[str, ...]:

@@ -31,6 +31,7 @@ NOT_IDENTITY = frozenset(
         "data.sha256",
         "partition.file",
         "diffusion.source",
+        "diffusion.compile",
         "anchors.images",
         "federation.rounds",
         "run.checkpoint_every",

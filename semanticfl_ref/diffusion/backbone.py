@@ -11,29 +11,28 @@ Letters: B batch, D width of a vector, T tokens of a caption.
 """
 
 import contextlib
-import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 from semanticfl_ref.device import vae_precision
 from semanticfl_ref.diffusion.model_files import locate
 from semanticfl_ref.diffusion.modules import (
     block_of,
     empty_unet,
+    keep_prompt_projections,
     load_scheduler,
     load_vae_encoder,
     load_weights,
     unet_layers,
     weights_behind,
 )
+from semanticfl_ref.diffusion.passes import host_pass_size, image_noise, pool_cells, scale_images
 from semanticfl_ref.diffusion.text import TextEncoder
 from semanticfl_ref.errors import NonFiniteError, UserError, unknown
-from semanticfl_ref.randomness import generator
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -73,12 +72,10 @@ class Backbone:
         layers: the selected layers.
         deepest: the one that is computed last, where a pass ends; None: at the U-Net's end, for
             comparisons.
-        batch: images per pass. Every pass has this many, the last one filled up: libraries choose
-            their algorithm by the batch size, so a smaller pass would round differently.
+        batch: images per pass; as many as on a CPU until it is set. Every pass has this many, the
+            last one filled up: libraries choose their algorithm by the batch size, so a smaller
+            pass would round differently.
     """
-
-    SMALL_PASS = 64
-    LARGE_PASS = 8  # of a large model, to save memory
 
     def __init__(
         self,
@@ -125,11 +122,16 @@ class Backbone:
         if self.device.type == "cuda" or dtype == torch.bfloat16:
             for module in (self.unet, self.vae):
                 module.to(memory_format=torch.channels_last)
-        small = self.unet.config.block_out_channels[-1] <= 256
-        self.batch = self.SMALL_PASS if small else self.LARGE_PASS
+        keep_prompt_projections(self.unet)
+        self.batch = host_pass_size(self.unet.config)
+        self._null: torch.Tensor | None = None  # the empty caption for a whole pass
+
+    def features(self, images: torch.Tensor, **options) -> dict[str, torch.Tensor]:
+        """`start`, waited for."""
+        return self.start(images, **options)()
 
     @torch.no_grad()
-    def features(
+    def start(
         self,
         images: torch.Tensor,
         *,
@@ -137,11 +139,12 @@ class Backbone:
         first: int = 0,
         every_caption: bool = False,
         **options,
-    ) -> dict[str, torch.Tensor]:
-        """Pooled features of images.
+    ) -> Callable[[], dict[str, torch.Tensor]]:
+        """Start computing the pooled features of images.
 
         An image's features do not depend on its neighbours in the batch, except for rounding: its
-        noise is keyed by its own content, and every pass has the same number of images.
+        noise is keyed by its own content, and every pass has the same number of images. On CUDA
+        nothing here waits for the device, which works on while the host hashes the next images.
 
         Args:
             images: uint8 [B, H, W, 3].
@@ -153,39 +156,48 @@ class Backbone:
             options: the fields of `PassOptions`.
 
         Returns:
-            layer -> float32 [B, channels * cells], or with `every_caption` [B, C, channels *
-            cells]; on the CPU.
+            A function that waits and returns layer -> float32 [B, channels * cells], or with
+            `every_caption` [B, C, channels * cells], on the CPU. It raises NonFiniteError, which
+            names image and layer.
 
         Raises:
             UserError: a timestep, size or pool that the model does not admit.
-            NonFiniteError: names image and layer.
         """
         assert images.dtype == torch.uint8
         count, height, width, _ = images.shape
         options = PassOptions(**options)
         self._check(options, height, width)
-        prompts = self.null_prompt if prompt_embedding is None else prompt_embedding
-        captions = prompts[:, None] if every_caption else [prompts]
-        captions = [each.expand(count, *prompts.shape[-2:]) for each in captions]  # [B, T, D]
+        captions = self._captions(prompt_embedding, every_caption, count)
         passes = []
         for start in range(0, count, self.batch):
             # The last image again, where there is none.
             indices = torch.arange(start, start + self.batch).clamp(max=count - 1)
-            batches = (each[indices.to(each.device)] for each in captions)
-            found = self.pass_once(images[indices], batches, options)
+            found = self.pass_once(images[indices], captions(indices), options)
             pooled = {
-                layer: torch.stack([one[layer] for one in found], 1)[: count - start].cpu()
+                layer: torch.stack([one[layer] for one in found], 1)[: count - start]
                 for layer in found[0]
             }
-            check_finite(
-                pooled,
-                first + start,
-                f"features are not finite in {self.precision}; use diffusion.precision=fp32, or "
-                f"check the weights",
-            )
-            passes.append(pooled)
-        features = {layer: torch.cat([pooled[layer] for pooled in passes]) for layer in self.layers}
-        return features if every_caption else {k: values[:, 0] for k, values in features.items()}
+            # Into pinned memory.
+            copies = {k: values.to("cpu", non_blocking=True) for k, values in pooled.items()}
+            passes.append((first + start, copies))
+        copied = None
+        if self.device.type == "cuda":
+            copied = torch.cuda.current_stream(self.device).record_event()
+
+        def wait() -> dict[str, torch.Tensor]:
+            if copied is not None:
+                copied.synchronize()
+            for number, pooled in passes:
+                check_finite(
+                    pooled,
+                    number,
+                    f"features are not finite in {self.precision}; use diffusion.precision=fp32, "
+                    f"or check the weights",
+                )
+            found = {k: torch.cat([pooled[k] for _, pooled in passes]) for k in self.layers}
+            return found if every_caption else {k: values[:, 0] for k, values in found.items()}
+
+        return wait
 
     def pass_once(
         self, images: torch.Tensor, captions: Iterable[torch.Tensor], options: PassOptions
@@ -195,25 +207,28 @@ class Backbone:
 
         Equation (noised-latent) [S, t; the scheduler is Stable Diffusion's]:
             z_t = sqrt(abar_t) z + sqrt(1 - abar_t) noise,  z = scaling_factor * VAE(image)
+        A VAE with a shift_factor has it subtracted before.
         Test: tests/diffusion/test_backbone.py::test_the_noise_level_is_the_timestep
 
         Returns:
             For each caption layer -> float32 [B, channels * cells] on the device, in the order of
             computation; "vae" is always among them.
         """
-        pixels = scale_images(images.to(self.device), options.input_size)  # [B, 3, H, W]
+        pixels = scale_images(self._sent(images), options.input_size)  # [B, 3, H, W]
         distribution = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
         latent = distribution.mean.float()  # [B, 4, H / 8, W / 8] in Stable Diffusion
         if options.latent == "sample":
             noise = image_noise(images, latent.shape[1:], options.seed, "vae-sample")
-            latent = latent + distribution.std.float() * noise.to(self.device)
+            latent = latent + distribution.std.float() * self._sent(noise)
+        if self.vae.config.shift_factor:
+            latent = latent - self.vae.config.shift_factor
         latent = latent * self.vae.config.scaling_factor
         vae = {"vae": pool_cells(latent, options.vae_pool)}
         if self.deepest == "vae":
             return [vae for _ in captions]
         noise = image_noise(images, latent.shape[1:], options.seed, f"noise/{options.timestep}")
         timesteps = torch.full((len(images),), options.timestep, device=self.device)
-        noised_latent = self.scheduler.add_noise(latent, noise.to(self.device), timesteps)
+        noised_latent = self.scheduler.add_noise(latent, self._sent(noise), timesteps)
         inputs, found = noised_latent.to(self.unet.dtype), []
         for prompts_BTD in captions:
             prompts_BTD = prompts_BTD.to(self.device, inputs.dtype)
@@ -245,6 +260,36 @@ class Backbone:
             f"U-Net up to {self.deepest}: {kept / 1e6:.1f} of {whole / 1e6:.1f} M parameters, "
             f"{kept * size / 2**20:.0f} of {whole * size / 2**20:.0f} MiB in {self.precision}"
         )
+
+    def _sent(self, values: torch.Tensor) -> torch.Tensor:
+        """A tensor of the host on the device; no one waits for the copy."""
+        if self.device.type == "cuda":
+            values = values.pin_memory()
+        return values.to(self.device, non_blocking=True)
+
+    def _captions(
+        self, embedding: torch.Tensor | None, every_caption: bool, count: int
+    ) -> Callable[[torch.Tensor], Iterable[torch.Tensor]]:
+        """A function: indices of a pass's images -> its prompts [B, T, D], one after another.
+
+        A prompt for all images is the same tensor in every pass, which spares its projections, see
+        `KeptProjection`.
+        """
+
+        def repeated(prompt: torch.Tensor) -> torch.Tensor:
+            whole = prompt.expand(self.batch, *prompt.shape[-2:])
+            return whole.to(self.device, self.unet.dtype).contiguous()
+
+        if embedding is None:
+            if self._null is None or len(self._null) != self.batch:
+                self._null = repeated(self.null_prompt)
+            return lambda _indices: [self._null]
+        if embedding.ndim == 2 or (len(embedding) == 1 and not every_caption):
+            same = repeated(embedding)
+            return lambda _indices: [same]
+        captions = embedding[:, None] if every_caption else [embedding]
+        captions = [each.expand(count, *embedding.shape[-2:]) for each in captions]
+        return lambda indices: (each[indices.to(each.device)] for each in captions)
 
     def _check(self, options: PassOptions, height: int, width: int) -> None:
         last = self.scheduler.config.num_train_timesteps - 1
@@ -315,45 +360,6 @@ def resolve_layers(layers: Sequence[str], names: Sequence[str]) -> tuple[str, ..
             f"each once"
         )
     return layers
-
-
-def scale_images(images: torch.Tensor, input_size: int) -> torch.Tensor:
-    """uint8 [B, H, W, 3] in 0 ... 255 -> float32 [B, 3, H, W] in -1 ... 1, the VAE's range.
-
-    Args:
-        images: on any device.
-        input_size: height and width to resize to first; 0: not resized.
-    """
-    values = images.permute(0, 3, 1, 2).float()
-    if input_size and values.shape[2:] != (input_size, input_size):
-        values = F.interpolate(values, input_size, mode="bicubic", antialias=True).clamp(0, 255)
-    return values / 127.5 - 1
-
-
-def pool_cells(values_BCHW: torch.Tensor, pool: int) -> torch.Tensor:
-    """Means over pool x pool cells: [B, C, H, W] -> float32 [B, C * pool * pool]."""
-    return F.adaptive_avg_pool2d(values_BCHW.float(), pool).flatten(1)
-
-
-def image_noise(
-    images: torch.Tensor, shape: Sequence[int], seed: int, purpose: str
-) -> torch.Tensor:
-    """Standard normal numbers float32 [B, *shape], on the CPU.
-
-    Every image has a generator of its own, keyed by the SHA-256 of its shape and bytes.
-
-    Args:
-        images: uint8 [B, H, W, 3].
-        shape: shape of one image's noise.
-        seed: seed of the noise.
-        purpose: what the noise is for; other purposes get other numbers.
-    """
-    noise = []
-    for image in images.cpu():
-        content = f"{tuple(image.shape)}".encode() + image.numpy().tobytes()
-        key = f"{purpose}/{hashlib.sha256(content).hexdigest()}"
-        noise.append(torch.randn(shape, generator=generator(seed, key)))
-    return torch.stack(noise)
 
 
 def check_finite(features: dict[str, torch.Tensor], first: int, problem: str) -> None:

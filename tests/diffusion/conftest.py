@@ -13,10 +13,10 @@ from cache_files import LABELS, NAMES, dataset_of, settings_for
 @pytest.fixture(scope="module", autouse=True)
 def small_passes():
     """The tests describe a dozen images: passes of 64 would be mostly filling."""
-    from semanticfl_ref.diffusion.backbone import Backbone
+    from semanticfl_ref.diffusion import passes
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Backbone, "SMALL_PASS", 16)
+        patch.setattr(passes, "SMALL_PASS", 16)
         yield
 
 
@@ -98,13 +98,11 @@ def images():
 @pytest.fixture(scope="module")
 def small_shards(small_passes):
     """A dozen images in three shards, one pass each."""
-    from semanticfl_ref.diffusion import extract, feature_cache
-    from semanticfl_ref.diffusion.backbone import Backbone
+    from semanticfl_ref.diffusion import feature_cache, passes
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Backbone, "SMALL_PASS", 4)
-        for module in (feature_cache, extract):
-            patch.setattr(module, "SHARD", 4)
+        patch.setattr(passes, "SMALL_PASS", 4)
+        patch.setattr(feature_cache, "SHARD", 4)
         yield
 
 

@@ -1,15 +1,13 @@
-"""What a cache survives: kills, damage, full disks, a second process."""
+"""What a cache survives: kills, damage, full disks."""
 
 import errno
 import os
 import shutil
-import threading
 
 import pytest
 import torch
 from cache_files import contents, no_extraction, same
 
-from semanticfl_ref.diffusion import extract
 from semanticfl_ref.diffusion.backbone import Backbone
 from semanticfl_ref.diffusion.extract import build_cache, complete_files, open_or_build
 from semanticfl_ref.diffusion.feature_cache import open_cache
@@ -51,13 +49,13 @@ def test_killed_at_every_write_it_ends_with_the_same_bytes(built, plan_for, tmp_
 def test_a_resumed_extraction_describes_only_what_is_missing(built, copied, monkeypatch):
     (copied.path / "manifest.json").unlink()
     (copied.path / "shard-00001.safetensors").unlink()
-    real, firsts, said = Backbone.features, [], []
+    real, firsts, said = Backbone.start, [], []
 
-    def features(self, part, **options):
+    def start(self, part, **options):
         firsts.append(options["first"])
         return real(self, part, **options)
 
-    monkeypatch.setattr(Backbone, "features", features)
+    monkeypatch.setattr(Backbone, "start", start)
     open_or_build(copied, said.append)
     assert firsts == [4] and contents(copied.path) == contents(built.path)
     assert any("feature cache of 12 images, 8 of them already done" in text for text in said)
@@ -134,25 +132,6 @@ def test_rebuild_replaces_a_damaged_cache(built, copied):
     assert contents(copied.path) == contents(built.path)
 
 
-def test_two_processes_take_turns(built, plan_for, tmp_path, monkeypatch):
-    plan, said, real = plan_for(tmp_path), [], extract._build
-    began = threading.Event()
-
-    def build(*arguments):
-        began.set()
-        real(*arguments)
-
-    monkeypatch.setattr(extract, "_build", build)
-    first = threading.Thread(target=build_cache, args=(plan, lambda _text: None))
-    first.start()
-    began.wait()
-    monkeypatch.setattr(extract, "_build", lambda *_: pytest.fail("it was built twice"))
-    build_cache(plan, said.append)
-    first.join()
-    assert any("waiting for another process" in text for text in said)
-    assert contents(plan.path) == contents(built.path)
-
-
 def test_a_full_disk_keeps_what_was_done(built, plan_for, tmp_path, monkeypatch):
     plan, calls, real = plan_for(tmp_path), [], os.fsync
 
@@ -179,7 +158,7 @@ def test_a_full_disk_keeps_what_was_done(built, plan_for, tmp_path, monkeypatch)
 def test_a_disk_that_is_too_small_is_refused_before_the_work(plan_for, tmp_path, monkeypatch):
     usage = shutil._ntuple_diskusage(10**6, 10**6, 1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage)
-    monkeypatch.setattr(Backbone, "features", lambda *_a, **_k: pytest.fail("work was done"))
+    monkeypatch.setattr(Backbone, "start", lambda *_a, **_k: pytest.fail("work was done"))
     with pytest.raises(DataError, match=r"needs 5.2 KiB, only 1000 B are free"):
         open_or_build(plan_for(tmp_path))
 
@@ -191,11 +170,11 @@ def test_a_cache_folder_that_is_a_file(plan_for, tmp_path):
 
 
 def test_what_does_not_fit_fp16_is_named(plan_for, tmp_path, monkeypatch):
-    def features(self, part, first, **_options):
+    def start(self, part, first, **_options):
         value = 1e5 if first == 8 else 1.0
-        return {layer: torch.full((len(part), 112), value) for layer in self.layers}
+        return lambda: {layer: torch.full((len(part), 112), value) for layer in self.layers}
 
-    monkeypatch.setattr(Backbone, "features", features)
+    monkeypatch.setattr(Backbone, "start", start)
     with pytest.raises(NonFiniteError, match=r"image 8, layer mid.*does not fit"):
         open_or_build(plan_for(tmp_path))
 

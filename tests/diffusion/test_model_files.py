@@ -4,6 +4,7 @@ and the SHA-256 that identifies them.
 
 import fnmatch
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -157,11 +158,18 @@ def test_weights_in_several_files(folder, images, expected):
     for i, shard in enumerate(shards):
         save_file(dict(stored[i::2]), shard, metadata={"format": "pt"})
     file.unlink()
+    index = file.with_name(f"{file.name}.index.json")
+    names = {name: shards[i % 2].name for i, (name, _) in enumerate(stored)}
+    index.write_text(json.dumps({"weight_map": names}))
+    shutil.copy(shards[1], file.with_stem(f"{file.stem}-00002-of-00009"))  # a stale one
     assert same(features_of(folder, images), expected)
     shards[0].unlink()
-    message = r"lacks unet/diffusion_pytorch_model\.safetensors or some of its shards"
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError, match=rf"lacks unet/{shards[0].name}, which its index names"):
         features_of(folder, images)
+    for content in ("", "[]", "{}", '{"weight_map": {"a": "../b"}}', '{"weight_map": {}}'):
+        index.write_text(content)
+        with pytest.raises(DataError, match=r"index .*index\.json cannot be read"):
+            features_of(folder, images)
 
 
 def test_the_vaes_old_names_are_known(folder, images, expected):
