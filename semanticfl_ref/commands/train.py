@@ -6,7 +6,7 @@ from semanticfl_ref.config.command_line import shell_command, to_flags
 from semanticfl_ref.config.resolve import is_embedded, resolve
 from semanticfl_ref.config.settings import NOT_IDENTITY, Config, to_flat
 from semanticfl_ref.errors import MismatchError, UserError
-from semanticfl_ref.formatting import format_bytes
+from semanticfl_ref.formatting import format_bytes, format_seconds
 from semanticfl_ref.run.folder import RunFolder, default_folder, refuse_existing
 from semanticfl_ref.run.summary import LAST
 from semanticfl_ref.storage import user_path
@@ -31,7 +31,7 @@ clients          {clients} with {fewest} to {most} training images each
 rounds           {rounds} with {clients_per_round} clients each
 steps per round  {steps_per_round} on average
 model            {parameters} parameters and buffers, {bytes}
-communication    per round {down} to the clients, {up} back{anchors}"""
+{features}communication    per round {down} to the clients, {up} back{anchors}"""
 
 
 def add_flags(parser, argv: list[str]) -> None:
@@ -50,7 +50,10 @@ def add_flags(parser, argv: list[str]) -> None:
         "its last round",
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="print sizes, steps and bytes; write nothing"
+        "--dry-run",
+        action="store_true",
+        help="print sizes, steps, bytes, and the time that diffusion features will take; train "
+        "nothing",
     )
 
 
@@ -62,7 +65,7 @@ def run(arguments) -> int:
         _announce(config)
         from semanticfl_ref.run.dry_run import dry_run
 
-        return show(dry_run(config), arguments.json, sizes_table)
+        return show(dry_run(config, measure=True), arguments.json, sizes_table)
     out = arguments.out or default_folder(config)
     refuse_existing(out)
     _announce(config)
@@ -156,8 +159,9 @@ def summary_table(summary: dict) -> str:
 def sizes_table(sizes: dict) -> str:
     """The sizes of a dry run."""
     anchors = "; plus each client's anchors, once" if sizes["needs_anchors"] else ""
+    features = "".join(map(_features_line, sizes["features"]))
     return SIZES.format(
-        **sizes,
+        **{**sizes, "features": features},
         anchors=anchors,
         fewest=min(sizes["client_images"]),
         most=max(sizes["client_images"]),
@@ -165,3 +169,12 @@ def sizes_table(sizes: dict) -> str:
         down=format_bytes(sizes["bytes_down_per_round"]),
         up=format_bytes(sizes["bytes_up_per_round"]),
     )
+
+
+def _features_line(cache: dict) -> str:
+    """A line about a feature cache that is to be made."""
+    text = f"time unknown: {cache.get('why')}"
+    if "seconds" in cache:
+        seconds, size = format_seconds(cache["seconds"]), format_bytes(cache["bytes"])
+        text = f"about {seconds} to make on this machine, {size}"
+    return f"features         {cache['use']} cache: {text}\n"

@@ -101,6 +101,13 @@ def complete_files(plan: CachePlan) -> dict[Path, str]:
     return {file: digest for file, digest in digests.items() if digest}
 
 
+def images_left(plan: CachePlan) -> int:
+    """Number of images whose features are still to be made."""
+    if plan.complete:
+        return 0
+    return sum(len(part) for file, part in plan.shards.items() if not _digest(plan, file))
+
+
 def _exchange(made: CachePlan, plan: CachePlan) -> None:
     """Put a rebuilt cache in the old one's place, while nobody opens it.
 

@@ -41,7 +41,7 @@ DESCRIPTIONS = ["model_index.json", "scheduler/*.json", "tokenizer/*"]
 DESCRIPTIONS += [f"{part}/config.json" for part in WEIGHTS]
 # Patterns of the files to download: the fp16 variant, or the full one.
 STEMS = [f"{part}/{stem}" for part, stem in WEIGHTS.items()]
-DESCRIPTIONS += [f"{stem}.*index*json" for stem in STEMS]
+DESCRIPTIONS.append("*.safetensors.index*json")
 HALF_FILES = DESCRIPTIONS + [f"{stem}.fp16*.safetensors" for stem in STEMS]
 FULL_FILES = DESCRIPTIONS + [
     f"{stem}{shard}.safetensors" for shard in ("", "-*-of-*") for stem in STEMS

@@ -5,20 +5,29 @@ from pathlib import Path
 
 import torch
 
+from semanticfl_ref.config.registry import METHODS
 from semanticfl_ref.config.settings import Config
 from semanticfl_ref.data.batches import batch_sizes
 from semanticfl_ref.diffusion.anchors import Anchors
+from semanticfl_ref.diffusion.expected import expected
+from semanticfl_ref.diffusion.extract import images_left
 from semanticfl_ref.diffusion.model_files import TINY
+from semanticfl_ref.errors import DownloadError
 from semanticfl_ref.federated.context import make_context
 from semanticfl_ref.federated.metrics import communication_cost
 from semanticfl_ref.federated.state import initial_state
-from semanticfl_ref.run.setup import load_data
+from semanticfl_ref.run.setup import RunData, anchor_images, cache_plans, load_data
 
 SD15_TEXT_WIDTH = 768
 
 
-def dry_run(config: Config) -> dict:
-    """Images, clients, steps and bytes of a run. Reads the data set, writes nothing.
+def dry_run(config: Config, *, measure: bool = False) -> dict:
+    """Images, clients, steps and bytes of a run. Reads the data set, writes no run folder.
+
+    Args:
+        config: of the run.
+        measure: also the time that missing diffusion features take on this machine, by one pass
+            through the model.
 
     Raises:
         UserError: and its kinds, see errors.py.
@@ -46,10 +55,25 @@ def dry_run(config: Config) -> dict:
         "steps_per_round": round(steps, 1),
         "parameters": context.layout.size,
         "needs_anchors": context.method.needs_anchors,
+        "features": features_to_make(config, data) if measure else [],
         "checkpoint_bytes": sum(tensor.nbytes for tensor in state.tensors.values()),
         "bytes_down_per_round": federation.clients_per_round * sum(cost["down"].values()),
         "bytes_up_per_round": federation.clients_per_round * sum(cost["up"].values()),
     }
+
+
+def features_to_make(config: Config, data: RunData) -> list[dict]:
+    """A dict for each feature cache that the run has to make, see `expected`; with `why` in place
+    of numbers if the model is not on this machine.
+    """
+    if not METHODS[config.federation.method].needs_anchors:
+        return []
+    try:
+        plans = cache_plans(config, anchor_images(config, data), offline=True)
+    except DownloadError:
+        return [{"use": "visual", "why": "the model is not on this machine"}]
+    left = {use: images_left(plan) for use, plan in plans.items()}
+    return [{"use": use, **expected(plans[use], count)} for use, count in left.items() if count]
 
 
 def placeholder_anchors(config: Config, classes: int) -> Anchors:

@@ -3,13 +3,16 @@
 Letters: N images, C classes, D width of a vector.
 """
 
+import os
 from dataclasses import replace
 from pathlib import Path
+
+import torch
 
 from semanticfl_ref.config.settings import Config
 from semanticfl_ref.data.dataset import Dataset, Labelled, hold_out, stratified
 from semanticfl_ref.diffusion.expected import expected
-from semanticfl_ref.diffusion.extract import complete_files, open_or_build
+from semanticfl_ref.diffusion.extract import images_left, open_or_build
 from semanticfl_ref.diffusion.feature_cache import CachePlan, open_cache
 from semanticfl_ref.diffusion.probe import describe_layer
 from semanticfl_ref.errors import DataError, UserError
@@ -58,6 +61,7 @@ def caches(config: Config, action: str, *, offline: bool, rebuild: bool = False,
         DataError: a cache to verify is not complete, or see `open_or_build`.
     """
     set_threads(config)
+    use_own_gpu()
     images = anchor_images(config, load_data(config, offline=offline))
     plans = cache_plans(config, images, offline=offline)
     for plan in plans.values():
@@ -188,20 +192,23 @@ def split_for_probe(dataset: Dataset, limit: int, seed: int) -> tuple[Dataset, D
     return *parts, name
 
 
+def use_own_gpu() -> None:
+    """Under torchrun each process of a machine uses a GPU of its own, as long as there are some."""
+    rank = os.environ.get("LOCAL_RANK")
+    if rank is not None and torch.cuda.is_available():
+        torch.cuda.set_device(int(rank) % torch.cuda.device_count())
+
+
 def _described(plan: CachePlan) -> dict:
     """A cache as JSON values; of an incomplete one, the complete shards are counted."""
-    done, to_come = len(plan.images), None
-    if not plan.complete:
-        complete = complete_files(plan)
-        done = sum(len(part) for file, part in plan.shards.items() if file in complete)
-        to_come = expected(plan, len(plan.images) - done)
+    left = images_left(plan)
     return {
         **plan.meta,
         "id": plan.id,
         "path": str(plan.path),
         "notes": NOTES[plan.meta["condition"]],
         "complete": plan.complete,
-        "images_done": done,
-        "expected": to_come,
+        "images_done": len(plan.images) - left,
+        "expected": expected(plan, left) if left else None,
         "bytes": sum(file.stat().st_size for file in plan.path.glob("*")),
     }

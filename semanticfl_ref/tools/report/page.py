@@ -20,7 +20,7 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, select_autoescape
 
-from semanticfl_ref.formatting import format_bytes, format_percent
+from semanticfl_ref.formatting import format_bytes, format_percent, format_seconds
 from semanticfl_ref.tools.report.drawing import COLOURS
 
 
@@ -32,7 +32,7 @@ def render(folder: Path, template: str, title: str = "", **context) -> str:
         template: file name.
         title: plain text; also the heading.
         context: what the template uses. Filters beside jinja's own: `bytes` (1536 is "1.5 KiB"),
-            `percent` (a share in 0 ... 1), `number` (4 digits, None is empty).
+            `percent` (a share in 0 ... 1), `seconds`, `number` (4 digits, None is empty).
     """
     environment = Environment(
         loader=FileSystemLoader([folder, Path(__file__).parent]),
@@ -43,6 +43,7 @@ def render(folder: Path, template: str, title: str = "", **context) -> str:
     environment.filters.update(
         bytes=format_bytes,
         percent=format_percent,
+        seconds=format_seconds,
         number=lambda value: "" if value is None else f"{value:.4g}",
     )
     return environment.get_template(template).render(title=title, colours=COLOURS, **context)
