@@ -24,6 +24,7 @@ from semanticfl_ref.diffusion.feature_cache import (
     open_cache,
 )
 from semanticfl_ref.diffusion.model_files import fingerprint
+from semanticfl_ref.diffusion.position_norm import FITTED, fit_basis, position_norm
 from semanticfl_ref.diffusion.text import TextEncoder, captions
 from semanticfl_ref.errors import DataError
 from semanticfl_ref.formatting import Say, format_bytes
@@ -99,6 +100,8 @@ def complete_files(plan: CachePlan) -> dict[Path, str]:
 def _build(plan: CachePlan, say: Say) -> None:
     digests, text_file = complete_files(plan), plan.path / TEXT
     missing = {file: part for file, part in plan.shards.items() if file not in digests}
+    if plan.basis in plan.files and plan.basis not in digests:
+        missing = plan.shards  # what is there is in another basis
     if missing or text_file not in digests:
         hidden, text = _captions(plan)
         if text_file not in digests:
@@ -145,11 +148,15 @@ def _extract(
     )
     assert SHARD % backbone.batch == 0, "a shard must end where a pass ends"
     widths = backbone.widths(meta["pool"], meta["vae_pool"])
+    options = {field.name: meta[field.name] for field in fields(PassOptions)}
+    reduce = None
+    if plan.basis is not None:
+        basis, digests = _basis(plan, backbone, hidden, options)
+        reduce = position_norm(basis, plan.device)
     every_caption = meta["condition"] == "every-class"
     done = len(plan.images) - sum(map(len, missing.values()))
     _announce(plan, done, 2 * sum(widths.values()), say)
     say(backbone.memory())
-    options = {field.name: meta[field.name] for field in fields(PassOptions)}
     # The embedded model is too small for several threads.
     threads = default_threads() if backbone.batch == backbone.LARGE_PASS else nullcontext()
     with (
@@ -159,14 +166,13 @@ def _extract(
         ) as bar,
     ):
         for file, part in missing.items():
-            embedding, first = hidden, int(part[0])
-            if meta["condition"] == "own-class":
-                embedding = hidden[plan.labels[part].to(hidden.device)]
+            first = int(part[0])
             features = backbone.features(
                 plan.images[part],
-                prompt_embedding=embedding,
+                prompt_embedding=_embedding(plan, hidden, part),
                 first=first,
                 every_caption=every_caption,
+                reduce=reduce,
                 **options,
             )
             stored = {layer: values.half() for layer, values in features.items()}
@@ -181,6 +187,38 @@ def _extract(
             digests[file] = save_tensors(file, stored, about, REMEDY)
             bar.update(len(part))
     return digests
+
+
+def _embedding(plan: CachePlan, hidden: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+    """What the U-Net attends to for these images."""
+    if plan.meta["condition"] == "own-class":
+        return hidden[plan.labels[part].to(hidden.device)]
+    return hidden
+
+
+def _basis(
+    plan: CachePlan, backbone: Backbone, hidden: torch.Tensor, options: dict
+) -> tuple[dict[str, torch.Tensor], dict[Path, str]]:
+    """The basis of the cache, fitted and written first if there is none; and its SHA-256 if it is
+    a file of this cache.
+
+    Raises:
+        DataError: it is that of a cache that is not there.
+    """
+    file = plan.basis
+    if file not in plan.files:
+        try:
+            return load_tensors(file)[0], {}
+        except Damaged as error:
+            raise DataError(f"{file} is damaged: {error}; {plan.remedy}") from None
+    if file not in complete_files(plan):
+        count = len(plan.images)
+        part = torch.arange(FITTED) * count // FITTED if count > FITTED else torch.arange(count)
+        embedding = _embedding(plan, hidden, part)
+        basis = fit_basis(backbone, plan.images[part], embedding, **options)
+        save_tensors(file, basis, {"cache": plan.id, "file": file.name}, REMEDY)
+    basis, _, digest = load_tensors(file)
+    return basis, {file: digest}
 
 
 def _announce(plan: CachePlan, done: int, bytes_per_pass: int, say: Say) -> None:
