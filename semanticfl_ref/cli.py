@@ -21,6 +21,7 @@ from semanticfl_ref.commands import (
     partition,
     report,
     reproduce,
+    search,
     trace,
     train,
 )
@@ -34,6 +35,7 @@ COMMANDS = {
     "trace": trace,
     "features": features,
     "compare": compare,
+    "search": search,
     "reproduce": reproduce,
     "report": report,
     "export": export,

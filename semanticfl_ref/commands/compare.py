@@ -9,6 +9,7 @@ from semanticfl_ref.commands.settings_flags import (
     from_file,
     given,
     integers,
+    natural,
     positive,
 )
 from semanticfl_ref.config.registry import METHODS, SCENARIOS
@@ -21,29 +22,22 @@ HELP = "compare methods in a grid of scenarios and seeds; writes tables and figu
 VARIED = {
     "federation.method": "list the methods with --methods A,B",
     "partition.scenario": "list the scenarios with --scenarios A,B",
-    "run.seed": "--seeds N runs the seeds 0 to N - 1",
+    "run.seed": "--seeds N runs N seeds, the first of which is --first-seed",
 }
 
 
 def add_flags(parser, argv: list[str]) -> None:
-    parser.add_argument(
-        "--methods",
-        default="fedavg,semanticfl",
-        metavar="A,B",
-        help="methods, separated by commas, each with settings of its own in brackets if needed, "
-        "such as 'semanticfl[anchors.control=shuffled;semanticfl.tau=0.1]', quoted for the shell "
-        "(default: %(default)s)",
-    )
-    parser.add_argument(
-        "--scenarios",
-        metavar="A,B",
-        help="scenarios, separated by commas: iid, nid1:0.1 (alpha), nid2 (six clients), "
-        "'nid1[partition.alpha=0.1;...]' (default: the configured one)",
-    )
+    add_entries(parser)
     parser.add_argument(
         "--baseline",
         metavar="METHOD",
         help="entry of --methods that the others are compared with (default: the first)",
+    )
+    parser.add_argument(
+        "--tuned",
+        type=user_path,
+        metavar="FILE",
+        help="search.json of `search`: each method with the settings that it chose",
     )
     parser.add_argument(
         "--part",
@@ -62,14 +56,46 @@ def add_flags(parser, argv: list[str]) -> None:
     add_settings(parser, argv, hidden=VARIED)
 
 
-def add_grid_flags(parser, out: Path) -> None:
-    """The flags of every command that runs an experiment grid."""
+def add_entries(parser) -> None:
+    """The flags that list methods and scenarios."""
+    parser.add_argument(
+        "--methods",
+        default="fedavg,semanticfl",
+        metavar="A,B",
+        help="methods, separated by commas, each with settings of its own in brackets if needed, "
+        "such as 'semanticfl[anchors.control=shuffled;semanticfl.tau=0.1]', quoted for the shell "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--scenarios",
+        metavar="A,B",
+        help="scenarios, separated by commas: iid, nid1:0.1 (alpha), nid2 (six clients), "
+        "'nid1[partition.alpha=0.1;...]' (default: the configured one)",
+    )
+
+
+def add_grid_flags(parser, out: Path, seeds: int = 3, first: int = 0) -> None:
+    """The flags of every command that runs an experiment grid.
+
+    Args:
+        parser: the command's parser.
+        out: default folder.
+        seeds: default number of seeds.
+        first: default of the first seed.
+    """
     parser.add_argument(
         "--seeds",
         type=positive,
-        default=3,
+        default=seeds,
         metavar="N",
-        help="number of seeds, 0 to N - 1; intervals need 5 (default: %(default)s)",
+        help="number of seeds; intervals need 5 (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--first-seed",
+        type=natural,
+        default=first,
+        metavar="N",
+        help="the first seed; the others follow (default: %(default)s)",
     )
     parser.add_argument(
         "--workers",
@@ -89,11 +115,10 @@ def add_grid_flags(parser, out: Path) -> None:
 
 def run(arguments) -> int:
     from semanticfl_ref.tools.compare.experiment import run_grid
+    from semanticfl_ref.tools.compare.search import tuned
     from semanticfl_ref.tools.compare.tables import markdown
 
-    methods, scenarios = split_entries("--methods", arguments.methods, METHODS), []
-    if arguments.scenarios is not None:
-        scenarios = split_entries("--scenarios", arguments.scenarios, SCENARIOS)
+    methods, scenarios = entries_of(arguments)
     baseline = arguments.baseline or methods[0]
     if baseline not in methods:
         raise UserError(f"--baseline {baseline!r}: choose one of --methods, {', '.join(methods)}")
@@ -105,8 +130,18 @@ def run(arguments) -> int:
         part=arguments.part,
         at=sorted(set(arguments.at)),
     )
+    if arguments.tuned:
+        grid = tuned(grid, arguments.tuned)
     comparison = run_grid(grid, say)
     return show(asdict(comparison), arguments.json, lambda _: markdown(comparison))
+
+
+def entries_of(arguments) -> tuple[list[str], list[str]]:
+    """The methods and the scenarios that the flags of `add_entries` list."""
+    methods, scenarios = split_entries("--methods", arguments.methods, METHODS), []
+    if arguments.scenarios is not None:
+        scenarios = split_entries("--scenarios", arguments.scenarios, SCENARIOS)
+    return methods, scenarios
 
 
 def grid_of(arguments, **entries) -> Grid:
@@ -125,6 +160,7 @@ def grid_of(arguments, **entries) -> Grid:
             raise UserError(f"a grid has no single {name}: {VARIED[name]}")
     return Grid(
         seeds=arguments.seeds,
+        first_seed=arguments.first_seed,
         settings={**from_file(arguments), **settings},
         out=arguments.out,
         workers=arguments.workers,

@@ -77,6 +77,13 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def natural(text: str) -> int:
+    """The value of a flag that is an integer of at least 0."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected an integer of at least 0, not {text!r}")
+    return int(text)
+
+
 def integers(text: str) -> list[int]:
     """The value of a flag that is a list of integers."""
     try:

@@ -34,6 +34,13 @@ class DiffusionSettings(Section):
         high=4,
         source="S",
     )
+    pooling: str = option(
+        "mean",
+        "vector of a U-Net layer: mean over positions, or norm (PCA of every position's channels, "
+        "then each component's norm over positions)",
+        choices=("mean", "norm"),
+        source="S: mean; N: norm",
+    )
     vae_pool: int = option(
         14,
         "cells per side of the grid over which the VAE's latent is averaged",
@@ -75,6 +82,14 @@ class DiffusionSettings(Section):
         "torch.compile of the VAE's encoder: slower to start, other last bits",
         source="O",
     )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.pooling == "norm" and self.pool > 1:
+            raise UserError(
+                f"diffusion.pooling = norm is over all positions: leave out diffusion.pool = "
+                f"{self.pool}, or use diffusion.pooling=mean"
+            )
 
     @property
     def layer_names(self) -> tuple[str, ...]:

@@ -230,5 +230,11 @@ register_method(
     "feddifrc",
     f"{PACKAGE}.feddifrc:FEDDIFRC",
     FedDifRCSettings,
-    preset={"anchors.text": "unet", "anchors.levels": "unet", "diffusion.timestep": 300},
+    preset={
+        "anchors.text": "unet",
+        "anchors.levels": "unet",
+        "anchors.whiten": False,
+        "diffusion.pooling": "norm",
+        "diffusion.timestep": 300,
+    },
 )

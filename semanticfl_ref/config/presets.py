@@ -9,6 +9,7 @@ from semanticfl_ref.config.registry import register_dataset
 TINY_MODEL = {
     "diffusion.layers": "mid",
     "diffusion.vae_pool": 4,
+    "diffusion.pooling": "mean",
     "diffusion.timestep": 20,
     "diffusion.input_size": 0,
     "diffusion.precision": "fp32",

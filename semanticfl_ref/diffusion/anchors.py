@@ -53,8 +53,9 @@ def make_anchors(
 ) -> Anchors:
     """Distil features into anchors.
 
-    PCA centres every layer. Anchors are normalised to unit length in the loss, with the clients'
-    features.
+    PCA centres every layer. Norms over positions (`diffusion.pooling = norm`) are of principal
+    components already and stay as they are. Anchors are normalised to unit length in the loss, with
+    the clients' features.
 
     Equation (visual-anchor) [N; how the paper's aggregation adapts is not known]:
         a_i = [ (x_il - mean_l) U_l / s_l ] side by side over layers l
@@ -126,6 +127,7 @@ COPIED = (
     "layers",
     "timestep",
     "pool",
+    "pooling",
     "vae_pool",
     "prompt",
     "condition",
@@ -240,6 +242,8 @@ class _Projection:
 
 
 def _fit(cache: FeatureCache, layer: str, width: int, whiten: bool) -> _Projection:
+    if cache.meta.get("pooling") == "norm" and layer != "vae":
+        return _first_components(cache, layer, width, whiten)
     mean, directions, variances = pca(lambda: cache.chunks(layer), width)
     available = int((variances > 1e-10 * variances[0]).sum())
     if width > available:
@@ -254,6 +258,22 @@ def _fit(cache: FeatureCache, layer: str, width: int, whiten: bool) -> _Projecti
     scale = kept.sqrt() if whiten else kept.mean().sqrt()
     explained = round(float(kept.sum() / variances.sum()), 6)
     return _Projection(layer, mean, directions, scale, explained)
+
+
+def _first_components(cache: FeatureCache, layer: str, width: int, whiten: bool) -> _Projection:
+    """The components of largest variance of features that have been through a PCA: norms, which
+    are not negative, and stay so."""
+    mean_square = sum(chunk.double().square().sum(0) for chunk in cache.chunks(layer))
+    available = len(mean_square)
+    if width > available:
+        raise UserError(
+            f"layer {layer}: it has {available} channels, {width} components requested; request "
+            f"fewer (anchors.aggregation, anchors.width)"
+        )
+    directions = torch.eye(available, dtype=torch.float64)[:, :width]
+    scale = (mean_square[:width] / len(cache.labels)).sqrt() if whiten else torch.ones(1)
+    explained = round(float(mean_square[:width].sum() / mean_square.sum()), 6)
+    return _Projection(layer, torch.zeros(available), directions, scale, explained)
 
 
 def _level(layer: str) -> str:

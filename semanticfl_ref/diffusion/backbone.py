@@ -34,6 +34,8 @@ from semanticfl_ref.diffusion.passes import host_pass_size, image_noise, pool_ce
 from semanticfl_ref.diffusion.text import TextEncoder
 from semanticfl_ref.errors import NonFiniteError, UserError, unknown
 
+# Layer, its output [B, C, H, W] -> what is kept of it, a row per image.
+Reduce = Callable[[str, torch.Tensor], torch.Tensor]
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -138,6 +140,7 @@ class Backbone:
         prompt_embedding: torch.Tensor | None = None,
         first: int = 0,
         every_caption: bool = False,
+        reduce: Reduce | None = None,
         **options,
     ) -> Callable[[], dict[str, torch.Tensor]]:
         """Start computing the pooled features of images.
@@ -153,6 +156,7 @@ class Backbone:
             first: number of the first image, for messages.
             every_caption: each image has a U-Net pass under every one of the captions
                 `prompt_embedding` [C, T, D], all with the same noise.
+            reduce: what to keep of a U-Net layer; None: means over cells.
             options: the fields of `PassOptions`.
 
         Returns:
@@ -172,7 +176,7 @@ class Backbone:
         for start in range(0, count, self.batch):
             # The last image again, where there is none.
             indices = torch.arange(start, start + self.batch).clamp(max=count - 1)
-            found = self.pass_once(images[indices], captions(indices), options)
+            found = self.pass_once(images[indices], captions(indices), options, reduce)
             pooled = {
                 layer: torch.stack([one[layer] for one in found], 1)[: count - start]
                 for layer in found[0]
@@ -200,10 +204,14 @@ class Backbone:
         return wait
 
     def pass_once(
-        self, images: torch.Tensor, captions: Iterable[torch.Tensor], options: PassOptions
+        self,
+        images: torch.Tensor,
+        captions: Iterable[torch.Tensor],
+        options: PassOptions,
+        reduce: Reduce | None = None,
     ) -> list[dict[str, torch.Tensor]]:
         """One pass of exactly `batch` images through the VAE, and one through the U-Net for each of
-        `captions`, the prompts [B, T, D].
+        `captions`, the prompts [B, T, D]. `reduce` is that of `features`.
 
         Equation (noised-latent) [S, t; the scheduler is Stable Diffusion's]:
             z_t = sqrt(abar_t) z + sqrt(1 - abar_t) noise,  z = scaling_factor * VAE(image)
@@ -233,7 +241,7 @@ class Backbone:
         for prompts_BTD in captions:
             prompts_BTD = prompts_BTD.to(self.device, inputs.dtype)
             pooled = dict(vae)
-            with self._hooks(pooled, options.pool):
+            with self._hooks(pooled, reduce or partial(_mean_over_cells, options.pool)):
                 self.unet(inputs, timesteps, prompts_BTD, return_dict=False)
             found.append(pooled)
         return found
@@ -319,15 +327,15 @@ class Backbone:
                 )
 
     @contextlib.contextmanager
-    def _hooks(self, pooled: dict[str, torch.Tensor], pool: int) -> Iterator[None]:
-        """While open, selected layers put their pooled output into `pooled`.
+    def _hooks(self, pooled: dict[str, torch.Tensor], reduce: Reduce) -> Iterator[None]:
+        """While open, selected layers put their reduced output into `pooled`.
 
         Pooled at once, since feature maps are large. No hook is left behind, whatever happens.
         """
 
         def keep(layer: str, _module, _inputs, output) -> None:
             values = output[0] if isinstance(output, tuple) else output
-            pooled[layer] = pool_cells(values, pool)
+            pooled[layer] = reduce(layer, values)
             if layer == self.deepest:
                 raise _DeepestLayerReached
 
@@ -377,6 +385,10 @@ def check_finite(features: dict[str, torch.Tensor], first: int, problem: str) ->
         bad = (~values.isfinite().flatten(1).all(1)).nonzero()
         if len(bad):
             raise NonFiniteError(f"image {first + int(bad[0])}, layer {layer}: {problem}")
+
+
+def _mean_over_cells(pool: int, _layer: str, values_BCHW: torch.Tensor) -> torch.Tensor:
+    return pool_cells(values_BCHW, pool)
 
 
 class _DeepestLayerReached(Exception):

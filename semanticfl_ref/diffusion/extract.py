@@ -17,7 +17,7 @@ from typing import IO
 import torch
 from tqdm import tqdm
 
-from semanticfl_ref.diffusion.backbone import Backbone, check_finite
+from semanticfl_ref.diffusion.backbone import Backbone, Reduce, check_finite
 from semanticfl_ref.diffusion.cache_lock import LOCK, lock
 from semanticfl_ref.diffusion.expected import (
     bytes_of,
@@ -35,6 +35,7 @@ from semanticfl_ref.diffusion.feature_cache import (
     open_cache,
 )
 from semanticfl_ref.diffusion.model_files import fingerprint
+from semanticfl_ref.diffusion.position_norm import FITTED, fit_basis, position_norm
 from semanticfl_ref.diffusion.text import TextEncoder, captions
 from semanticfl_ref.errors import DataError
 from semanticfl_ref.formatting import Say, format_bytes, format_seconds
@@ -137,6 +138,8 @@ def _digest(plan: CachePlan, file: Path) -> str | None:
 def _build(plan: CachePlan, say: Say) -> None:
     digests, text_file = complete_files(plan), plan.path / TEXT
     missing = {file: part for file, part in plan.shards.items() if file not in digests}
+    if plan.basis in plan.files and plan.basis not in digests:
+        missing = plan.shards  # what is there is in another basis
     if missing or text_file not in digests:
         hidden, text = _captions(plan)
         if text_file not in digests:
@@ -182,18 +185,22 @@ def _extract(
     backbone = load_backbone(plan)
     if plan.meta["condition"] == "null":
         backbone.null_prompt = hidden[0]
-    done = len(plan.images) - sum(map(len, missing.values()))
+    reduce, digests = None, {}
     with extraction_threads(backbone):
+        if plan.basis is not None:
+            basis, digests = _basis(plan, backbone, hidden)
+            reduce = position_norm(basis, plan.device)
+        done = len(plan.images) - sum(map(len, missing.values()))
         _announce(plan, backbone, done, say)
         with tqdm(
             total=len(plan.images), initial=done, desc="diffusion features", unit=" images"
         ) as bar:
-            shards = _Shards(plan, backbone, hidden, bar.update)
+            shards = _Shards(plan, backbone, hidden, reduce, bar.update)
             shards.make(missing)
             if left := {file: missing[file] for file in missing if file not in shards.digests}:
                 say(f"waiting for other processes that make {len(left)} of the shards")
                 shards.make(left, wait=True)
-    return shards.digests
+    return shards.digests | digests
 
 
 class _Shards:
@@ -204,10 +211,16 @@ class _Shards:
     """
 
     def __init__(
-        self, plan: CachePlan, backbone: Backbone, hidden: torch.Tensor, made: Callable[[int], None]
+        self,
+        plan: CachePlan,
+        backbone: Backbone,
+        hidden: torch.Tensor,
+        reduce: Reduce | None,
+        made: Callable[[int], None],
     ):
         """`hidden`: as `_captions` returns it; `made` is told how many images are done."""
-        self.plan, self.backbone, self.hidden, self.made = plan, backbone, hidden, made
+        self.plan, self.backbone, self.hidden = plan, backbone, hidden
+        self.reduce, self.made = reduce, made
         self.digests: dict[Path, str] = {}
 
     def make(self, missing: dict[Path, torch.Tensor], wait: bool = False) -> None:
@@ -232,14 +245,12 @@ class _Shards:
                 self._write(*started.popleft())
 
     def _start(self, part: torch.Tensor) -> Callable[[], dict[str, torch.Tensor]]:
-        condition, embedding = self.plan.meta["condition"], self.hidden
-        if condition == "own-class":
-            embedding = embedding[self.plan.labels[part].to(embedding.device)]
         return self.backbone.start(
             self.plan.images[part],
-            prompt_embedding=None if condition == "null" else embedding,
+            prompt_embedding=_embedding(self.plan, self.hidden, part),
             first=int(part[0]),
-            every_caption=condition == "every-class",
+            every_caption=self.plan.meta["condition"] == "every-class",
+            reduce=self.reduce,
             **pass_options(self.plan),
         )
 
@@ -262,6 +273,43 @@ class _Shards:
         self.digests[file] = digest
         claim.close()
         self.made(len(part))
+
+
+def _embedding(plan: CachePlan, hidden: torch.Tensor, part: torch.Tensor) -> torch.Tensor | None:
+    """What the U-Net attends to for these images; None: the backbone's empty caption."""
+    if plan.meta["condition"] == "null":
+        return None
+    if plan.meta["condition"] == "own-class":
+        return hidden[plan.labels[part].to(hidden.device)]
+    return hidden
+
+
+def _basis(
+    plan: CachePlan, backbone: Backbone, hidden: torch.Tensor
+) -> tuple[dict[str, torch.Tensor], dict[Path, str]]:
+    """The basis of the cache, fitted and written first if there is none; and its SHA-256 if it is
+    a file of this cache.
+
+    Raises:
+        DataError: it is that of a cache that is not there.
+    """
+    file = plan.basis
+    if file not in plan.files:
+        try:
+            return load_tensors(file)[0], {}
+        except Damaged as error:
+            raise DataError(f"{file} is damaged: {error}; {plan.remedy}") from None
+    with lock(file.with_suffix(CLAIM)):  # one process fits it
+        if not _digest(plan, file):
+            for shard in plan.shards:
+                shard.unlink(missing_ok=True)  # what is there is in another basis
+            count = len(plan.images)
+            few = torch.arange(FITTED) * count // FITTED if count > FITTED else torch.arange(count)
+            embedding = _embedding(plan, hidden, few)
+            basis = fit_basis(backbone, plan.images[few], embedding, **pass_options(plan))
+            save_tensors(file, basis, {"cache": plan.id, "file": file.name}, REMEDY)
+        basis, _, digest = load_tensors(file)
+    return basis, {file: digest}
 
 
 def _announce(plan: CachePlan, backbone: Backbone, done: int, say: Say) -> None:

@@ -1,9 +1,10 @@
 """Diffusion features on disk: content-addressed, sharded, verified when opened.
 
 A cache is a folder `features-<id>` of safetensors files: `shard-00000.safetensors` and so on with
-64 images each (a pass's, if that is more), `text.safetensors`, and `manifest.json`, which is
-written last with the SHA-256 of every file. A folder without it is a cache that is still being
-built: extract.py continues it. Reading a cache imports neither diffusers nor transformers.
+64 images each (a pass's, if that is more), `text.safetensors`, with diffusion.pooling = norm
+`basis.safetensors`, and `manifest.json`, which is written last with the SHA-256 of every file. A
+folder without it is a cache that is still being built: extract.py continues it. Reading a cache
+imports neither diffusers nor transformers.
 
 Letters: N images, C classes, D width of a vector.
 """
@@ -29,7 +30,7 @@ from semanticfl_ref.storage import Damaged, load_tensors, sha256_of
 
 CODE_VERSION = 1  # raise it whenever the same inputs would give other features
 SHARD = 64  # images at least; a multiple of a pass, so that where a shard ends changes nothing
-MANIFEST, TEXT = "manifest.json", "text.safetensors"
+MANIFEST, TEXT, BASIS = "manifest.json", "text.safetensors", "basis.safetensors"
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class CachePlan:
     images: torch.Tensor
     labels: torch.Tensor
     device: torch.device
-    remedy: str
+    remedy: str = "delete its folder and build it again"
 
     @property
     def complete(self) -> bool:
@@ -107,7 +108,17 @@ class CachePlan:
     @property
     def files(self) -> list[Path]:
         """All files but the manifest; the last one is that of the texts."""
-        return [*self.shards, self.path / TEXT]
+        own_basis = [self.basis] if self.basis and self.basis.parent == self.path else []
+        return [*self.shards, *own_basis, self.path / TEXT]
+
+    @property
+    def basis(self) -> Path | None:
+        """The file of the basis that the features are in, see position_norm.py; None: none."""
+        if self.meta["pooling"] == "mean":
+            return None
+        other = self.meta["basis"]
+        folder = self.path.with_name(f"features-{other}") if other else self.path
+        return folder / BASIS
 
 
 def plan_cache(
@@ -119,7 +130,7 @@ def plan_cache(
     folder: Path,
     offline: bool = False,
     every_class: bool = False,
-    remedy: str = "delete its folder and build it again",
+    basis: str | None = None,
 ) -> CachePlan:
     """Determine which cache is needed.
 
@@ -134,7 +145,7 @@ def plan_cache(
         offline: no network access.
         every_class: features of each image under every class's caption, instead of under that of
             `settings.condition`.
-        remedy: ends the messages about a damaged cache.
+        basis: id of the cache whose basis is used with pooling = norm; None: one of its own.
 
     Raises:
         UserError: and its kinds, see `model_files.locate`.
@@ -149,6 +160,7 @@ def plan_cache(
         **dataclasses.asdict(settings),
         "condition": condition,
         "layers": list(settings.layer_names),
+        "basis": basis if settings.pooling == "norm" else None,
         "seed": seed,
         "precision": precision,
         "vae_precision": vae,
@@ -177,7 +189,6 @@ def plan_cache(
         images=images.train_images,
         labels=images.train_labels,
         device=device,
-        remedy=remedy,
     )
 
 

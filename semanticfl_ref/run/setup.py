@@ -194,34 +194,33 @@ def anchor_images(config: Config, data: RunData) -> Dataset:
 def cache_plans(config: Config, images: Dataset, *, offline: bool = False) -> dict[str, CachePlan]:
     """The feature caches that the anchors need: "visual", and "text" with anchors.text = unet."""
     plans = {"visual": cache_plan(config, images, offline=offline)}
+    basis = plans["visual"].id
     if config.anchors.levels == "unet":  # the latent is the same for all captions
         layers = ",".join(name for name in config.diffusion.layer_names if name != "vae")
         config = replace(config, diffusion=replace(config.diffusion, layers=layers))
     if METHODS[config.federation.method].texts_per_image(config):
-        plans["text"] = cache_plan(config, images, offline=offline, every_class=True)
+        plans["text"] = cache_plan(config, images, offline=offline, every_class=True, basis=basis)
     elif config.anchors.text == "unet":
         labels, count = images.train_labels, config.anchors.text_images
         firsts = [(labels == c).nonzero().flatten()[:count] for c in labels.unique()]
         chosen = training_subset(images, torch.cat(firsts).sort().values)
         config = replace(config, diffusion=replace(config.diffusion, condition="own-class"))
-        plans["text"] = cache_plan(config, chosen, offline=offline)
+        plans["text"] = cache_plan(config, chosen, offline=offline, basis=basis)
     return plans
 
 
-def cache_plan(
-    config: Config, images: Dataset, *, offline: bool = False, every_class: bool = False
-) -> CachePlan:
-    """The feature cache of a data set's training images; see `plan_cache`."""
-    return plan_cache(
+def cache_plan(config: Config, images: Dataset, *, offline: bool = False, **options) -> CachePlan:
+    """The feature cache of a data set's training images; `options` are those of `plan_cache`."""
+    plan = plan_cache(
         images,
         config.diffusion,
         seed=config.run.seed,
         device=resolve_device(config.run.device),
         folder=cache_folder() / "features",
         offline=offline,
-        every_class=every_class,
-        remedy=f"build it again with: {rebuild_command(config)}",
+        **options,
     )
+    return replace(plan, remedy=f"build it again with: {rebuild_command(config)}")
 
 
 def rebuild_command(config: Config) -> str:

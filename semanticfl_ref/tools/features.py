@@ -116,7 +116,8 @@ def probe(
     pixels = (part.train_images.flatten(1) for part in (fitted, evaluated))
     rows = [{"timestep": None, "layer": "pixels", **numbers(*pixels, None)}]
     for probed in configs:
-        plans = [cache_plan(probed, part, offline=offline) for part in (fitted, evaluated)]
+        first = cache_plan(probed, fitted, offline=offline)
+        plans = [first, cache_plan(probed, evaluated, offline=offline, basis=first.id)]
         train, test = (
             open_or_build(replace(plan, remedy="delete its folder and probe again"), say)
             for plan in plans

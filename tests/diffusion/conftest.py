@@ -4,6 +4,7 @@ images to describe.
 
 import copy
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -112,9 +113,17 @@ def plan_for(model_folder, images, small_shards):
     from semanticfl_ref.diffusion.feature_cache import plan_cache
 
     def plan_for(
-        folder, *, images=images, labels=LABELS, names=NAMES, seed=0, every_class=False, **options
+        folder,
+        *,
+        images=images,
+        labels=LABELS,
+        names=NAMES,
+        seed=0,
+        every_class=False,
+        basis=None,
+        **options,
     ):
-        return plan_cache(
+        plan = plan_cache(
             dataset_of(images, labels, names),
             settings_for(model_folder, **options),
             seed=seed,
@@ -122,8 +131,9 @@ def plan_for(model_folder, images, small_shards):
             folder=folder,
             offline=True,
             every_class=every_class,
-            remedy="remake it",
+            basis=basis,
         )
+        return replace(plan, remedy="remake it")
 
     return plan_for
 

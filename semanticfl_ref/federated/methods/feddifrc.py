@@ -14,8 +14,9 @@ under every class's prompt; the own class's is the positive.
 Choice: the L2 loss is the squared distance of unit vectors, summed over entries; a mean over 512
 entries would make it negligible. feddifrc.keys = class-mean has one key per class instead, the mean
 over some images under their own class's prompt, which needs far fewer passes. Anchors and keys are
-averaged over positions before the PCA; the code has the PCA at every position and the L2 norm over
-positions after it, whose entries are not negative.
+norms over positions of the components of a PCA at every position, as in the code
+(diffusion.pooling = norm); the PCA is fitted once, to 128 of the images under the empty prompt.
+With the embedded model they are means over positions, with a PCA after them.
 
 Defects of that code are not copied: images scaled twice, the third level built from the second's
 tensor, PCA fitted to each batch, one InfoNCE sum that pairs a feature with other images' keys.

@@ -32,7 +32,8 @@ class Grid:
     Attributes:
         methods: entries such as "fedavg" or "semanticfl[anchors.control=shuffled]".
         scenarios: entries such as "nid1:0.1"; empty: the one that `settings` make.
-        seeds: their number; the seeds are 0 to seeds - 1.
+        seeds: their number.
+        first_seed: the first of them; the others follow.
         settings: dotted name -> value, of all runs; the settings of an entry override them.
         out: folder of the experiment; its runs are in `runs/`.
         baseline: the method that the others are paired with.
@@ -40,11 +41,13 @@ class Grid:
         at: numbers of rounds after which to report, ascending; empty: after the last round.
         workers: runs at a time, which share the processor's threads.
         offline: no network access.
+        tuning: the search that chose the methods' settings, see `search.Search`; None: no search.
     """
 
     methods: Sequence[str]
     scenarios: Sequence[str] = ()
     seeds: int
+    first_seed: int = 0
     settings: Mapping[str, object]
     out: Path
     baseline: str
@@ -52,6 +55,12 @@ class Grid:
     at: Sequence[int] = ()
     workers: int = 1
     offline: bool = False
+    tuning: Mapping | None = None
+
+    @property
+    def seed_numbers(self) -> range:
+        """The seeds."""
+        return range(self.first_seed, self.first_seed + self.seeds)
 
 
 @dataclass(frozen=True)
@@ -76,7 +85,7 @@ def plan(grid: Grid) -> list[Run]:
     shared = {"run.replicas": replicas, **grid.settings}
     scenarios = grid.scenarios or [resolve(shared).partition.scenario]
     runs: dict[Path, Run] = {}
-    for seed, scenario, method in product(range(grid.seeds), scenarios, grid.methods):
+    for seed, scenario, method in product(grid.seed_numbers, scenarios, grid.methods):
         own = scenario_settings(scenario) if grid.scenarios else {}
         config = resolve({**shared, **own, **method_settings(method), "run.seed": seed})
         _check_reported(grid, config)
@@ -117,6 +126,15 @@ def method_settings(entry: str) -> dict[str, object]:
     """
     name, assignments = _parts(entry)
     return {"federation.method": name, **assignments}
+
+
+def with_settings(entry: str, settings: Iterable[tuple[str, object]]) -> str:
+    """The entry with further settings in its brackets."""
+    name, assignments = _parts(entry)
+    inside = ";".join(
+        f"{setting}={value}" for setting, value in {**assignments, **dict(settings)}.items()
+    )
+    return f"{name}[{inside}]" if inside else name
 
 
 def scenario_settings(entry: str) -> dict[str, object]:

@@ -95,6 +95,7 @@ class Comparison:
             the mean of the last rounds; none with fewer than three methods.
         curves: scenario -> method -> "mean" and standard "deviation" over seeds after every round.
         warnings: warning -> the runs that have it.
+        tuning: the search that chose the methods' settings, see `search.Search`; None: no search.
     """
 
     part: str
@@ -107,6 +108,7 @@ class Comparison:
     leads: list[Gain]
     curves: dict[str, dict[str, dict[str, list]]]
     warnings: dict[str, list[str]]
+    tuning: dict | None = None
 
 
 def compare(runs: Sequence[Run], grid: Grid) -> Comparison:
@@ -120,7 +122,7 @@ def compare(runs: Sequence[Run], grid: Grid) -> Comparison:
         folder = RunFolder(run.folder)
         rounds = folder.rounds()
         for scenario in (run.scenario, POOLED):
-            histories[scenario, run.method][run.seed].append(rounds)
+            histories[scenario, run.method][run.seed - grid.first_seed].append(rounds)
         for text in folder.summary()["warnings"]:
             warned.setdefault(text, []).append(f"{run.method}, {run.scenario}, seed {run.seed}")
     groups = [*scenarios, POOLED] if len(scenarios) > 1 else scenarios
@@ -136,7 +138,7 @@ def compare(runs: Sequence[Run], grid: Grid) -> Comparison:
         part=grid.part,
         baseline=grid.baseline,
         at=list(grid.at),
-        seeds=list(range(grid.seeds)),
+        seeds=list(grid.seed_numbers),
         dataset=runs[0].config.data.name,
         machine={name: environment[name] for name in MACHINE},
         results=results,
@@ -146,6 +148,7 @@ def compare(runs: Sequence[Run], grid: Grid) -> Comparison:
             for scenario in scenarios
         },
         warnings=warned,
+        tuning=grid.tuning,
     )
 
 
