@@ -9,7 +9,8 @@ import logging
 import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from itertools import count, zip_longest
+from itertools import zip_longest
+from math import prod
 from pathlib import Path
 
 import torch
@@ -24,8 +25,9 @@ from semanticfl_ref.errors import DataError
 # Names of the VAE's attention in files from before 2023, such as Stable Diffusion 1.5's.
 RENAMED = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 OLD_NAME = re.compile(r"(?<=\.attentions\.0\.)(query|key|value|proj_attn)(?=\.)")
-# A description may have this many more parameters than the files: those of blocks left out of them.
-PARAMETERS_PER_TENSOR, MORE_PARAMETERS = 10, 1000
+# A description may be larger than the files, which may lack blocks that are not used: this many
+# times, and by so many tensors and entries.
+TIMES, MORE_TENSORS, MORE_ENTRIES = 10, 1000, 10**7
 MOST_TIMESTEPS = 100_000
 
 
@@ -198,17 +200,22 @@ def _laid_out(cls, folder: Path, part: str) -> nn.Module:
 
 @contextmanager
 def _bounded(files: list[Path]) -> Iterator[None]:
-    """Modules made inside may not have many more parameters than the files have tensors: a number
-    in a damaged description would keep the processor busy for hours.
+    """Modules made inside may not be many times as large as the files: a number in a damaged
+    description would keep the processor busy for hours, or fill the memory.
     """
-    most, made = MORE_PARAMETERS, count()
+    tensors, entries = MORE_TENSORS, MORE_ENTRIES
     for file in files:
         with safe_open(file, framework="pt") as opened:
-            most += PARAMETERS_PER_TENSOR * len(opened.keys())
+            for name in opened.keys():  # noqa: SIM118 (not a dict)
+                tensors += TIMES
+                entries += TIMES * prod(opened.get_slice(name).get_shape())
 
-    def check(*_parameter) -> None:
-        if next(made) > most:
-            raise ValueError("config.json describes many more layers than the weights have")
+    def check(_module, _name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal tensors, entries
+        tensors -= 1
+        entries -= 0 if parameter is None else parameter.numel()
+        if min(tensors, entries) < 0:
+            raise ValueError("config.json describes a much larger model than the weights are")
 
     hook = register_module_parameter_registration_hook(check)
     try:

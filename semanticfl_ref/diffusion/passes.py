@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from semanticfl_ref.errors import DataError
 from semanticfl_ref.randomness import generator
 
 SMALL_PASS = 64
@@ -37,10 +38,16 @@ def device_pass_size(folder: Path, device: torch.device, pixels: int, precision:
         pixels: of an image as the VAE sees it.
         precision: the VAE's.
     """
-    vae = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))
+    memory = torch.cuda.get_device_properties(device).total_memory
     entry = 4 if precision == "fp32" else 2
-    per_image = MAPS * vae["block_out_channels"][0] * pixels * entry
-    fits = torch.cuda.get_device_properties(device).total_memory // 2 // per_image
+    try:
+        vae = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))
+        fits = memory // 2 // (MAPS * vae["block_out_channels"][0] * pixels * entry)
+    except (OSError, ValueError, LookupError, TypeError, ArithmeticError):
+        raise DataError(
+            f"vae of the model folder {folder} has no config.json that says its sizes: download it "
+            f"again"
+        ) from None
     return min(MOST, max(LARGE_PASS, 1 << max(fits.bit_length() - 1, 0)))
 
 
