@@ -303,9 +303,14 @@ def test_dry_run_prints_sizes_and_writes_nothing(capsys, elsewhere, job):
     assert sizes["bytes_up_per_round"] == 2 * 4 * sizes["parameters"]
     assert sum(sizes["client_images"]) == sizes["images"]["train"]
     assert cli.main(["train", *job, "--dry-run"]) == 0
-    assert "anchors" not in capsys.readouterr().out
-    assert cli.main(["train", *job, "--dry-run", "--method", "semanticfl"]) == 0
     out = capsys.readouterr().out
+    assert "anchors" not in out and "features" not in out
+    semanticfl = ["train", *job, "--dry-run", "--method", "semanticfl"]
+    assert cli.main([*semanticfl, "--sd", "somebody/model"]) == 0
+    assert "visual cache: time unknown: the model is not on this" in capsys.readouterr().out
+    assert cli.main(semanticfl) == 0
+    out = capsys.readouterr().out
+    assert "features         visual cache: about " in out and "to make on this machine, 98.4" in out
     assert "steps per round" in out and out.endswith("back; plus each client's anchors, once\n")
 
 

@@ -80,7 +80,6 @@ class DiffusionSettings(Section):
     compile: bool = option(
         False,
         "torch.compile of the VAE's encoder: slower to start, other last bits",
-        source="O",
     )
 
     def __post_init__(self):

@@ -126,9 +126,12 @@ def test_a_cache_that_is_absent_or_incomplete(folder, capsys):
     (path / "shard-00002.safetensors").unlink()
     cache = printed_by("features", "info", *DIGITS)[0]["caches"][0]
     assert (cache["complete"], cache["images_done"]) == (False, 450 - 64)
+    to_come = cache["expected"]
+    assert to_come["bytes"] == 450 * 112 * 2 and 0 < to_come["seconds"] < 100
     assert cli.main(["features", "info", *WORDS]) == 0
     out = capsys.readouterr().out
     assert "386 of 450 images" in out and "features build --dataset digits" in out
+    assert "to make: about " in out and "measured on one pass; 98.4 KiB in all" in out
     assert "--rebuild" not in out
 
 
@@ -336,7 +339,7 @@ from semanticfl_ref.data.dataset import Dataset
 from semanticfl_ref.diffusion import extract, feature_cache
 from semanticfl_ref.diffusion.backbone import Backbone
 torch.set_num_threads(1)
-Backbone.features = lambda self, part, **options: {
+Backbone.start = lambda self, part, **options: lambda: {
     layer: torch.randn(len(part), width) for layer, width in self.widths(4).items()
 }
 every = torch.ones(8192, 32, 32, 3, dtype=torch.uint8)
