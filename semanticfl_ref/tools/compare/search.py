@@ -6,6 +6,7 @@ those of the comparison that uses the result.
 """
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
@@ -53,9 +54,11 @@ class Search:
 
 
 def candidates(method: str, varied: Mapping[str, Sequence[str]], count: int) -> list[str]:
-    """The configurations to try of a method: so many combinations of the values, drawn at random.
+    """The configurations to try of a method: so many combinations of the values.
 
-    The draw depends on the method and the values alone.
+    They are drawn at random, each next one from those whose values were tried least so far: of four
+    learning rates, four configurations have each once. The draw depends on the method and the
+    values alone.
 
     Args:
         method: an entry such as "semanticfl[anchors.control=shuffled]".
@@ -78,9 +81,15 @@ def candidates(method: str, varied: Mapping[str, Sequence[str]], count: int) -> 
             f"the {count} configurations of every method: give it more values, or lower "
             f"--configurations"
         )
-    draw = torch.randperm(len(combinations), generator=generator(0, f"search of {name}"))
-    chosen = sorted(draw[:count].tolist())
-    return [with_settings(method, zip(own, combinations[i], strict=True)) for i in chosen]
+    drawn = torch.randperm(len(combinations), generator=generator(0, f"search of {name}"))
+    remaining, tried, chosen = [combinations[i] for i in drawn], Counter(), []
+    for _ in range(count):
+        least = min(remaining, key=lambda values: sum(tried[pair] for pair in enumerate(values)))
+        remaining.remove(least)
+        tried.update(enumerate(least))
+        chosen.append(least)
+    chosen.sort(key=combinations.index)
+    return [with_settings(method, zip(own, values, strict=True)) for values in chosen]
 
 
 def search(

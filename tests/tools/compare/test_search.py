@@ -28,6 +28,10 @@ def test_every_method_has_as_many_configurations_of_its_own_settings():
     assert len(set(moon)) == 4
     assert all(method_settings(entry).keys() > {"moon.mu", *RATES} for entry in moon)
     assert moon == candidates("moon", varied, 4), "drawn alike every time"
+    rates = [method_settings(entry)["federation.learning_rate"] for entry in moon]
+    assert rates == RATES["federation.learning_rate"], "each of four once"
+    assert sorted(method_settings(entry)["moon.mu"] for entry in moon) == ["1", "1", "5", "5"]
+    assert len(set(candidates("moon", varied, 8))) == 8, "all of them"
     shuffled = candidates("semanticfl[anchors.control=shuffled]", RATES, 2)
     assert all("[anchors.control=shuffled;federation.learning_rate=" in entry for entry in shuffled)
 
