@@ -215,7 +215,6 @@ class Backbone:
 
         Equation (noised-latent) [S, t; the scheduler is Stable Diffusion's]:
             z_t = sqrt(abar_t) z + sqrt(1 - abar_t) noise,  z = scaling_factor * VAE(image)
-        A VAE with a shift_factor has it subtracted before.
         Test: tests/diffusion/test_backbone.py::test_the_noise_level_is_the_timestep
 
         Returns:
@@ -228,7 +227,7 @@ class Backbone:
         if options.latent == "sample":
             noise = image_noise(images, latent.shape[1:], options.seed, "vae-sample")
             latent = latent + distribution.std.float() * self._sent(noise)
-        if self.vae.config.shift_factor:
+        if self.vae.config.shift_factor:  # Stable Diffusion's VAE has none
             latent = latent - self.vae.config.shift_factor
         latent = latent * self.vae.config.scaling_factor
         vae = {"vae": pool_cells(latent, options.vae_pool)}

@@ -10,7 +10,7 @@ import shutil
 from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO
 
@@ -203,25 +203,24 @@ def _extract(
     return shards.digests | digests
 
 
+@dataclass
 class _Shards:
     """Makes shards.
 
     Attributes:
-        digests: SHA-256 of those that are complete.
+        plan, backbone: of the cache.
+        hidden: as `_captions` returns it.
+        reduce: see `Backbone.start`.
+        made: is told how many images are done.
+        digests: SHA-256 of the shards that are complete.
     """
 
-    def __init__(
-        self,
-        plan: CachePlan,
-        backbone: Backbone,
-        hidden: torch.Tensor,
-        reduce: Reduce | None,
-        made: Callable[[int], None],
-    ):
-        """`hidden`: as `_captions` returns it; `made` is told how many images are done."""
-        self.plan, self.backbone, self.hidden = plan, backbone, hidden
-        self.reduce, self.made = reduce, made
-        self.digests: dict[Path, str] = {}
+    plan: CachePlan
+    backbone: Backbone
+    hidden: torch.Tensor
+    reduce: Reduce | None
+    made: Callable[[int], None]
+    digests: dict[Path, str] = field(default_factory=dict)
 
     def make(self, missing: dict[Path, torch.Tensor], wait: bool = False) -> None:
         """Make each shard that nobody else makes; with `wait`, those too whose maker has ended."""
@@ -231,7 +230,7 @@ class _Shards:
         started = deque()
         with ExitStack() as claims:
             for file, part in missing.items():
-                claim = lock(file.with_suffix(CLAIM), wait=wait)
+                claim = _claim(file, wait)
                 if claim is None:
                     continue
                 claims.callback(claim.close)
@@ -275,6 +274,11 @@ class _Shards:
         self.made(len(part))
 
 
+def _claim(file: Path, wait: bool) -> IO | None:
+    with write_errors(file, REMEDY):
+        return lock(file.with_suffix(CLAIM), wait=wait)
+
+
 def _embedding(plan: CachePlan, hidden: torch.Tensor, part: torch.Tensor) -> torch.Tensor | None:
     """What the U-Net attends to for these images; None: the backbone's empty caption."""
     if plan.meta["condition"] == "null":
@@ -299,7 +303,7 @@ def _basis(
             return load_tensors(file)[0], {}
         except Damaged as error:
             raise DataError(f"{file} is damaged: {error}; {plan.remedy}") from None
-    with lock(file.with_suffix(CLAIM)):  # one process fits it
+    with _claim(file, wait=True):  # one process fits it
         if not _digest(plan, file):
             for shard in plan.shards:
                 shard.unlink(missing_ok=True)  # what is there is in another basis

@@ -8,7 +8,9 @@ import pytest
 import torch
 from cache_files import contents, no_extraction, same
 
+from semanticfl_ref.diffusion import extract
 from semanticfl_ref.diffusion.backbone import Backbone
+from semanticfl_ref.diffusion.cache_lock import lock
 from semanticfl_ref.diffusion.extract import build_cache, complete_files, open_or_build
 from semanticfl_ref.diffusion.feature_cache import open_cache
 from semanticfl_ref.errors import DataError, MismatchError, NonFiniteError
@@ -153,6 +155,17 @@ def test_a_full_disk_keeps_what_was_done(built, plan_for, tmp_path, monkeypatch)
     assert not list(plan.path.glob("*.part")) and len(complete_files(plan)) == 3
     open_or_build(plan)
     assert contents(plan.path) == contents(built.path)
+
+
+def test_a_disk_without_room_for_a_lock(plan_for, tmp_path, monkeypatch):
+    def full(path, **_options):
+        if path.suffix == extract.CLAIM:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return lock(path, **_options)
+
+    monkeypatch.setattr(extract, "lock", full)
+    with pytest.raises(DataError, match=r"cannot write .*shard-00000.safetensors: No space left"):
+        open_or_build(plan_for(tmp_path))
 
 
 def test_a_disk_that_is_too_small_is_refused_before_the_work(plan_for, tmp_path, monkeypatch):
