@@ -223,13 +223,13 @@ def spread(of_groups, BLOCK_G: tl.constexpr, BLOCK_W: tl.constexpr):
     return tl.reshape(wide, (BLOCK_G * BLOCK_W,))
 
 
-def block_sizes(C: int, G: int) -> dict[str, int]:
-    """Tile shape and launch options: 16 entries of a tile for each thread, and columns for about
-    128 channels, so that a tile's rows are whole sectors of memory.
+def block_sizes(C: int, G: int, dtype: torch.dtype) -> dict[str, int]:
+    """Tile shape and launch options: 32 bytes of a tile for each thread, and columns for about 128
+    channels, so that a tile's rows are whole sectors of memory.
     """
     block_w = triton.next_power_of_2(C // G)
     block_g = min(triton.next_power_of_2(G), max(1, 128 // block_w))
-    block_s = max(1, 2048 // (block_g * block_w))
+    block_s = max(1, 4096 // dtype.itemsize // (block_g * block_w))
     return {"BLOCK_S": block_s, "BLOCK_G": block_g, "BLOCK_W": block_w, "num_warps": 4}
 
 
@@ -249,7 +249,7 @@ def launch(
 ) -> Tensor:
     """Arguments and result as `group_norm_silu` has them; x is channels-last."""
     (B, C), S = x.shape[:2], math.prod(x.shape[2:])
-    sizes, chunk_size = block_sizes(C, groups), chunk_positions(S)
+    sizes, chunk_size = block_sizes(C, groups, x.dtype), chunk_positions(S)
     chunks, blocks = triton.cdiv(S, chunk_size), triton.cdiv(groups, sizes["BLOCK_G"])
     if x.data_ptr() % 16:  # would be compiled apart, and add in another order
         x = x.clone()

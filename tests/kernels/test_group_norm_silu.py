@@ -103,9 +103,11 @@ def test_an_image_alone_has_the_bits_that_it_has_in_any_batch(positions, device)
 def test_blocks_and_chunks_depend_on_the_shape_of_one_image():
     """Whole groups, and no more chunks than are combined at once."""
     for C, groups in [(128, 32), (320, 32), (2560, 32), (7, 1), (4096, 1), (30, 10)]:
-        sizes = module.block_sizes(C, groups)
-        assert sizes["BLOCK_W"] >= C // groups
-        assert sizes["BLOCK_S"] * sizes["BLOCK_G"] * sizes["BLOCK_W"] in (2048, 4096)
+        for dtype, entries in {torch.float32: 1024, torch.float16: 2048}.items():
+            sizes = module.block_sizes(C, groups, dtype)
+            assert sizes["BLOCK_W"] >= C // groups
+            tile = sizes["BLOCK_S"] * sizes["BLOCK_G"] * sizes["BLOCK_W"]
+            assert tile == (4096 if C == 4096 and groups == 1 else entries)
     for S in (1, 256, 257, 784, 50_176, 10**6, 2**30):
         assert module.chunk_positions(S) * module.MOST_CHUNKS >= S
     assert module.chunk_positions(256) == 256
