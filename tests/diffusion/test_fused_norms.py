@@ -40,7 +40,7 @@ def test_a_vae_encoder(precision):
         norm_num_groups=4,
     )
     plain, fused = pair(vae.encoder, precision)
-    assert_equal_results(plain, fused, precision, (normal(2, 3, 20, 24),))
+    assert_equal_results(plain, fused, precision, (normal(1, 3, 20, 24),))
     kinds = silu_of_norms(fused)
     assert kinds.pop("conv_norm_out") and not kinds.pop("mid_block.attentions.0.group_norm")
     assert len(kinds) == 8 and all(kinds.values())
@@ -61,7 +61,7 @@ def test_a_unet(precision):
         norm_num_groups=4,
     )
     plain, fused = pair(unet, precision)
-    inputs = (normal(2, 4, 8, 8), torch.tensor([3, 800]), normal(2, 5, 12))
+    inputs = (normal(2, 4, 4, 6), torch.tensor([3, 800]), normal(2, 5, 12))
     assert_equal_results(plain, fused, precision, inputs)
     kinds = silu_of_norms(fused)
     assert all(has_silu != name.endswith(".norm") for name, has_silu in kinds.items())
@@ -143,7 +143,7 @@ def test_on_a_gpu_a_backbone_has_fused_norms(deep_folder, monkeypatch):
 @needs_triton
 def test_features_by_the_kernel(deep_folder, images, monkeypatch):
     """The kernel runs at every norm, channels-last throughout; features differ by rounding."""
-    layers, images = ["vae", "mid", "up.0"], images[:1]
+    layers, images = ["vae", "down.1"], images[:1]
     plain = Backbone(deep_folder, layers=layers, offline=True)
     kernel = Backbone(deep_folder, layers=layers, offline=True, fused=True)
     plain.batch = kernel.batch = 1

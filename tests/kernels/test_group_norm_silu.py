@@ -16,10 +16,10 @@ needs_triton = pytest.mark.skipif(IMPORT_ERROR is not None, reason="no Triton")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = {  # (B, C, positions), groups
     "one entry": ((1, 1, 1, 1), 1),
-    "the VAE's first level": ((1, 128, 20, 21), 32),
-    "the U-Net's first level": ((2, 320, 7, 7), 32),
-    "the U-Net's 1920 channels": ((1, 1920, 2, 3), 32),
-    "several chunks, ragged": ((2, 24, 19, 29), 4),
+    "the VAE's first level": ((1, 128, 13, 20), 32),
+    "the U-Net's first level": ((1, 320, 5, 5), 32),
+    "60 channels a group": ((1, 240, 2, 3), 4),
+    "several chunks, ragged": ((2, 24, 13, 23), 4),
     "a position more than a chunk": ((1, 12, 257), 3),
     "channels are groups": ((2, 5, 9, 3), 5),
     "one group": ((2, 33, 6, 5), 1),
@@ -66,7 +66,7 @@ def test_as_exact_as_eager(shape, dtype, device):
 
 @needs_triton
 @pytest.mark.parametrize("case", ["mean 1000", "mean -1e5", "outliers", "tiny", "large"])
-@pytest.mark.parametrize("positions", [(11, 13), (19, 23)], ids=["one chunk", "chunks"])
+@pytest.mark.parametrize("positions", [(11, 13), (14, 19)], ids=["one chunk", "chunks"])
 def test_as_exact_as_eager_on_hard_inputs(case, positions, device):
     x = normal(2, 24, *positions, device=device)
     if case == "outliers":  # also where a sum would begin
@@ -89,13 +89,13 @@ def test_the_textbook_formula_fails_where_the_kernel_does_not(impl, device):
 
 
 @needs_triton
-@pytest.mark.parametrize("positions", [(9, 11), (13, 21)], ids=["one chunk", "chunks"])
+@pytest.mark.parametrize("positions", [(5, 6), (13, 20)], ids=["one chunk", "chunks"])
 def test_an_image_alone_has_the_bits_that_it_has_in_any_batch(positions, device):
     """Which torch does not promise: on a CPU its SiLU rounds an entry by its place in memory."""
-    x = channels_last(normal(4, 132, *positions, device=device))
-    weight, bias = normal(132, device=device), normal(132, device=device)
+    x = channels_last(normal(3, 132, *positions, device=device, dtype=torch.float16))
+    weight, bias = normal(2, 132, device=device, dtype=torch.float16)
     whole = group_norm_silu(x, 4, weight, bias, impl="triton")
-    for images in ([3], [1, 0, 2]):
+    for images in ([2], [1, 0]):
         some = group_norm_silu(channels_last(x[images]), 4, weight, bias, impl="triton")
         assert torch.equal(some, whole[images])
 

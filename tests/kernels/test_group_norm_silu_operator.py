@@ -15,8 +15,7 @@ needs_triton = pytest.mark.skipif(dispatch.IMPORT_ERROR is not None, reason="no 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize(("dtype", "affine"), [(torch.float32, True), (torch.bfloat16, False)])
 def test_opcheck(preferred, device, dtype, affine):
     x = maps(device=device, dtype=dtype)
     ones = torch.ones(6, dtype=dtype, device=device)
