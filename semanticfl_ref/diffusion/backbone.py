@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from semanticfl_ref.device import vae_precision
+from semanticfl_ref.diffusion.fused_norms import fuse_norms
 from semanticfl_ref.diffusion.model_files import locate
 from semanticfl_ref.diffusion.modules import (
     block_of,
@@ -91,6 +92,7 @@ class Backbone:
         precision: str = "fp32",
         offline: bool = False,
         whole: bool = False,
+        fused: bool | None = None,
     ):
         """Load a model.
 
@@ -102,6 +104,7 @@ class Backbone:
                 `vae_precision`.
             offline: no network access.
             whole: load also what lies behind the deepest layer, for comparisons.
+            fused: GroupNorm and SiLU as one kernel, see `fuse_norms`; None: on a GPU.
 
         Raises:
             UserError: an unknown layer, or fp16 on a CPU.
@@ -127,6 +130,9 @@ class Backbone:
         if self.device.type == "cuda" or dtype == torch.bfloat16:
             for module in (self.unet, self.vae):
                 module.to(memory_format=torch.channels_last)
+        if self.device.type == "cuda" if fused is None else fused:
+            fuse_norms(self.vae.encoder)
+            fuse_norms(self.unet)
         small = self.unet.config.block_out_channels[-1] <= 256
         self.batch = self.SMALL_PASS if small else self.LARGE_PASS
 
