@@ -5,15 +5,24 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from torch.distributed import Store
 from tqdm import tqdm
 
 from semanticfl_ref.config.command_line import shell_command
 from semanticfl_ref.config.resolve import is_embedded
 from semanticfl_ref.config.settings import Config
+from semanticfl_ref.cores import rank, ranks
 from semanticfl_ref.diffusion.anchors import Anchors
+from semanticfl_ref.errors import RankLost
 from semanticfl_ref.federated.context import RunContext, make_context
 from semanticfl_ref.federated.evaluate import confusion
 from semanticfl_ref.federated.flat import load_params
+from semanticfl_ref.federated.ranks import (
+    AcrossRanks,
+    joined,
+    require_agreement,
+    state_of_first,
+)
 from semanticfl_ref.federated.round import received, run_round
 from semanticfl_ref.federated.state import (
     FederatedState,
@@ -37,6 +46,7 @@ from semanticfl_ref.run.summary import summarise
 
 OnRound = Callable[[dict], None]
 IDENTITY = "identity.json"
+AGREED = ("semanticfl_ref", "versions", "threads", "precision")  # of the environment, by all ranks
 
 
 def train(
@@ -67,9 +77,19 @@ def train(
         UserError: and its kinds, see errors.py; before the first round nothing is left on disk.
         KeyboardInterrupt: after a checkpoint was saved.
     """
-    context = _prepare(config, data, anchors, offline, say)
+    with joined(config) as store:
+        context = _prepare(config, data, anchors, offline, say, store)
+        if rank() > 0:
+            return _follow(context, RunFolder(out), say)
+        folder = RunFolder.create(out, config, documents_of(context))
+        with folder.held():
+            return _finish(context, folder, initial_state(context), on_round, say)
+
+
+def documents_of(context: RunContext) -> dict[str, dict]:
+    """The documents of a new run folder: file name -> JSON document."""
     dataset = context.dataset
-    documents = {
+    return {
         "environment.json": environment_of(context),
         "partition.json": {
             **context.partition.manifest(),
@@ -80,9 +100,6 @@ def train(
         "anchors.json": provenance_of(context),
         IDENTITY: identity_of(context),
     }
-    folder = RunFolder.create(out, config, documents)
-    with folder.held():
-        return _finish(context, folder, initial_state(context), on_round, say)
 
 
 def resume(
@@ -104,26 +121,41 @@ def resume(
         UserError: and its kinds, see errors.py.
         KeyboardInterrupt: after a checkpoint was saved.
     """
-    context, folder = _prepare(config, None, None, offline, say), RunFolder(path)
-    with folder.held():
-        state, identity = initial_state(context), identity_of(context)
-        require_identity(folder.path / IDENTITY, folder.read(IDENTITY), identity)
-        if folder.checkpoint.exists():
-            state = load_checkpoint(folder.checkpoint, identity).to(context.device)
-        now = environment_of(context)
-        changed = changes(folder.read("environment.json"), now)
-        if changed:
-            say(f"note: {', '.join(changed)} changed; resumed results may differ in the last bits")
-        if config.federation.rounds != folder.config().federation.rounds:
-            folder.reopen(config)
-        folder.truncate(state.round, state.seal)
-        folder.add_environment(now, state.round)
-        say(f"resuming from round {state.round} in {path}")
-        return _finish(context, folder, state, on_round, say)
+    folder = RunFolder(path)
+    with joined(config) as store:
+        context = _prepare(config, None, None, offline, say, store)
+        if rank() > 0:
+            return _follow(context, folder, say)
+        with folder.held():
+            state = _last_state(context, folder, say)
+            return _finish(context, folder, state, on_round, say)
+
+
+def _last_state(context: RunContext, folder: RunFolder, say: Say) -> FederatedState:
+    """The state of the last checkpoint; the folder is truncated to it."""
+    config, state, identity = context.config, initial_state(context), identity_of(context)
+    require_identity(folder.path / IDENTITY, folder.read(IDENTITY), identity)
+    if folder.checkpoint.exists():
+        state = load_checkpoint(folder.checkpoint, identity).to(context.device)
+    now = environment_of(context)
+    changed = changes(folder.read("environment.json"), now)
+    if changed:
+        say(f"note: {', '.join(changed)} changed; resumed results may differ in the last bits")
+    if config.federation.rounds != folder.config().federation.rounds:
+        folder.reopen(config)
+    folder.truncate(state.round, state.seal)
+    folder.add_environment(now, state.round)
+    say(f"resuming from round {state.round} in {folder.path}")
+    return state
 
 
 def _prepare(
-    config: Config, data: RunData | None, anchors: Anchors | None, offline: bool, say: Say
+    config: Config,
+    data: RunData | None,
+    anchors: Anchors | None,
+    offline: bool,
+    say: Say,
+    store: Store | None,
 ) -> RunContext:
     """What both ways to start a run need."""
     set_threads(config)
@@ -136,14 +168,34 @@ def _prepare(
         f"{min(partition.sizes)} to {max(partition.sizes)} each, skew {partition.skew:.2f}"
     )
     anchors = anchors or build_anchors(config, data, offline=offline, say=say)
-    return make_context(config, data.dataset, partition, anchors)
+    context = make_context(config, data.dataset, partition, anchors)
+    if store is None:
+        return context
+    environment = environment_of(context)
+    versions = {key: environment[key] for key in ("commit", *AGREED)}
+    require_agreement(identity_of(context) | versions | {"rounds": config.federation.rounds})
+    return replace(context, replicas=AcrossRanks(context.replicas, config, store))
+
+
+def _follow(context: RunContext, folder: RunFolder, say: Say) -> RunFolder:
+    """What all ranks but the first do: their share of every round; nothing is written."""
+    state = state_of_first(initial_state(context))
+    _fit(context, state, say)
+    while state.round < context.config.federation.rounds:
+        state, _ = run_round(state, context)
+    load_params(context.model, state.params)
+    confusion(context.model, context)  # computed by all ranks together
+    return folder
 
 
 def _finish(
     context: RunContext, folder: RunFolder, state: FederatedState, on_round: OnRound, say: Say
 ) -> RunFolder:
     """Run the remaining rounds and write the summary."""
-    state = _run_rounds(context, folder, state, on_round, say)
+    if ranks() > 1:
+        state = state_of_first(state)
+    _fit(context, state, say)
+    state = _run_rounds(context, folder, state, on_round)
     # A resumed run may have had no round left.
     load_params(context.model, state.params)
     config = context.config
@@ -161,11 +213,9 @@ def _finish(
 
 
 def _run_rounds(
-    context: RunContext, folder: RunFolder, state: FederatedState, on_round: OnRound, say: Say
+    context: RunContext, folder: RunFolder, state: FederatedState, on_round: OnRound
 ) -> FederatedState:
     """Each round is followed by its line of metrics and, as configured, a checkpoint."""
-    sizes = context.partition.sizes
-    context.replicas.fit(received(state, context, sizes.index(max(sizes))), say)
     config, identity = context.config, identity_of(context)
     rounds, method = config.federation.rounds, config.federation.method
     try:
@@ -181,13 +231,18 @@ def _run_rounds(
                 bar.set_postfix_str(numbers, refresh=False)
                 bar.update()
                 on_round(line)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, RankLost) as stop:
         save_checkpoint(folder.checkpoint, state, identity)
-        raise KeyboardInterrupt(
+        raise type(stop)(
             f"interrupted and saved after round {state.round} of {rounds}; continue with: "
             f"{shell_command('train', '--resume', str(folder.path))}"
         ) from None
     return state
+
+
+def _fit(context: RunContext, state: FederatedState, say: Say) -> None:
+    sizes = context.partition.sizes
+    context.replicas.fit(received(state, context, sizes.index(max(sizes))), say)
 
 
 def _warnings(context: RunContext) -> list[str]:
