@@ -11,6 +11,7 @@ import io
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -31,7 +32,7 @@ from semanticfl_ref.formatting import Say
 # A dead rank is noticed at once, by its closed connections: this is for ranks that only wait, such
 # as for features that another one extracts.
 TIMEOUT = timedelta(days=1)
-PATIENCE = timedelta(seconds=5)  # in which a rank that lives says so
+PATIENCE = 3.0  # seconds in which a rank that lives says so
 
 
 @contextmanager
@@ -210,17 +211,17 @@ def _explain(error: BaseException, store: dist.Store) -> None:
     stopped = isinstance(error, RankLost | KeyboardInterrupt)
     words = "" if stopped else str(error) or type(error).__name__
     store.set(f"ended/{rank()}", words)
-    causes, alive = [], []
+    causes, alive, deadline = [], [], time.monotonic() + PATIENCE
     for number in range(ranks()):
-        try:
-            store.wait([f"ended/{number}"], PATIENCE)
+        while not store.check([f"ended/{number}"]) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        if store.check([f"ended/{number}"]):
             words = store.get(f"ended/{number}").decode()
             alive.append(number)
-        except RuntimeError:  # it was killed
-            at = "while it loaded"
-            if store.check([f"doing/{number}"]):
-                at = f"in {store.get(f'doing/{number}').decode()}"
-            words = f"killed {at}"
+        elif store.check([f"doing/{number}"]):
+            words = f"killed in {store.get(f'doing/{number}').decode()}"
+        else:
+            words = "killed while it loaded"
         if words:
             causes.append(f"rank {number} of {ranks()} ended: {words}")
     if rank() > alive[0] and (stopped or isinstance(error, UserError)):

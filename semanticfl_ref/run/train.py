@@ -131,6 +131,43 @@ def resume(
             return _finish(context, folder, state, on_round, say)
 
 
+def one_round(
+    context: RunContext, folder: RunFolder, state: FederatedState, identity: dict
+) -> tuple[FederatedState, dict]:
+    """A round, its line of metrics in the folder and, as configured, a checkpoint."""
+    started = time.perf_counter()
+    following, line = run_round(state, context)
+    seal = folder.append(line, time.perf_counter() - started, state.seal)
+    state, config = replace(following, seal=seal), context.config
+    is_last = state.round == config.federation.rounds
+    if state.round % config.run.checkpoint_every == 0 or is_last:
+        save_checkpoint(folder.checkpoint, state, identity)
+    return state, line
+
+
+def write_summary(context: RunContext, folder: RunFolder, state: FederatedState) -> None:
+    """Write the summary of a run, which finishes it."""
+    # A resumed run may have had no round left.
+    load_params(context.model, state.params)
+    config = context.config
+    about = {
+        "dataset": config.data.name,
+        "method": config.federation.method,
+        "seed": config.run.seed,
+        "folder": str(folder.path),
+        "anchors": provenance_of(context),
+        "confusion": confusion(context.model, context),
+        "warnings": _warnings(context),
+    }
+    folder.finish(summarise(folder.rounds(), folder.seconds(), about))
+
+
+def shared_facts(context: RunContext) -> dict:
+    """What all processes of a run must have in common; JSON values."""
+    environment, rounds = environment_of(context), context.config.federation.rounds
+    return identity_of(context) | {key: environment[key] for key in AGREED} | {"rounds": rounds}
+
+
 def _last_state(context: RunContext, folder: RunFolder, say: Say) -> FederatedState:
     """The state of the last checkpoint; the folder is truncated to it."""
     config, state, identity = context.config, initial_state(context), identity_of(context)
@@ -171,9 +208,7 @@ def _prepare(
     context = make_context(config, data.dataset, partition, anchors)
     if store is None:
         return context
-    environment = environment_of(context)
-    versions = {key: environment[key] for key in ("commit", *AGREED)}
-    require_agreement(identity_of(context) | versions | {"rounds": config.federation.rounds})
+    require_agreement(shared_facts(context))
     return replace(context, replicas=AcrossRanks(context.replicas, config, store))
 
 
@@ -196,19 +231,7 @@ def _finish(
         state = state_of_first(state)
     _fit(context, state, say)
     state = _run_rounds(context, folder, state, on_round)
-    # A resumed run may have had no round left.
-    load_params(context.model, state.params)
-    config = context.config
-    about = {
-        "dataset": config.data.name,
-        "method": config.federation.method,
-        "seed": config.run.seed,
-        "folder": str(folder.path),
-        "anchors": provenance_of(context),
-        "confusion": confusion(context.model, context),
-        "warnings": _warnings(context),
-    }
-    folder.finish(summarise(folder.rounds(), folder.seconds(), about))
+    write_summary(context, folder, state)
     return folder
 
 
@@ -221,12 +244,7 @@ def _run_rounds(
     try:
         with tqdm(total=rounds, initial=state.round, desc=method, unit="round") as bar:
             while state.round < rounds:
-                started = time.perf_counter()
-                following, line = run_round(state, context)
-                seal = folder.append(line, time.perf_counter() - started, state.seal)
-                state = replace(following, seal=seal)
-                if state.round % config.run.checkpoint_every == 0 or state.round == rounds:
-                    save_checkpoint(folder.checkpoint, state, identity)
+                state, line = one_round(context, folder, state, identity)
                 numbers = f"accuracy={line['test_accuracy']:.1%}, loss={line['loss']:.3f}"
                 bar.set_postfix_str(numbers, refresh=False)
                 bar.update()
