@@ -13,6 +13,7 @@ from pathlib import Path
 
 from semanticfl_ref import __version__
 from semanticfl_ref.commands import (
+    anchors,
     compare,
     config,
     doctor,
@@ -34,6 +35,7 @@ COMMANDS = {
     "train": train,
     "trace": trace,
     "features": features,
+    "anchors": anchors,
     "compare": compare,
     "reproduce": reproduce,
     "report": report,

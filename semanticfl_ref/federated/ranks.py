@@ -146,16 +146,26 @@ def require_agreement(document: dict) -> None:
     """
     first, *others = gathered(document)
     for number, other in enumerate(others, 1):
-        differing = [
-            f"{name} is {first.get(name)!r} on rank 0, {other.get(name)!r} on rank {number}"
-            for name in sorted({*first, *other})
-            if first.get(name) != other.get(name)
-        ]
-        if differing:
+        found = differences(first, other, "on rank 0", f"on rank {number}")
+        if found:
             raise MismatchError(
-                f"ranks differ: {'; '.join(differing[:4])}. Give every machine the same versions, "
-                f"data and flags"
+                f"ranks differ: {found}. Give every machine the same versions, data and flags"
             )
+
+
+def differences(one: dict, other: dict, here: str, there: str) -> str:
+    """The first entries in which two documents differ, or nothing.
+
+    Args:
+        one, other: the documents.
+        here, there: where each is.
+    """
+    differing = [
+        f"{name} is {one.get(name)!r} {here}, {other.get(name)!r} {there}"
+        for name in sorted({*one, *other})
+        if one.get(name) != other.get(name)
+    ]
+    return "; ".join(differing[:4])
 
 
 def state_of_first(state: FederatedState) -> FederatedState:

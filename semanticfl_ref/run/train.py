@@ -78,7 +78,8 @@ def train(
         KeyboardInterrupt: after a checkpoint was saved.
     """
     with joined(config) as store:
-        context = _prepare(config, data, anchors, offline, say, store)
+        context = prepare(config, data=data, anchors=anchors, offline=offline, say=say)
+        context = _shared(context, store)
         if rank() > 0:
             return _follow(context, RunFolder(out), say)
         folder = RunFolder.create(out, config, documents_of(context))
@@ -123,12 +124,34 @@ def resume(
     """
     folder = RunFolder(path)
     with joined(config) as store:
-        context = _prepare(config, None, None, offline, say, store)
+        context = _shared(prepare(config, offline=offline, say=say), store)
         if rank() > 0:
             return _follow(context, folder, say)
         with folder.held():
             state = _last_state(context, folder, say)
             return _finish(context, folder, state, on_round, say)
+
+
+def prepare(
+    config: Config,
+    *,
+    data: RunData | None = None,
+    anchors: Anchors | None = None,
+    offline: bool = False,
+    say: Say = lambda text: None,
+) -> RunContext:
+    """The constants of a run. Arguments and errors as of `train`."""
+    set_threads(config)
+    data = data or load_data(config, offline=offline)
+    partition = data.partition
+    for note in data.dataset.notes:
+        say(f"note: {note}")
+    say(
+        f"{len(data.dataset.train_labels)} training images, {len(partition.sizes)} clients with "
+        f"{min(partition.sizes)} to {max(partition.sizes)} each, skew {partition.skew:.2f}"
+    )
+    anchors = anchors or build_anchors(config, data, offline=offline, say=say)
+    return make_context(config, data.dataset, partition, anchors)
 
 
 def one_round(
@@ -186,30 +209,12 @@ def _last_state(context: RunContext, folder: RunFolder, say: Say) -> FederatedSt
     return state
 
 
-def _prepare(
-    config: Config,
-    data: RunData | None,
-    anchors: Anchors | None,
-    offline: bool,
-    say: Say,
-    store: Store | None,
-) -> RunContext:
-    """What both ways to start a run need."""
-    set_threads(config)
-    data = data or load_data(config, offline=offline)
-    partition = data.partition
-    for note in data.dataset.notes:
-        say(f"note: {note}")
-    say(
-        f"{len(data.dataset.train_labels)} training images, {len(partition.sizes)} clients with "
-        f"{min(partition.sizes)} to {max(partition.sizes)} each, skew {partition.skew:.2f}"
-    )
-    anchors = anchors or build_anchors(config, data, offline=offline, say=say)
-    context = make_context(config, data.dataset, partition, anchors)
+def _shared(context: RunContext, store: Store | None) -> RunContext:
+    """The run with the replicas of all ranks, once they agree; as it is in a process alone."""
     if store is None:
         return context
     require_agreement(shared_facts(context))
-    return replace(context, replicas=AcrossRanks(context.replicas, config, store))
+    return replace(context, replicas=AcrossRanks(context.replicas, context.config, store))
 
 
 def _follow(context: RunContext, folder: RunFolder, say: Say) -> RunFolder:
