@@ -5,7 +5,6 @@ a folder of class folders, and its anchors those of the file `anchors`, which th
 it; otherwise it is simulated: it has its part of the data set, and makes the anchors itself.
 """
 
-import json
 from functools import lru_cache, wraps
 
 from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
@@ -16,8 +15,7 @@ from semanticfl_ref.errors import UserError
 from semanticfl_ref.federated.context import RunContext
 from semanticfl_ref.federated.methods.method import LocalUpdate
 from semanticfl_ref.federated.remote import train_here
-from semanticfl_ref.run.client_data import OwnData, client_context
-from semanticfl_ref.run.train import shared_facts
+from semanticfl_ref.run.client_data import OwnData, client_context, introduction
 
 app = ClientApp()
 
@@ -40,12 +38,7 @@ def replies_with_errors(function):
 def introduce(content: RecordDict, context: Context) -> RecordDict:
     """Which client this is, how many images of each class it has, and its settings and versions."""
     client, run = number_of(context), run_of(content, context)
-    about = {
-        "client": client,
-        "histogram": list(run.partition.histograms[client]),
-        "owns": "data" in context.node_config,
-        "facts": json.dumps(shared_facts(run)),
-    }
+    about = introduction(run, client, owns="data" in context.node_config)
     return RecordDict({"about": ConfigRecord(about)})
 
 

@@ -1,6 +1,5 @@
 """The server: Flower's strategy around `run_round`, whose result is a run folder like `train`'s."""
 
-import json
 import time
 from collections.abc import Iterable
 from logging import INFO, WARNING
@@ -17,7 +16,7 @@ from semanticfl_ref.federated.context import RunContext
 from semanticfl_ref.federated.remote import Answer, sent_state, server_side
 from semanticfl_ref.federated.round import received, sample_clients
 from semanticfl_ref.federated.state import initial_state
-from semanticfl_ref.run.client_data import ClientFacts, with_clients
+from semanticfl_ref.run.client_data import with_clients
 from semanticfl_ref.run.folder import RunFolder
 from semanticfl_ref.run.setup import identity_of
 from semanticfl_ref.run.train import documents_of, one_round, prepare, write_summary
@@ -123,16 +122,14 @@ def introduced(grid: Grid, run: RunContext, timeout: float) -> tuple[dict[int, i
         )
     content = RecordDict({"about": ConfigRecord(about_data(run))})
     messages = [Message(content, node, "query") for node in nodes]
-    found = []
+    found = {}
     for reply in grid.send_and_receive(messages, timeout=timeout):
         node = reply.metadata.src_node_id
         if reply.has_error():
             raise UserError(f"node {node}: {reply.error.reason}")
-        about = reply.content["about"]
-        facts = json.loads(about["facts"])
-        histogram = tuple(about["histogram"])
-        found.append(ClientFacts(about["client"], node, histogram, about["owns"], facts))
-    return {each.client: each.node for each in found}, with_clients(run, found)
+        found[node] = dict(reply.content["about"])
+    run = with_clients(run, list(found.values()))
+    return {about["client"]: node for node, about in found.items()}, run
 
 
 def about_data(run: RunContext) -> dict:

@@ -8,9 +8,9 @@ Letters: R models of a cohort, P size of a flat vector.
 """
 
 import io
+import itertools
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -22,16 +22,17 @@ import torch.distributed as dist
 
 from semanticfl_ref.config.settings import Config
 from semanticfl_ref.cores import rank, ranks
-from semanticfl_ref.errors import MismatchError, RankLost, UserError
+from semanticfl_ref.errors import RankLost, UserError
 from semanticfl_ref.federated.methods.method import LocalUpdate
 from semanticfl_ref.federated.replicas import Item, Replicas, Result
 from semanticfl_ref.federated.report import ClientReport
-from semanticfl_ref.federated.state import FederatedState
+from semanticfl_ref.federated.state import FederatedState, require_identity
 from semanticfl_ref.formatting import Say
 
 # A dead rank is noticed at once, by its closed connections: this is for ranks that only wait, such
 # as for features that another one extracts.
 TIMEOUT = timedelta(days=1)
+_runs = itertools.count()
 PATIENCE = 3.0  # seconds in which a rank that lives says so
 
 
@@ -50,7 +51,9 @@ def joined(config: Config) -> Iterator[dist.Store | None]:
         return
     backend = _backend(config)
     store, _, _ = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    store = dist.PrefixStore(f"run {next(_runs)}", store)  # a program may train several times
     dist.init_process_group(backend, store=store, rank=rank(), world_size=ranks(), timeout=TIMEOUT)
+    store.set(f"doing/{rank()}", "killed while it loaded")
     try:
         yield store
     except BaseException as error:
@@ -82,10 +85,13 @@ class AcrossRanks:
     def train(self, updates: list[LocalUpdate]) -> list[ClientReport]:
         """As `Replicas.train`; every rank gets all parameters and all reports."""
         sizes = [update.context.partition.sizes[update.client] for update in updates]
-        shares = share_out(sizes, ranks(), most=-(-len(self.params_RP) // ranks()))
+        # The largest first, in turn: each rank gets as many, and about as many images.
+        order = sorted(range(len(updates)), key=lambda i: -sizes[i])
+        shares = [order[first :: ranks()] for first in range(ranks())]
         mine = shares[rank()]
         clients = ", ".join(str(updates[i].client) for i in mine)
-        self._store.set(f"doing/{rank()}", f"round {updates[0].round}, clients {clients}")
+        doing = f"killed in round {updates[0].round}, with clients {clients}"
+        self._store.set(f"doing/{rank()}", doing)
         reports = dict(zip(mine, self.own.train([updates[i] for i in mine]), strict=True))
         for i, row_P in zip(mine, self.own.params_RP, strict=False):
             self.params_RP[i] = row_P
@@ -113,21 +119,6 @@ class AcrossRanks:
         self.params_RP = self.params_RP[: rows * ranks()]
 
 
-def share_out(sizes: list[int], count: int, most: int) -> list[list[int]]:
-    """Each rank's clients of a cohort, ascending: the largest first, to the rank with least to do.
-
-    Args:
-        sizes: images of each client.
-        count: number of ranks.
-        most: clients that a rank can take.
-    """
-    shares: list[list[int]] = [[] for _ in range(count)]
-    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        free = [share for share in shares if len(share) < most]
-        min(free, key=lambda share: sum(sizes[j] for j in share)).append(i)
-    return [sorted(share) for share in shares]
-
-
 def gathered(value: Result) -> list[Result]:
     """Every rank's value, by rank; tensors in it are on the CPU."""
     file, found = io.BytesIO(), [b""] * ranks()
@@ -146,26 +137,8 @@ def require_agreement(document: dict) -> None:
     """
     first, *others = gathered(document)
     for number, other in enumerate(others, 1):
-        found = differences(first, other, "on rank 0", f"on rank {number}")
-        if found:
-            raise MismatchError(
-                f"ranks differ: {found}. Give every machine the same versions, data and flags"
-            )
-
-
-def differences(one: dict, other: dict, here: str, there: str) -> str:
-    """The first entries in which two documents differ, or nothing.
-
-    Args:
-        one, other: the documents.
-        here, there: where each is.
-    """
-    differing = [
-        f"{name} is {one.get(name)!r} {here}, {other.get(name)!r} {there}"
-        for name in sorted({*one, *other})
-        if one.get(name) != other.get(name)
-    ]
-    return "; ".join(differing[:4])
+        remedy = "give every machine the same versions, data and flags"
+        require_identity(f"rank {number}", other, first, remedy)
 
 
 def state_of_first(state: FederatedState) -> FederatedState:
@@ -203,14 +176,13 @@ def _lost_if_broken() -> Iterator[None]:
         yield
     except RuntimeError as error:
         _ignore_signals()
-        raise RankLost(str(error)) from error
+        raise RankLost("the last checkpoint is whole: continue with --resume") from error
 
 
 def _ignore_signals() -> None:
     """torchrun stops all ranks when one ends: that would break off the saving."""
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _explain(error: BaseException, store: dist.Store) -> None:
@@ -219,23 +191,20 @@ def _explain(error: BaseException, store: dist.Store) -> None:
     Returns if the error is to be raised as it is. A rank that has nothing to say exits.
     """
     stopped = isinstance(error, RankLost | KeyboardInterrupt)
-    words = "" if stopped else str(error) or type(error).__name__
-    store.set(f"ended/{rank()}", words)
+    store.set(f"ended/{rank()}", "" if stopped else str(error) or type(error).__name__)
     causes, alive, deadline = [], [], time.monotonic() + PATIENCE
     for number in range(ranks()):
-        while not store.check([f"ended/{number}"]) and time.monotonic() < deadline:
+        ended = f"ended/{number}"
+        while not store.check([ended]) and time.monotonic() < deadline:
             time.sleep(0.02)
-        if store.check([f"ended/{number}"]):
-            words = store.get(f"ended/{number}").decode()
+        if store.check([ended]):
             alive.append(number)
-        elif store.check([f"doing/{number}"]):
-            words = f"killed in {store.get(f'doing/{number}').decode()}"
         else:
-            words = "killed while it loaded"
+            ended = f"doing/{number}"
+        words = store.get(ended).decode()
         if words:
             causes.append(f"rank {number} of {ranks()} ended: {words}")
     if rank() > alive[0] and (stopped or isinstance(error, UserError)):
-        raise SystemExit(getattr(error, "exit_code", 1)) from None
+        raise SystemExit(1) from None
     if stopped and causes:
-        what = str(error).removeprefix("interrupted and ")
-        raise RankLost(f"{'; '.join(causes)}; {what}" if str(error) else causes[0]) from None
+        raise RankLost(f"{'; '.join(causes)}; {error}") from None

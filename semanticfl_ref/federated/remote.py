@@ -20,7 +20,7 @@ from semanticfl_ref.federated.report import ClientReport, FirstBatch
 
 # What a report becomes: name -> a number or a list of numbers.
 Numbers = dict[str, int | float | list[float]]
-TERM, FIRST, PRODUCT = "term.", "first.", "product."  # prefixes of their names
+LOSSES = ("loss", "last_epoch_loss")
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Answer:
     @classmethod
     def missing(cls, size: int) -> "Answer":
         """Stands for a client that did not answer."""
-        return cls(torch.full((size,), math.nan), {"steps": 0, "loss": math.nan})
+        return cls(torch.full((size,), math.nan), {"steps": 0, **dict.fromkeys(LOSSES, math.nan)})
 
 
 class OwnRow:
@@ -136,29 +136,28 @@ def train_here(
 def numbers_of(report: ClientReport) -> Numbers:
     """A report as plain numbers; which images were in the first batch is left out."""
     first = report.first
-    return {
-        "steps": report.steps,
-        "loss": float(report.loss),
-        "last_epoch_loss": float(report.last_epoch_loss),
-        **{TERM + name: float(value) for name, value in report.terms.items()},
-        **{FIRST + name: [weight, float(value)] for name, (weight, value) in first.terms.items()},
-        **{PRODUCT + name: pair.tolist() for name, pair in first.products.items()},
+    groups = {
+        "term": {name: float(value) for name, value in report.terms.items()},
+        "first": {name: [weight, float(value)] for name, (weight, value) in first.terms.items()},
+        "product": {name: pair.tolist() for name, pair in first.products.items()},
     }
+    flat = {f"{group}.{name}": v for group, each in groups.items() for name, v in each.items()}
+    losses = {name: float(getattr(report, name)) for name in LOSSES}
+    return {"steps": report.steps, **losses, **flat}
 
 
 def report_from(numbers: Numbers) -> ClientReport:
     """The report with these numbers."""
-
-    def named(prefix: str) -> dict:
-        return {k.removeprefix(prefix): v for k, v in numbers.items() if k.startswith(prefix)}
-
-    first = {name: (weight, torch.tensor(value)) for name, (weight, value) in named(FIRST).items()}
-    loss = sum((weight * value for weight, value in first.values()), torch.zeros(()))
-    products = {name: torch.tensor(list(pair)) for name, pair in named(PRODUCT).items()}
+    groups = {"term": {}, "first": {}, "product": {}}
+    for key, value in numbers.items():
+        group, _, name = key.partition(".")
+        if name:
+            groups[group][name] = torch.tensor(value, dtype=torch.float64)
+    first = {name: (float(pair[0]), pair[1]) for name, pair in groups["first"].items()}
+    nothing = torch.zeros(0, dtype=torch.int64)
     return ClientReport(
         steps=numbers["steps"],
-        loss=torch.tensor(numbers["loss"]),
-        last_epoch_loss=torch.tensor(numbers.get("last_epoch_loss", math.nan)),
-        terms={name: torch.tensor(value) for name, value in named(TERM).items()},
-        first=FirstBatch(torch.zeros(0, dtype=torch.int64), first, loss, products),
+        terms=groups["term"],
+        first=FirstBatch(nothing, first, torch.zeros(()), groups["product"]),
+        **{name: torch.tensor(numbers[name]) for name in LOSSES},
     )

@@ -6,31 +6,31 @@ Letters: M clients in all, C classes.
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from semanticfl_ref.config.registry import METHODS
-from semanticfl_ref.config.settings import Config
+from semanticfl_ref.config.settings import Config, PartitionSettings
 from semanticfl_ref.data.dataset import Dataset, content_sha256
 from semanticfl_ref.data.image_folder import class_folders
-from semanticfl_ref.data.partition import Partition
+from semanticfl_ref.data.partition import Partition, make_partition
 from semanticfl_ref.diffusion.anchors import Anchors
 from semanticfl_ref.errors import MismatchError, UserError
 from semanticfl_ref.federated.context import RunContext, make_context
-from semanticfl_ref.federated.ranks import differences
+from semanticfl_ref.federated.state import require_identity
 from semanticfl_ref.formatting import Say
-from semanticfl_ref.run.setup import build_anchors, load_data, set_threads
-from semanticfl_ref.run.train import shared_facts
+from semanticfl_ref.run.setup import build_anchors, load_data, set_threads, training_subset
+from semanticfl_ref.run.train import prepare, shared_facts
 from semanticfl_ref.storage import Damaged, load_tensors, save_tensors, sha256_of, write_atomic
 
 ONE_DATASET = ("data", "partition")  # facts that clients share only if all read one data set
 
 
-@dataclass(frozen=True)
-class OwnData:
-    """A client's images and anchors.
+class OwnData(NamedTuple):
+    """What a client has itself.
 
     Attributes:
         client: its number.
@@ -44,18 +44,6 @@ class OwnData:
     anchors: str
     class_names: tuple[str, ...]
     image_size: int
-
-
-@dataclass(frozen=True)
-class ClientFacts:
-    """What a client says when it joins: its number, node, image counts per class, whether its
-    images are its own, and its settings and versions."""
-
-    client: int
-    node: int
-    histogram: tuple[int, ...]
-    owns: bool
-    facts: dict
 
 
 def export_anchors(
@@ -76,33 +64,31 @@ def export_anchors(
     data = load_data(config, offline=offline)
     anchors = build_anchors(config, data, offline=offline, say=say)
     own, images = data.partition.indices[client], None
-    tensors = {"visual": anchors.visual, "text": anchors.text}
+    visual, text = anchors.visual, anchors.text
     if anchors.per == "image":
-        tensors["visual"] = anchors.visual[own]
-        images = _images_sha256(data.dataset.train_images[own], data.dataset.train_labels[own])
-    if anchors.text.ndim == 3:
-        tensors["text"] = anchors.text[own]
+        visual, images = visual[own], _images_sha256(training_subset(data.dataset, own))
+    if text.ndim == 3:
+        text = text[own]
     about = {
         "client": client,
         "class_names": list(data.dataset.class_names),
-        "per": anchors.per,
         "images": images,
+        "per": anchors.per,
         "provenance": anchors.provenance,
     }
-    save_tensors(out, tensors, about)
+    save_tensors(out, {"visual": visual, "text": text}, about)
     revealed = f"nothing: the anchors were made from separate images ({config.anchors.images})"
     if config.anchors.images == "train":
         revealed = f"its {len(own)} training images, to the server that made the anchors"
     document = {
-        "file": str(out),
-        "leaves_the_server": {name: list(tensor.shape) for name, tensor in tensors.items()},
-        "bytes": sum(4 * tensor.numel() for tensor in tensors.values()),
+        "leaves_the_server": f"visual anchors {list(visual.shape)}, text anchors "
+        f"{list(text.shape)}, float32, and how they were made",
         "client_reveals_for_it": revealed,
-        "client_reveals_in_training": "its images per class, once; its parameters and means of its "
+        "client_reveals_in_training": "its images per class, once; its parameters and its mean "
         "losses, every round",
     }
     write_atomic(out.with_name(f"{out.name}.json"), json.dumps(document, indent=2) + "\n")
-    return document
+    return {"file": str(out), **document}
 
 
 def client_context(config: Config, own: OwnData | None) -> RunContext:
@@ -112,11 +98,9 @@ def client_context(config: Config, own: OwnData | None) -> RunContext:
         UserError: and its kinds, see errors.py.
     """
     config = replace(config, run=replace(config.run, replicas=1))
-    set_threads(config)
     if own is None:
-        data = load_data(config, offline=True)
-        anchors = build_anchors(config, data, offline=True)
-        return make_context(config, data.dataset, data.partition, anchors)
+        return prepare(config, offline=True)
+    set_threads(config)
     if (config.partition.feature_shift, config.partition.modality) != ("none", "none"):
         raise UserError("partition.feature_shift and modality simulate clients: leave them out")
     dataset, anchors = _own_dataset(own), None
@@ -125,44 +109,49 @@ def client_context(config: Config, own: OwnData | None) -> RunContext:
     return make_context(config, dataset, _alone(config, own.client, dataset), anchors)
 
 
-def with_clients(context: RunContext, clients: Sequence[ClientFacts]) -> RunContext:
-    """The server's constants, with the image counts of clients that have data of their own.
+def introduction(context: RunContext, client: int, owns: bool) -> dict:
+    """What a client says of itself when it joins; plain values.
+
+    Args:
+        context: the client's.
+        client: its number.
+        owns: whether its images are its own.
+    """
+    left_out = ONE_DATASET if owns else ()
+    facts = {name: value for name, value in shared_facts(context).items() if name not in left_out}
+    histogram = list(context.partition.histograms[client])
+    return {"client": client, "histogram": histogram, "facts": json.dumps(facts)}
+
+
+def with_clients(context: RunContext, introductions: Sequence[dict]) -> RunContext:
+    """The server's constants, with the image counts that clients have.
 
     Raises:
         UserError: clients are missing, or two have one number.
         MismatchError: a client has other settings, versions, data or partition.
     """
-    ours, numbers = shared_facts(context), Counter(each.client for each in clients)
-    expected = range(context.config.partition.clients)
-    if sorted(numbers.elements()) != list(expected):
+    ours, expected = shared_facts(context), range(context.config.partition.clients)
+    clients = sorted(introductions, key=lambda each: each["client"])
+    numbers = [each["client"] for each in clients]
+    if numbers != list(expected):
         raise UserError(
-            f"clients {sorted(numbers.elements())} joined: expected each of 0 to {expected[-1]} "
-            f"once; give every SuperNode its own partition-id"
+            f"clients {numbers} joined: expected each of 0 to {expected[-1]} once; give every "
+            f"SuperNode its own partition-id"
         )
     for each in clients:
-        left_out = ONE_DATASET if each.owns else ()
-        pair = [{k: v for k, v in f.items() if k not in left_out} for f in (ours, each.facts)]
-        found = differences(*pair, "on the server", f"with client {each.client}")
-        if found:
-            raise MismatchError(
-                f"client {each.client} (node {each.node}) does not fit this run: {found}. Give it "
-                f"the same versions, and the data or anchors file made for this run"
-            )
-    if not any(each.owns for each in clients):
-        return context
-    histograms = tuple(each.histogram for each in sorted(clients, key=lambda each: each.client))
-    partition = replace(
-        context.partition,
-        scenario="the clients' own",
-        sizes=tuple(map(sum, histograms)),
-        histograms=histograms,
-        sha256=sha256_of(histograms),
+        theirs = json.loads(each["facts"])
+        same = {name: ours[name] for name in ours if name in theirs or name not in ONE_DATASET}
+        remedy = "give it the same versions, and the data or anchors file made for this run"
+        require_identity(f"client {each['client']}", theirs, same, remedy)
+    histograms = tuple(tuple(each["histogram"]) for each in clients)
+    sizes = tuple(map(sum, histograms))
+    return replace(
+        context, partition=replace(context.partition, histograms=histograms, sizes=sizes)
     )
-    return replace(context, partition=partition)
 
 
-def _images_sha256(images: torch.Tensor, labels: torch.Tensor) -> str:
-    return sha256_of({}, {"images": images, "labels": labels})
+def _images_sha256(dataset: Dataset) -> str:
+    return sha256_of({}, {"images": dataset.train_images, "labels": dataset.train_labels})
 
 
 def _own_dataset(own: OwnData) -> Dataset:
@@ -196,36 +185,22 @@ def _own_anchors(own: OwnData, dataset: Dataset) -> Anchors:
         tensors, about, _ = load_tensors(Path(own.anchors))
     except Damaged as error:
         raise MismatchError(f"{own.anchors} is damaged ({error}): export it again") from None
-    images = _images_sha256(dataset.train_images, dataset.train_labels)
-    expected = {"client": own.client, "class_names": list(own.class_names)}
-    expected |= {"images": images} if about["images"] else {}
-    wrong = [name for name, value in expected.items() if about[name] != value]
-    if wrong:
-        raise MismatchError(
-            f"{own.anchors} was made for another client: its {' and '.join(wrong)} differ; export "
-            f"it again for client {own.client} and the images in {own.folder}"
-        )
+    images = _images_sha256(dataset) if about["images"] else None
+    ours = {"client": own.client, "class_names": list(own.class_names), "images": images}
+    remedy = f"export it again for client {own.client} and the images in {own.folder}"
+    require_identity(own.anchors, {name: about[name] for name in ours}, ours, remedy)
     return Anchors(tensors["visual"], tensors["text"], about["per"], about["provenance"])
 
 
 def _alone(config: Config, client: int, dataset: Dataset) -> Partition:
     """The partition as a client with its own images knows it: nothing about the others."""
-    clients, count = config.partition.clients, len(dataset.train_labels)
+    clients = config.partition.clients
     if client not in range(clients):
         raise UserError(f"partition-id {client}: expected 0 to {clients - 1} (--clients)")
-    nothing = torch.zeros(0, dtype=torch.int64)
-    indices, none = [nothing] * clients, (0,) * dataset.classes
-    indices[client] = torch.arange(count)
-    histogram = torch.bincount(dataset.train_labels, minlength=dataset.classes).tolist()
-    return Partition(
-        scenario="own",
-        seed=config.run.seed,
-        alpha=None,
-        indices=tuple(indices),
-        held_out=(nothing,) * clients,
-        sizes=tuple(map(len, indices)),
-        histograms=tuple(tuple(histogram) if k == client else none for k in range(clients)),
-        skew=0.0,
-        kl=0.0,
-        sha256=dataset.sha256,
+    settings = PartitionSettings(scenario="iid", clients=1)
+    whole = make_partition(
+        dataset.train_labels, settings, classes=dataset.classes, seed=config.run.seed
     )
+    # Nobody else's place is looked at: its own data stand there.
+    own = ("indices", "held_out", "sizes", "histograms")
+    return replace(whole, **{name: getattr(whole, name) * clients for name in own})
