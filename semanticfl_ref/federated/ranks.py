@@ -144,7 +144,7 @@ def require_agreement(document: dict) -> None:
 def state_of_first(state: FederatedState) -> FederatedState:
     """Rank 0's state, on every rank."""
     with _lost_if_broken():
-        for tensor in state.tensors.values():
+        for _, tensor in sorted(state.tensors.items()):  # a checkpoint has another order
             if tensor.numel():
                 dist.broadcast(tensor, 0)
     return replace(state, round=gathered(state.round)[0])
