@@ -58,12 +58,14 @@ class Rounds(Strategy):
         """The global parameters, and the method's part of the state, for each sampled client."""
         about = ConfigRecord(about_data(self.context) | {"round": server_round})
         sent = sent_state(self.context.method, self.state.method_state)
-        self.bytes_down = 0
+        self.bytes_down, messages = 0, []
         for client in sample_clients(self.context.config, server_round):
             params_P = received(self.state, self.context, client).start_P
             record = arrays_of({"params": params_P, **sent})
             self.bytes_down += record.count_bytes()
-            yield Message(RecordDict({"sent": record, "about": about}), self.nodes[client], "train")
+            content = RecordDict({"sent": record, "about": about})
+            messages.append(Message(content, self.nodes[client], "train"))
+        return messages
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
