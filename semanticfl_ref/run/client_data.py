@@ -3,6 +3,7 @@
 Letters: M clients in all, C classes.
 """
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -22,9 +23,9 @@ from semanticfl_ref.errors import MismatchError, UserError
 from semanticfl_ref.federated.context import RunContext, make_context
 from semanticfl_ref.federated.state import require_identity
 from semanticfl_ref.formatting import Say
-from semanticfl_ref.run.setup import build_anchors, load_data, set_threads, training_subset
+from semanticfl_ref.run.setup import build_anchors, load_data, set_threads
 from semanticfl_ref.run.train import prepare, shared_facts
-from semanticfl_ref.storage import Damaged, load_tensors, save_tensors, sha256_of, write_atomic
+from semanticfl_ref.storage import Damaged, load_tensors, save_tensors, write_atomic
 
 ONE_DATASET = ("data", "partition")  # facts that clients share only if all read one data set
 
@@ -63,10 +64,10 @@ def export_anchors(
         raise UserError(f"--client {client}: expected 0 to {config.partition.clients - 1}")
     data = load_data(config, offline=offline)
     anchors = build_anchors(config, data, offline=offline, say=say)
-    own, images = data.partition.indices[client], None
+    own, images = data.partition.indices[client], []
     visual, text = anchors.visual, anchors.text
     if anchors.per == "image":
-        visual, images = visual[own], _images_sha256(training_subset(data.dataset, own))
+        visual, images = visual[own], _digests(data.dataset.train_images[own])
     if text.ndim == 3:
         text = text[own]
     about = {
@@ -150,8 +151,9 @@ def with_clients(context: RunContext, introductions: Sequence[dict]) -> RunConte
     )
 
 
-def _images_sha256(dataset: Dataset) -> str:
-    return sha256_of({}, {"images": dataset.train_images, "labels": dataset.train_labels})
+def _digests(images: torch.Tensor) -> list[str]:
+    """A short digest of each image, by which a client finds its anchor."""
+    return [hashlib.sha256(image.numpy().tobytes()).hexdigest()[:32] for image in images]
 
 
 def _own_dataset(own: OwnData) -> Dataset:
@@ -185,11 +187,21 @@ def _own_anchors(own: OwnData, dataset: Dataset) -> Anchors:
         tensors, about, _ = load_tensors(Path(own.anchors))
     except Damaged as error:
         raise MismatchError(f"{own.anchors} is damaged ({error}): export it again") from None
-    images = _images_sha256(dataset) if about["images"] else None
-    ours = {"client": own.client, "class_names": list(own.class_names), "images": images}
+    ours = {"client": own.client, "class_names": list(own.class_names)}
     remedy = f"export it again for client {own.client} and the images in {own.folder}"
     require_identity(own.anchors, {name: about[name] for name in ours}, ours, remedy)
-    return Anchors(tensors["visual"], tensors["text"], about["per"], about["provenance"])
+    visual, text = tensors["visual"], tensors["text"]
+    if about["images"]:
+        row_of = {digest: row for row, digest in enumerate(about["images"])}
+        found = [row_of.get(digest) for digest in _digests(dataset.train_images)]
+        if None in found:
+            raise MismatchError(
+                f"{own.anchors} has no anchor for {found.count(None)} of {len(found)} images: "
+                f"{remedy}"
+            )
+        visual = visual[found]
+        text = text[found] if text.ndim == 3 else text
+    return Anchors(visual, text, about["per"], about["provenance"])
 
 
 def _alone(config: Config, client: int, dataset: Dataset) -> Partition:
