@@ -50,7 +50,7 @@ class Rounds(Strategy):
     def __init__(self, context: RunContext, folder: RunFolder, nodes: dict[int, int]):
         self.context, self.folder, self.nodes = server_side(context), folder, nodes
         self.state, self.identity = initial_state(self.context), identity_of(context)
-        self.bytes_down = 0
+        self.started, self.bytes_down = 0.0, 0
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -58,7 +58,7 @@ class Rounds(Strategy):
         """The global parameters, and the method's part of the state, for each sampled client."""
         about = ConfigRecord(about_data(self.context) | {"round": server_round})
         sent = sent_state(self.context.method, self.state.method_state)
-        self.bytes_down, messages = 0, []
+        self.started, self.bytes_down, messages = time.perf_counter(), 0, []
         for client in sample_clients(self.context.config, server_round):
             params_P = received(self.state, self.context, client).start_P
             record = arrays_of({"params": params_P, **sent})
@@ -91,7 +91,9 @@ class Rounds(Strategy):
             log(WARNING, "dropped: %s", where)
             answers[client] = Answer.missing(self.context.layout.size)
         self.context.replicas.received = answers
-        self.state, line = one_round(self.context, self.folder, self.state, self.identity)
+        self.state, line = one_round(
+            self.context, self.folder, self.state, self.identity, self.started
+        )
         metrics = {name: line[name] or 0.0 for name in ("test_accuracy", "loss")}
         metrics |= {"array_bytes_down": self.bytes_down, "array_bytes_up": bytes_up}
         metrics |= {name: line[name] for name in ("bytes_down", "bytes_up")}

@@ -155,10 +155,13 @@ def prepare(
 
 
 def one_round(
-    context: RunContext, folder: RunFolder, state: FederatedState, identity: dict
+    context: RunContext, folder: RunFolder, state: FederatedState, identity: dict, started: float
 ) -> tuple[FederatedState, dict]:
-    """A round, its line of metrics in the folder and, as configured, a checkpoint."""
-    started = time.perf_counter()
+    """A round, its line of metrics in the folder and, as configured, a checkpoint.
+
+    Args:
+        started: when it began, by `time.perf_counter`.
+    """
     following, line = run_round(state, context)
     seal = folder.append(line, time.perf_counter() - started, state.seal)
     state, config = replace(following, seal=seal), context.config
@@ -249,7 +252,7 @@ def _run_rounds(
     try:
         with tqdm(total=rounds, initial=state.round, desc=method, unit="round") as bar:
             while state.round < rounds:
-                state, line = one_round(context, folder, state, identity)
+                state, line = one_round(context, folder, state, identity, time.perf_counter())
                 numbers = f"accuracy={line['test_accuracy']:.1%}, loss={line['loss']:.3f}"
                 bar.set_postfix_str(numbers, refresh=False)
                 bar.update()

@@ -11,15 +11,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from processes import ROOT, environment
-
+ROOT = Path(__file__).parents[2]
 APP = ROOT / "flower"
 
 
 def flower_environment(home: Path) -> dict[str, str]:
     """Neither telemetry nor a look for updates; settings and apps of the test's own."""
     bin_folder = Path(sys.executable).parent
-    return environment() | {
+    return os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
         "FLWR_HOME": str(home),
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
