@@ -63,6 +63,8 @@ setup(
         "test": ["pytest", "pytest-benchmark"],
         # Figures; intervals and p values of `compare`.
         "plots": ["matplotlib", "scipy"],
+        # The app in flower/: its simulation engine, and deployments.
+        "flower": ["flwr[simulation]>=1.42,<2"],
         # Pinned: another version may format otherwise.
         "dev": ["ruff==0.17.6"],
     },

@@ -9,6 +9,7 @@ hook, four images at a time; and DIFT's way, one image at a time, its latent eig
 noise, ending at the selected layer. All read `up.1` of 224x224 inputs; the last lines read `up.1`
 to `up.3`, in passes as large as a run's. Errors are relative to the first line, in the 2-norm.
 D4: a cache hit costs at most 2 % of the extraction.
+N2 (GPU): the VAE's encoder takes at most 45 ms for 64 images.
 
 The weights are random: by default a small model with Stable Diffusion 1.5's blocks (77 M parameters
 in the U-Net); SEMANTICFL_BENCH_MODEL=sd15 takes the real architecture (860 M; some minutes, 8 GB),
@@ -25,6 +26,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -32,14 +34,16 @@ import torch
 import torch.nn.functional as F
 
 from bench.contexts import random_images
-from bench.harness import fastest
+from bench.harness import fastest, interleaved
+from bench.peers import compiled
 from bench.random_model import SIZES, write_model
 from semanticfl_ref.config.resolve import resolve
 from semanticfl_ref.device import resolve_device, resolve_precision
-from semanticfl_ref.diffusion.backbone import Backbone, image_noise
+from semanticfl_ref.diffusion.backbone import Backbone, image_noise, scale_images
 from semanticfl_ref.diffusion.extract import build_cache
 from semanticfl_ref.diffusion.feature_cache import open_cache
-from semanticfl_ref.diffusion.modules import KeptProjection
+from semanticfl_ref.diffusion.fused_norms import fuse_norms
+from semanticfl_ref.diffusion.modules import KeptProjection, load_vae_encoder
 from semanticfl_ref.diffusion.text import TextEncoder
 from semanticfl_ref.run.setup import cache_plan, load_images
 
@@ -79,8 +83,8 @@ def model(tmp_path_factory) -> Path:
 def contenders(model: Path, prompt: torch.Tensor) -> list[Extractor]:
     """Step by step; the first is the baseline."""
 
-    def ours(precision: str = PRECISION, **options) -> Callable:
-        return lambda: Ours(model, prompt, precision, **options)
+    def ours(precision: str = PRECISION, fused: bool | None = False, **options) -> Callable:
+        return lambda: Ours(model, prompt, precision, fused=fused, **options)
 
     steps = [
         Extractor("diffusers, fp32, full forward", lambda: Plain(model, prompt), EXACT),
@@ -94,7 +98,10 @@ def contenders(model: Path, prompt: torch.Tensor) -> list[Extractor]:
     sizes = (64, 256) if DEVICE.type == "cuda" else (8,)
     passes = [
         Extractor(
-            f"up.1 to up.3, passes of {size}", ours(layers=LAYERS, batch=size), HALF, 2 * size
+            f"up.1 to up.3, passes of {size}",
+            ours(layers=LAYERS, batch=size, fused=None),
+            HALF,
+            2 * size,
         )
         for size in sizes
     ]
@@ -108,15 +115,19 @@ def contenders(model: Path, prompt: torch.Tensor) -> list[Extractor]:
                 images,
             ),
             Extractor(
-                "the same, encoder compiled", ours(**last, change=compile_encoder), HALF, images
+                "the same, encoder compiled",
+                ours(**last, fused=None, change=compile_encoder),
+                HALF,
+                images,
             ),
         ]
     return [
         *steps,
         Extractor(f"+ stop at {LAYER}", ours(pruned=False, change=project_always), HALF),
         Extractor("+ pruned", ours(change=project_always), HALF),
-        Extractor("+ prompt projected once: ours", ours(), HALF),
-        Extractor("ours, one image at a time", ours(batch=1), HALF),
+        Extractor("+ prompt projected once", ours(), HALF),
+        Extractor("+ the kernel of GroupNorm, on a GPU: ours", ours(fused=None), HALF),
+        Extractor("ours, one image at a time", ours(batch=1, fused=None), HALF),
         *passes,
         Extractor(
             f"DIFT's way: fp32, one image, {ENSEMBLE} repeats", lambda: Dift(model, prompt), None, 1
@@ -230,6 +241,7 @@ class Ours:
         pruned: leave out what lies beyond the layer.
         memory_format: of the weights; the backbone's own choice if left out.
         layers: read; of these LAYER is returned.
+        fused: GroupNorm and SiLU as one kernel; the backbone's own choice if left out.
         batch: images of a pass.
         change: applied to the backbone.
     """
@@ -244,6 +256,7 @@ class Ours:
         pruned: bool = True,
         memory_format: torch.memory_format | None = None,
         layers: tuple[str, ...] = (LAYER,),
+        fused: bool | None = None,
         batch: int = IMAGES,
         change: Callable[[Backbone], None] | None = None,
     ):
@@ -254,6 +267,7 @@ class Ours:
             precision=precision,
             offline=True,
             whole=full or not pruned,
+            fused=fused,
         )
         self.backbone.batch, self.backbone.null_prompt = batch, prompt
         if change is not None:
@@ -325,6 +339,32 @@ def peak_bytes(reset: bool = False) -> int:
         Path("/proc/self/clear_refs").write_text("5")
     status = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="no CUDA device")
+@torch.no_grad()
+def test_the_vae_encoder(benchmark, model):
+    """N2: torch's norms, ours, and `torch.compile`, which takes seconds before the first image."""
+    pixels = scale_images(random_images(64).to(DEVICE), INPUT)
+
+    def encoder(dtype: torch.dtype = torch.bfloat16) -> torch.nn.Module:
+        vae = load_vae_encoder(model, dtype, DEVICE)
+        return vae.encoder.to(memory_format=torch.channels_last)
+
+    expected = encoder(torch.float32)(pixels)
+    ours = encoder()
+    fuse_norms(ours, impl="triton")
+    encoders = {"torch": encoder(), "ours": ours, "torch.compile": compiled(encoder(), False)}
+    calls = {name: partial(each, pixels.bfloat16()) for name, each in encoders.items()}
+    print(
+        f"\nN2: the VAE's encoder, {len(pixels)} images at {INPUT}x{INPUT}, bf16; {MODEL} model; "
+        f"target 45 ms\n\n| norms | ms | error |\n| --- | --- | --- |"
+    )
+    for name, taken in interleaved(calls, DEVICE).items():
+        error = float((calls[name]().float() - expected).norm() / expected.norm())
+        assert error <= HALF, f"{name}: latents differ by {error:.2g}"
+        print(f"| {name} | {taken['median_ms']:.4g} | {error:.2g} |")
+    benchmark.pedantic(calls["ours"], rounds=3)
 
 
 def test_a_cache_hit_against_the_extraction(benchmark, tmp_path, monkeypatch):

@@ -167,7 +167,8 @@ def device_section(result: dict) -> str:
     lines += ["", *table_head(("", "claim", "target", "measured", "met")), *claims(result)]
     diffusion = result.get("diffusion", {}).get("lines")
     if diffusion:
-        lines += ["", diffusion[0], "", *diffusion[1:]]
+        # A heading, which is not of a table, begins each.
+        lines += [line if line.startswith("|") else f"\n{line}\n" for line in diffusion]
     lines += ["", "<details><summary>Every measurement</summary>", "", *table_head(COLUMNS)]
     rows = result.get("rows", [])
     lines += [measurement(row, copy_rate, is_earlier(result)) for row in rows]

@@ -1,10 +1,11 @@
 """The compilations of kernels that `bench.compile_report` examines.
 
 InfoNCE at the training shapes: batch 64, 10 to 1000 class anchors, 512 and 768 features. The
-weighted average in the forms that a round uses: final, running sum, and with diagnostics. Each in
-every dtype.
+weighted average in the forms that a round uses: final, running sum, and with diagnostics. GroupNorm
+at Stable Diffusion's numbers of channels: of large maps in two launches, of small ones in one. Each
+in every dtype.
 
-Letters: B queries, N keys, D feature width.
+Letters: B queries, N keys, D feature width, C channels.
 """
 
 from collections.abc import Iterator
@@ -13,10 +14,12 @@ from dataclasses import dataclass
 import torch
 
 from bench.harness import name_of
-from semanticfl_ref.kernels import info_nce, weighted_average
+from semanticfl_ref.kernels import group_norm_silu, info_nce, weighted_average
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KEYS, WIDTHS = (10, 100, 200, 1000), (512, 768)
+# Of the VAE and the U-Net; whether the maps are large.
+CHANNELS = {128: True, 256: True, 512: True, 320: True, 640: False, 1280: False, 1920: False}
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Variant:
 
 def variants() -> list[Variant]:
     """Every variant of our kernels."""
-    return [*info_nce_variants(), *weighted_average_variants()]
+    return [*info_nce_variants(), *weighted_average_variants(), *group_norm_silu_variants()]
 
 
 def info_nce_variants() -> Iterator[Variant]:
@@ -96,6 +99,24 @@ def weighted_average_variants() -> Iterator[Variant]:
         weighted_average.ADD_BLOCKS,
         ragged=("blocks",),
     )
+
+
+def group_norm_silu_variants() -> Iterator[Variant]:
+    statistics = dict.fromkeys(("means", "squares"))
+    for dtype in DTYPES:
+        types = dict.fromkeys(statistics, "*fp32")
+        types |= dict.fromkeys(("x", "shift"), f"*{name_of(dtype)}")
+        others = dict.fromkeys(("weight", "bias", "y"), f"*{name_of(dtype)}") | {"eps": "fp32"}
+        for C, is_large in CHANNELS.items():
+            name, integers = f"group_norm {name_of(dtype)} {C}", group_norm_silu.INTEGERS
+            blocks = {"C": C, "G": 32} | group_norm_silu.block_sizes(C, 32, dtype)
+            if is_large:
+                kernel = group_norm_silu.statistics_kernel
+                yield variant(f"{name}, statistics", kernel, types, blocks, ragged=integers)
+            blocks |= {"SILU": True, "BLOCK_CHUNKS": group_norm_silu.MOST_CHUNKS}
+            blocks |= {} if is_large else statistics
+            kernel = group_norm_silu.group_norm_kernel
+            yield variant(name, kernel, types | others, blocks, ragged=integers)
 
 
 def variant(

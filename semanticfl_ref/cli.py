@@ -13,6 +13,7 @@ from pathlib import Path
 
 from semanticfl_ref import __version__
 from semanticfl_ref.commands import (
+    anchors,
     compare,
     config,
     doctor,
@@ -28,12 +29,14 @@ from semanticfl_ref.commands import (
 from semanticfl_ref.commands.output import replace_streams, say
 from semanticfl_ref.config.registry import IMPORTED
 from semanticfl_ref.config.settings import setting_fields
-from semanticfl_ref.errors import DataError, UserError, unknown
+from semanticfl_ref.cores import ranks
+from semanticfl_ref.errors import DataError, RankLost, UserError, unknown
 
 COMMANDS = {
     "train": train,
     "trace": trace,
     "features": features,
+    "anchors": anchors,
     "compare": compare,
     "search": search,
     "reproduce": reproduce,
@@ -47,7 +50,7 @@ COMMANDS = {
 ELSEWHERE = {
     "--learning-rate": "did you mean --lr?",
     "--num-clients": "did you mean --clients?",
-    "--gpus": "a process uses one GPU: --device cuda; select it with CUDA_VISIBLE_DEVICES",
+    "--gpus": "a process uses one GPU; for several: torchrun --nproc-per-node N -m semanticfl_ref",
     "--gpu": "use --device cuda; select the GPU with CUDA_VISIBLE_DEVICES",
     "--num-workers": "data stay in memory, without worker processes",
 }
@@ -80,9 +83,14 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
         arguments = parse(run_imports(argv))
+        if ranks() > 1 and arguments.command not in ("train", "features"):
+            raise UserError(
+                f"torchrun cannot share the work of {arguments.command}: start it with python -m "
+                f"semanticfl_ref (compare runs side by side with --workers)"
+            )
         return COMMANDS[arguments.command].run(arguments)
     except UserError as error:
-        say(f"error: {' '.join(str(error).split())}")
+        say(f"error: {' '.join(str(error).split())}", always=isinstance(error, RankLost))
         return error.exit_code
     except KeyboardInterrupt as interrupt:
         say(str(interrupt) or "interrupted")

@@ -1,10 +1,26 @@
-"""The processor's cores. No torch in here: `compare` asks before it is loaded."""
+"""The processor's cores, and the ranks of torchrun. No torch in here: commands ask before it is
+loaded."""
 
 import os
 
 
 def cores() -> int:
-    """Number of cores that this process may use."""
+    """Number of cores that this process may use: its share, beside other ranks."""
+    count = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        count = len(os.sched_getaffinity(0))
+    return max(1, count // _from_torchrun("LOCAL_WORLD_SIZE", 1))
+
+
+def rank() -> int:
+    """This process's number among those that torchrun started; 0 in a process alone."""
+    return _from_torchrun("RANK", 0)
+
+
+def ranks() -> int:
+    """Number of processes that torchrun started; 1 in a process alone."""
+    return _from_torchrun("WORLD_SIZE", 1)
+
+
+def _from_torchrun(name: str, default: int) -> int:
+    return int(os.environ[name]) if "TORCHELASTIC_RUN_ID" in os.environ else default

@@ -40,6 +40,10 @@ class DownloadError(UserError):
     exit_code = 5
 
 
+class RankLost(UserError):
+    """Another process of torchrun ended."""
+
+
 class NonFiniteError(UserError):
     """Training produced NaN or infinity."""
 

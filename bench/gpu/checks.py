@@ -20,6 +20,7 @@ import torch
 from bench.harness import Bench, explain, interleaved
 from bench.record import ROOT, Record
 from semanticfl_ref.kernels.dispatch import interpreted
+from semanticfl_ref.kernels.group_norm_silu import group_norm_silu
 from semanticfl_ref.kernels.info_nce import info_nce
 from semanticfl_ref.kernels.weighted_average import weighted_average
 
@@ -67,16 +68,16 @@ def tests_stage(record: Record, bench: Bench) -> None:
 
 
 def diffusion_stage(record: Record, bench: Bench) -> None:
-    """Run bench_diffusion.py on Stable Diffusion 1.5's architecture; record its table as
+    """Run bench_diffusion.py on Stable Diffusion 1.5's architecture; record its tables as
     "diffusion"."""
     if importlib.util.find_spec("diffusers") is None:
         record.set("diffusion", {"skipped": "diffusers is not installed"})
         return
-    chosen = "cache_hit" if bench.rehearse else "step_by_step"
+    chosen = "cache_hit" if bench.rehearse else "step_by_step or encoder"
     command = [sys.executable, "-m", "pytest", "--benchmark-only", "-s", "-q"]
     command += ["-p", "no:cacheprovider", "bench/bench_diffusion.py", "-k", chosen]
     code, output = run(command, bench.seconds, SEMANTICFL_BENCH_MODEL="sd15")
-    lines = [line for line in output.splitlines() if re.match(r"D\d: |\| ", line)]
+    lines = [line for line in output.splitlines() if re.match(r"[DN]\d: |\| ", line)]
     record.set("diffusion", {"exit": code, "lines": lines})
     if code != 0 or not lines:
         raise RuntimeError(f"bench_diffusion: {summary_of(code, output)}")
@@ -151,6 +152,10 @@ def small_calls(
         part = weighted_average(params_SP, weights_S, start_P, final=False, impl=impl)
         weighted_average(params_SP, weights_S, start_P, part, impl=impl)
         weighted_average(params_SP, weights_S, impl=impl)
+        for side, channels, groups in ((5, 66, 11), (19, 24, 4)):
+            maps = normal(2, side, side, channels, dtype=dtype).movedim(-1, 1)
+            shift_C = normal(channels, dtype=dtype)
+            group_norm_silu(maps, groups, shift_C, shift_C, shift_C=shift_C, impl=impl)
         for clients, queries, keys, width in ((2, 37, 11, 70), (1, 131, 301, 96)):
             queries_GBD = normal(clients, queries, width, dtype=dtype).requires_grad_()
             labels_GB = torch.randint(0, keys, (clients, queries), generator=source, device=device)

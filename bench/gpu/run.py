@@ -31,10 +31,11 @@ STAGES = {
     "loop": ("bench.gpu.loop:stage", 180),
     "info_nce": ("bench.gpu.info_nce:stage", 150),
     "weighted_average": ("bench.gpu.average:stage", 100),
+    "group_norm_silu": ("bench.gpu.norm:stage", 60),
     "tests": ("bench.gpu.checks:tests_stage", 150),
     "sanitizer": ("bench.gpu.checks:sanitizer_stage", 90),
     "compiled": ("bench.gpu.checks:compiled_stage", 120),
-    "diffusion": ("bench.gpu.checks:diffusion_stage", 150),
+    "diffusion": ("bench.gpu.checks:diffusion_stage", 200),
 }
 LEAST_SECONDS = 15  # with less left, a stage is not started
 START_SECONDS = 8  # of a stage's time, to start Python and torch and to write the last results

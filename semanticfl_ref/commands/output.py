@@ -5,6 +5,8 @@ import os
 import sys
 from collections.abc import Callable
 
+from semanticfl_ref.cores import rank
+
 
 class Stream:
     """A text stream that is given up quietly when it fails: telling may fail, training may not.
@@ -41,9 +43,10 @@ def replace_streams() -> None:
     sys.stdout, sys.stderr = Stream(1), Stream(2)
 
 
-def say(text: str) -> None:
-    """Print a line of progress."""
-    print(f"semanticfl_ref: {text}", file=sys.stderr, flush=True)
+def say(text: str, always: bool = False) -> None:
+    """Print a line of progress; of several ranks, the first does."""
+    if rank() == 0 or always:
+        print(f"semanticfl_ref: {text}", file=sys.stderr, flush=True)
 
 
 def show(document: dict, as_json: bool, to_text: Callable[[dict], str]) -> int:

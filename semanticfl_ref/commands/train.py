@@ -5,6 +5,7 @@ from semanticfl_ref.commands.settings_flags import add_settings, settings_of
 from semanticfl_ref.config.command_line import shell_command, to_flags
 from semanticfl_ref.config.resolve import is_embedded, resolve
 from semanticfl_ref.config.settings import NOT_IDENTITY, Config, to_flat
+from semanticfl_ref.cores import rank
 from semanticfl_ref.errors import MismatchError, UserError
 from semanticfl_ref.formatting import format_bytes, format_seconds
 from semanticfl_ref.run.folder import RunFolder, default_folder, refuse_existing
@@ -67,7 +68,8 @@ def run(arguments) -> int:
 
         return show(dry_run(config, measure=True), arguments.json, sizes_table)
     out = arguments.out or default_folder(config)
-    refuse_existing(out)
+    if rank() == 0:
+        refuse_existing(out)
     _announce(config)
     from semanticfl_ref.run.train import train
 
@@ -120,6 +122,9 @@ def _announce(config: Config) -> None:
 
 
 def _show_result(folder: RunFolder, config: Config, as_json: bool) -> int:
+    if rank() > 0:
+        return 0
+
     def to_text(summary: dict) -> str:
         warnings = "".join(f"warning: {text}\n" for text in summary["warnings"])
         return f"{summary_table(summary)}\n{warnings}\n{try_next(config)}"

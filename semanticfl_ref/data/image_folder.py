@@ -52,7 +52,7 @@ def read(options: ReadOptions) -> Parts:
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder: correct --data-dir")
     places, passed, notes = part_folders(folder), Counter(), []
-    found = {part: _class_folders(place, size, passed) for part, place in places.items()}
+    found = {part: class_folders(place, size, passed) for part, place in places.items()}
     names = found["train"][0]
     for part, (others, _) in found.items():
         if others != names:
@@ -117,14 +117,18 @@ def part_folders(folder: Path) -> dict[str, Path]:
     return dict(sorted(parts.items(), key=lambda item: item[0] != "train"))  # it is read first
 
 
-def _class_folders(
-    folder: Path, size: int, passed: Counter[str]
+def class_folders(
+    folder: Path, size: int, passed: Counter[str], least: int = 2
 ) -> tuple[tuple[str, ...], Labelled]:
-    """The names of the class folders, sorted, and the images below them; counts other files."""
+    """The names of the class folders, sorted, and the images below them; counts other files.
+
+    Raises:
+        DataError: fewer than `least` classes, or what `read` refuses.
+    """
     images, labels = [], []
     classes = _visible_folders(folder)
-    if len(classes) < 2:
-        raise DataError(f"{folder} holds {len(classes)} class folders: at least 2 are needed")
+    if len(classes) < least:
+        raise DataError(f"{folder} holds {len(classes)} class folders: at least {least} are needed")
     names = tuple(readable(path.name) for path in classes)
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from semanticfl_ref.device import vae_precision
+from semanticfl_ref.diffusion.fused_norms import fuse_norms
 from semanticfl_ref.diffusion.model_files import locate
 from semanticfl_ref.diffusion.modules import (
     block_of,
@@ -88,6 +89,7 @@ class Backbone:
         precision: str = "fp32",
         offline: bool = False,
         whole: bool = False,
+        fused: bool | None = None,
     ):
         """Load a model.
 
@@ -99,6 +101,7 @@ class Backbone:
                 `vae_precision`.
             offline: no network access.
             whole: load also what lies behind the deepest layer, for comparisons.
+            fused: GroupNorm and SiLU as one kernel, see `fuse_norms`; None: on a GPU.
 
         Raises:
             UserError: an unknown layer, or fp16 on a CPU.
@@ -124,6 +127,9 @@ class Backbone:
         if self.device.type == "cuda" or dtype == torch.bfloat16:
             for module in (self.unet, self.vae):
                 module.to(memory_format=torch.channels_last)
+        if self.device.type == "cuda" if fused is None else fused:
+            fuse_norms(self.vae.encoder)
+            fuse_norms(self.unet)
         keep_prompt_projections(self.unet)
         self.batch = host_pass_size(self.unet.config)
         self._null: torch.Tensor | None = None  # the empty caption for a whole pass

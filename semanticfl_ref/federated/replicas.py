@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from semanticfl_ref.config.settings import Config
-from semanticfl_ref.cores import cores
+from semanticfl_ref.cores import cores, ranks
 from semanticfl_ref.data.batches import batch_sizes
 from semanticfl_ref.errors import UserError
 from semanticfl_ref.federated.client import local_step, train_client
@@ -222,7 +222,7 @@ class Replicas:
     """
 
     def __init__(self, model: nn.Module, config: Config, device: torch.device):
-        rows = min(config.federation.clients_per_round, COHORT)
+        rows = min(-(-config.federation.clients_per_round // ranks()), COHORT)
         threads = config.run.threads or torch.get_num_threads()
         count, on_cuda = config.run.replicas, device.type == "cuda"
         if count == 0:

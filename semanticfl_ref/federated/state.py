@@ -92,8 +92,13 @@ def save_checkpoint(path: Path, state: FederatedState, identity: dict) -> None:
     save_tensors(path, state.tensors, about, REMEDY)
 
 
-def require_identity(path: Path, theirs: dict, ours: dict) -> None:
-    """Check that a file belongs to this run.
+def require_identity(where: Path | str, theirs: dict, ours: dict, remedy: str = "") -> None:
+    """Check that a file, or another process, belongs to this run.
+
+    Args:
+        where: what is checked.
+        theirs, ours: what has to be equal.
+        remedy: ends the error message.
 
     Raises:
         MismatchError: it does not; the differences are listed.
@@ -104,7 +109,8 @@ def require_identity(path: Path, theirs: dict, ours: dict) -> None:
         if theirs.get(name) != ours.get(name)
     ]
     if differing:
-        raise MismatchError(f"{path} belongs to another run: {'; '.join(differing[:8])}")
+        ending = f". To correct it: {remedy}" if remedy else ""
+        raise MismatchError(f"{where} belongs to another run: {'; '.join(differing[:8])}{ending}")
 
 
 def load_checkpoint(path: Path, identity: dict) -> FederatedState:

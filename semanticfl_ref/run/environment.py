@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from semanticfl_ref import __version__
+from semanticfl_ref.cores import ranks
 
 if TYPE_CHECKING:
     from semanticfl_ref.federated.context import RunContext
@@ -37,6 +38,7 @@ def environment_of(context: "RunContext") -> dict:
         "processor": processor(),
         "versions": {name: _version(name) for name in PACKAGES},
         "threads": torch.get_num_threads(),
+        "ranks": ranks(),
         "device": torch.cuda.get_device_name(context.device) if on_cuda else "cpu",
         "precision": context.precision,
     }

@@ -5,15 +5,24 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from torch.distributed import Store
 from tqdm import tqdm
 
 from semanticfl_ref.config.command_line import shell_command
 from semanticfl_ref.config.resolve import is_embedded
 from semanticfl_ref.config.settings import Config
+from semanticfl_ref.cores import rank, ranks
 from semanticfl_ref.diffusion.anchors import Anchors
+from semanticfl_ref.errors import RankLost
 from semanticfl_ref.federated.context import RunContext, make_context
 from semanticfl_ref.federated.evaluate import confusion
 from semanticfl_ref.federated.flat import load_params
+from semanticfl_ref.federated.ranks import (
+    AcrossRanks,
+    joined,
+    require_agreement,
+    state_of_first,
+)
 from semanticfl_ref.federated.round import received, run_round
 from semanticfl_ref.federated.state import (
     FederatedState,
@@ -37,6 +46,7 @@ from semanticfl_ref.run.summary import summarise
 
 OnRound = Callable[[dict], None]
 IDENTITY = "identity.json"
+AGREED = ("semanticfl_ref", "versions", "threads", "precision")  # of the environment, by all ranks
 
 
 def train(
@@ -67,9 +77,20 @@ def train(
         UserError: and its kinds, see errors.py; before the first round nothing is left on disk.
         KeyboardInterrupt: after a checkpoint was saved.
     """
-    context = _prepare(config, data, anchors, offline, say)
+    with joined(config) as store:
+        context = prepare(config, data=data, anchors=anchors, offline=offline, say=say)
+        context = _shared(context, store)
+        if rank() > 0:
+            return _follow(context, RunFolder(out), say)
+        folder = RunFolder.create(out, config, documents_of(context))
+        with folder.held():
+            return _finish(context, folder, initial_state(context), on_round, say)
+
+
+def documents_of(context: RunContext) -> dict[str, dict]:
+    """The documents of a new run folder: file name -> JSON document."""
     dataset = context.dataset
-    documents = {
+    return {
         "environment.json": environment_of(context),
         "partition.json": {
             **context.partition.manifest(),
@@ -80,9 +101,6 @@ def train(
         "anchors.json": provenance_of(context),
         IDENTITY: identity_of(context),
     }
-    folder = RunFolder.create(out, config, documents)
-    with folder.held():
-        return _finish(context, folder, initial_state(context), on_round, say)
 
 
 def resume(
@@ -104,28 +122,25 @@ def resume(
         UserError: and its kinds, see errors.py.
         KeyboardInterrupt: after a checkpoint was saved.
     """
-    context, folder = _prepare(config, None, None, offline, say), RunFolder(path)
-    with folder.held():
-        state, identity = initial_state(context), identity_of(context)
-        require_identity(folder.path / IDENTITY, folder.read(IDENTITY), identity)
-        if folder.checkpoint.exists():
-            state = load_checkpoint(folder.checkpoint, identity).to(context.device)
-        now = environment_of(context)
-        changed = changes(folder.read("environment.json"), now)
-        if changed:
-            say(f"note: {', '.join(changed)} changed; resumed results may differ in the last bits")
-        if config.federation.rounds != folder.config().federation.rounds:
-            folder.reopen(config)
-        folder.truncate(state.round, state.seal)
-        folder.add_environment(now, state.round)
-        say(f"resuming from round {state.round} in {path}")
-        return _finish(context, folder, state, on_round, say)
+    folder = RunFolder(path)
+    with joined(config) as store:
+        context = _shared(prepare(config, offline=offline, say=say), store)
+        if rank() > 0:
+            return _follow(context, folder, say)
+        with folder.held():
+            state = _last_state(context, folder, say)
+            return _finish(context, folder, state, on_round, say)
 
 
-def _prepare(
-    config: Config, data: RunData | None, anchors: Anchors | None, offline: bool, say: Say
+def prepare(
+    config: Config,
+    *,
+    data: RunData | None = None,
+    anchors: Anchors | None = None,
+    offline: bool = False,
+    say: Say = lambda text: None,
 ) -> RunContext:
-    """What both ways to start a run need."""
+    """The constants of a run. Arguments and errors as of `train`."""
     set_threads(config)
     data = data or load_data(config, offline=offline)
     partition = data.partition
@@ -139,11 +154,25 @@ def _prepare(
     return make_context(config, data.dataset, partition, anchors)
 
 
-def _finish(
-    context: RunContext, folder: RunFolder, state: FederatedState, on_round: OnRound, say: Say
-) -> RunFolder:
-    """Run the remaining rounds and write the summary."""
-    state = _run_rounds(context, folder, state, on_round, say)
+def one_round(
+    context: RunContext, folder: RunFolder, state: FederatedState, identity: dict, started: float
+) -> tuple[FederatedState, dict]:
+    """A round, its line of metrics in the folder and, as configured, a checkpoint.
+
+    Args:
+        started: when it began, by `time.perf_counter`.
+    """
+    following, line = run_round(state, context)
+    seal = folder.append(line, time.perf_counter() - started, state.seal)
+    state, config = replace(following, seal=seal), context.config
+    is_last = state.round == config.federation.rounds
+    if state.round % config.run.checkpoint_every == 0 or is_last:
+        save_checkpoint(folder.checkpoint, state, identity)
+    return state, line
+
+
+def write_summary(context: RunContext, folder: RunFolder, state: FederatedState) -> None:
+    """Write the summary of a run, which finishes it."""
     # A resumed run may have had no round left.
     load_params(context.model, state.params)
     config = context.config
@@ -157,37 +186,89 @@ def _finish(
         "warnings": _warnings(context),
     }
     folder.finish(summarise(folder.rounds(), folder.seconds(), about))
+
+
+def shared_facts(context: RunContext) -> dict:
+    """What all processes of a run must have in common; JSON values."""
+    environment, rounds = environment_of(context), context.config.federation.rounds
+    return identity_of(context) | {key: environment[key] for key in AGREED} | {"rounds": rounds}
+
+
+def _last_state(context: RunContext, folder: RunFolder, say: Say) -> FederatedState:
+    """The state of the last checkpoint; the folder is truncated to it."""
+    config, state, identity = context.config, initial_state(context), identity_of(context)
+    require_identity(folder.path / IDENTITY, folder.read(IDENTITY), identity)
+    if folder.checkpoint.exists():
+        state = load_checkpoint(folder.checkpoint, identity).to(context.device)
+    now = environment_of(context)
+    changed = changes(folder.read("environment.json"), now)
+    if changed:
+        say(f"note: {', '.join(changed)} changed; resumed results may differ in the last bits")
+    if config.federation.rounds != folder.config().federation.rounds:
+        folder.reopen(config)
+    folder.truncate(state.round, state.seal)
+    folder.add_environment(now, state.round)
+    say(f"resuming from round {state.round} in {folder.path}")
+    return state
+
+
+def _shared(context: RunContext, store: Store | None) -> RunContext:
+    """The run with the replicas of all ranks, once they agree; as it is in a process alone."""
+    if store is None:
+        return context
+    require_agreement(shared_facts(context))
+    return replace(context, replicas=AcrossRanks(context.replicas, context.config, store))
+
+
+def _follow(context: RunContext, folder: RunFolder, say: Say) -> RunFolder:
+    """What all ranks but the first do: their share of every round; nothing is written."""
+    state = state_of_first(initial_state(context))
+    _fit(context, state, say)
+    while state.round < context.config.federation.rounds:
+        state, _ = run_round(state, context)
+    load_params(context.model, state.params)
+    confusion(context.model, context)  # computed by all ranks together
+    return folder
+
+
+def _finish(
+    context: RunContext, folder: RunFolder, state: FederatedState, on_round: OnRound, say: Say
+) -> RunFolder:
+    """Run the remaining rounds and write the summary."""
+    if ranks() > 1:
+        state = state_of_first(state)
+    _fit(context, state, say)
+    state = _run_rounds(context, folder, state, on_round)
+    write_summary(context, folder, state)
     return folder
 
 
 def _run_rounds(
-    context: RunContext, folder: RunFolder, state: FederatedState, on_round: OnRound, say: Say
+    context: RunContext, folder: RunFolder, state: FederatedState, on_round: OnRound
 ) -> FederatedState:
     """Each round is followed by its line of metrics and, as configured, a checkpoint."""
-    sizes = context.partition.sizes
-    context.replicas.fit(received(state, context, sizes.index(max(sizes))), say)
     config, identity = context.config, identity_of(context)
     rounds, method = config.federation.rounds, config.federation.method
     try:
         with tqdm(total=rounds, initial=state.round, desc=method, unit="round") as bar:
             while state.round < rounds:
-                started = time.perf_counter()
-                following, line = run_round(state, context)
-                seal = folder.append(line, time.perf_counter() - started, state.seal)
-                state = replace(following, seal=seal)
-                if state.round % config.run.checkpoint_every == 0 or state.round == rounds:
-                    save_checkpoint(folder.checkpoint, state, identity)
+                state, line = one_round(context, folder, state, identity, time.perf_counter())
                 numbers = f"accuracy={line['test_accuracy']:.1%}, loss={line['loss']:.3f}"
                 bar.set_postfix_str(numbers, refresh=False)
                 bar.update()
                 on_round(line)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, RankLost) as stop:
         save_checkpoint(folder.checkpoint, state, identity)
-        raise KeyboardInterrupt(
+        raise type(stop)(
             f"interrupted and saved after round {state.round} of {rounds}; continue with: "
             f"{shell_command('train', '--resume', str(folder.path))}"
         ) from None
     return state
+
+
+def _fit(context: RunContext, state: FederatedState, say: Say) -> None:
+    sizes = context.partition.sizes
+    context.replicas.fit(received(state, context, sizes.index(max(sizes))), say)
 
 
 def _warnings(context: RunContext) -> list[str]:

@@ -108,6 +108,7 @@ def self_test() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # Read when a kernel's module is imported.
     os.environ["TRITON_INTERPRET"] = str(int(device == "cpu"))
+    from semanticfl_ref.kernels.group_norm_silu import group_norm_silu
     from semanticfl_ref.kernels.info_nce import info_nce
     from semanticfl_ref.kernels.weighted_average import weighted_average
 
@@ -123,6 +124,7 @@ def self_test() -> None:
             "info_nce": loss.detach(),
             "its gradient": gradient_BD,
             "weighted_average": average.values_P,
+            "group_norm_silu": group_norm_silu(keys_ND, 4, impl=impl),
         }
 
     found = results("triton", device=device)

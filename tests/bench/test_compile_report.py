@@ -21,6 +21,9 @@ QUICK = [
     "weighted_average fp32, final",
     "weighted_average bf16, running sum",
     "weighted_average fp32, with diagnostics",
+    "group_norm bf16 128, statistics",
+    "group_norm bf16 128",
+    "group_norm fp16 1280",
 ]
 USAGE = """
  Function mm:

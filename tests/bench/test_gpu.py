@@ -49,6 +49,8 @@ def test_a_rehearsal_goes_through_every_stage(tmp_path):
         "device copy",
     )
     assert {("weighted_average", FORWARD, name) for name in averages} <= seen
+    norms = (OURS, "eager", "device copy")
+    assert {("group_norm_silu", FORWARD, name) for name in norms} <= seen
     assert all(row["repeatable"] for row in result["rows"] if row["contender"] == OURS)
     assert result["tests"]["exit"] == 0 and "passed" in result["tests"]["last"]
     assert result["compiled"]["rows"][0]["problems"] == []

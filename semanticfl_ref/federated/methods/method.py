@@ -154,6 +154,9 @@ class Method:
         reference_models: (update) -> name -> parameters [P] of frozen models whose features of each
             batch the local terms read.
         payload: (config) -> what travels beside the model.
+        client_state: names of the state's tensors [M, ...] of which row k is client k's own. Where
+            clients are other machines, each keeps its row.
+        sent_state: names of the state's tensors that a client reads besides: they travel to it.
         needs_anchors: whether the server makes anchors.
         texts_per_image: (config) -> whether text anchors are U-Net features of each image under
             every class's caption.
@@ -178,6 +181,8 @@ class Method:
     )
     reference_models: Callable[[LocalUpdate], dict[str, torch.Tensor]] = lambda update: {}
     payload: Callable[[Config], Payload] = lambda config: Payload()
+    client_state: tuple[str, ...] = ()
+    sent_state: tuple[str, ...] = ()
     needs_anchors: bool = False
     texts_per_image: Callable[[Config], bool] = lambda config: False
     needs_levels: bool = False

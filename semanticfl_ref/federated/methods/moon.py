@@ -107,4 +107,5 @@ MOON = Method(
     reference_models=received_and_previous,
     local_terms=model_contrastive_term,
     heads=projection_head,
+    client_state=(PREVIOUS,),
 )

@@ -104,4 +104,6 @@ SCAFFOLD = Method(
     corrects_step=corrects_step,
     update_state=update_controls,
     payload=one_vector_each_way,
+    client_state=(CLIENTS,),
+    sent_state=(SERVER,),
 )
