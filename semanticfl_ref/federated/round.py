@@ -10,7 +10,12 @@ from dataclasses import replace
 import torch
 
 from semanticfl_ref.config.settings import Config
-from semanticfl_ref.federated.aggregate import average_selected, cohorts, robust_aggregate
+from semanticfl_ref.federated.aggregate import (
+    average_selected,
+    clip_update,
+    cohorts,
+    robust_aggregate,
+)
 from semanticfl_ref.federated.context import RunContext
 from semanticfl_ref.federated.evaluate import evaluate
 from semanticfl_ref.federated.flat import load_params
@@ -40,6 +45,7 @@ def run_round(
     rule, metrics = config.federation.aggregation, RoundMetrics(context, state.anchors_sent)
     excluded = layout.batch_norm if len(state.batch_norm) else layout.buffers
     drift, average = Drift(state.params, excluded), None
+    clipped = layout.clipped(own_batch_norm=len(state.batch_norm) > 0)
     # The round writes into a copy: whatever interrupts it, the state before it stays intact.
     after = state.successor()
     robust = []  # parameters of all clients, for the rules that need them at once
@@ -58,6 +64,9 @@ def run_round(
             observe(*each)
 
         # 3. Server: average the parameters by their weights, in ascending client number.
+        if config.server.clip_norm:
+            for update, params_P in zip(updates, params_SP, strict=True):
+                clip_update(params_P, update.start_P, clipped, config.server.clip_norm)
         weights_S, earlier, last = weights_K[cohort], average, cohort.stop == len(sampled_K)
         average = weighted_average(params_SP, weights_S, state.params, earlier, final=last)
         finite_S = metrics.add_cohort(updates, reports, average.non_finite_S == 0)

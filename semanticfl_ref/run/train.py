@@ -10,7 +10,9 @@ from tqdm import tqdm
 from semanticfl_ref.config.command_line import shell_command
 from semanticfl_ref.config.resolve import is_embedded
 from semanticfl_ref.config.settings import Config
+from semanticfl_ref.cores import memory
 from semanticfl_ref.diffusion.anchors import Anchors
+from semanticfl_ref.errors import UserError
 from semanticfl_ref.federated.context import RunContext, make_context
 from semanticfl_ref.federated.evaluate import confusion
 from semanticfl_ref.federated.flat import load_params
@@ -20,9 +22,10 @@ from semanticfl_ref.federated.state import (
     initial_state,
     load_checkpoint,
     require_identity,
+    require_shapes,
     save_checkpoint,
 )
-from semanticfl_ref.formatting import Say
+from semanticfl_ref.formatting import Say, format_bytes
 from semanticfl_ref.run.environment import changes, environment_of
 from semanticfl_ref.run.folder import RunFolder
 from semanticfl_ref.run.setup import (
@@ -37,6 +40,7 @@ from semanticfl_ref.run.summary import summarise
 
 OnRound = Callable[[dict], None]
 IDENTITY = "identity.json"
+LARGE_STATE = 1 << 30  # bytes, from which on a user is told
 
 
 def train(
@@ -68,21 +72,11 @@ def train(
         KeyboardInterrupt: after a checkpoint was saved.
     """
     context = _prepare(config, data, anchors, offline, say)
-    dataset = context.dataset
-    documents = {
-        "environment.json": environment_of(context),
-        "partition.json": {
-            **context.partition.manifest(),
-            "dataset_sha256": dataset.sha256,
-            "class_names": dataset.class_names,
-            "image_size": dataset.image_size,
-        },
-        "anchors.json": provenance_of(context),
-        IDENTITY: identity_of(context),
-    }
-    folder = RunFolder.create(out, config, documents)
+    documents = {"environment.json": environment_of(context), IDENTITY: identity_of(context)}
+    state = _initial_state(context, say)
+    folder = RunFolder.create(out, config, documents | _descriptions(context))
     with folder.held():
-        return _finish(context, folder, initial_state(context), on_round, say)
+        return _finish(context, folder, state, on_round, say)
 
 
 def resume(
@@ -106,20 +100,56 @@ def resume(
     """
     context, folder = _prepare(config, None, None, offline, say), RunFolder(path)
     with folder.held():
-        state, identity = initial_state(context), identity_of(context)
+        initial, identity = _initial_state(context, say), identity_of(context)
         require_identity(folder.path / IDENTITY, folder.read(IDENTITY), identity)
+        folder.verify()
+        state = initial
         if folder.checkpoint.exists():
             state = load_checkpoint(folder.checkpoint, identity).to(context.device)
+            require_shapes(folder.checkpoint, state, initial)
         now = environment_of(context)
-        changed = changes(folder.read("environment.json"), now)
+        changed = changes(folder.environment(), now)
         if changed:
             say(f"note: {', '.join(changed)} changed; resumed results may differ in the last bits")
         if config.federation.rounds != folder.config().federation.rounds:
             folder.reopen(config)
-        folder.truncate(state.round, state.seal)
+        folder.truncate(state.round)
+        folder.write_again(_descriptions(context))
         folder.add_environment(now, state.round)
         say(f"resuming from round {state.round} in {path}")
         return _finish(context, folder, state, on_round, say)
+
+
+def _initial_state(context: RunContext, say: Say) -> FederatedState:
+    """The state before the first round.
+
+    Raises:
+        UserError: the machine has not the memory for it; a round holds it twice.
+    """
+    state, config = initial_state(context), context.config
+    needed = 2 * sum(tensor.nbytes for tensor in state.tensors.values())
+    told = f"{config.federation.method} with {config.partition.clients} clients needs"
+    told += f" {format_bytes(needed)} of memory for its state"
+    if needed > memory():
+        raise UserError(
+            f"{told}, the machine has {format_bytes(memory())}: lower partition.clients or "
+            f"model.width"
+        )
+    if needed > LARGE_STATE:
+        say(told)
+    return state
+
+
+def _descriptions(context: RunContext) -> dict[str, dict]:
+    """The files of a run that follow from its configuration and data, and only inform."""
+    dataset = context.dataset
+    partition = {
+        **context.partition.manifest(),
+        "dataset_sha256": dataset.sha256,
+        "class_names": dataset.class_names,
+        "image_size": dataset.image_size,
+    }
+    return {"partition.json": partition, "anchors.json": provenance_of(context)}
 
 
 def _prepare(
