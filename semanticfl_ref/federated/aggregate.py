@@ -46,7 +46,7 @@ def average_selected(
 
 
 def clip_update(
-    params_P: torch.Tensor, start_P: torch.Tensor, parts: Sequence[torch.Tensor], bound: float
+    params_P: torch.Tensor, start_P: torch.Tensor, excluded: torch.Tensor, bound: float
 ) -> None:
     """Scale a client's update down to the norm `bound`, in place; a shorter one keeps its bits.
 
@@ -57,14 +57,16 @@ def clip_update(
     Args:
         params_P: float32 [P], what the client returned; NaN and infinity end as NaN.
         start_P: float32 [P], what it had received.
-        parts: int64 indices of entries; each part has a norm of its own.
+        excluded: as in `Drift`; these entries have a norm of their own.
         bound: the setting `server.clip_norm`.
 
     Source: Sun, Kairouz, Suresh, McMahan: Can You Really Backdoor Federated Learning? arXiv
-    1911.07963. Choice: BatchNorm's running statistics are a part of their own, since they are no
-    descent; a client's own BatchNorm entries (model.batch_norm = local) are not clipped.
+    1911.07963. Choice: the bound holds for what descends from the global model and for what does
+    not (running statistics; with model.batch_norm = local all of BatchNorm), each by itself.
     """
-    for part in parts:
+    apart_P = torch.zeros_like(params_P, dtype=torch.bool)
+    apart_P[excluded] = True
+    for part in (apart_P, ~apart_P):
         change = params_P[part].double() - start_P[part]
         norm = change.norm()
         if norm > bound:

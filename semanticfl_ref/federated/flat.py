@@ -35,12 +35,6 @@ class FlatLayout:
     buffers: torch.Tensor
     optimised: torch.Tensor
 
-    def clipped(self, own_batch_norm: bool) -> list[torch.Tensor]:
-        """The indices of each part of a client's update that has a norm of its own."""
-        if not own_batch_norm:
-            return [self.optimised, self.buffers]
-        return [self.optimised[~torch.isin(self.optimised, self.batch_norm)]]
-
 
 def flat_layout(model: nn.Module) -> FlatLayout:
     """The layout of a model's flat vector."""

@@ -296,8 +296,8 @@ class RunFolder:
             rounds, seal = about["round"], about["seal"]
             lines = content(METRICS).splitlines(keepends=True)[:rounds]
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            yield self.checkpoint.name
-        if reduce(_sealed, lines, "") != seal:
+            return  # of a damaged checkpoint, its reader tells more
+        if len(lines) < rounds or reduce(_sealed, lines, "") != seal:
             yield METRICS
 
     def _read(self, name: str, parse: Callable[[str], object]):

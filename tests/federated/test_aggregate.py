@@ -68,16 +68,16 @@ def test_trimming_in_a_round_with_a_client_that_is_not_finite(small_context, tam
 
 def test_clipping_on_numbers():
     """Entries 0 and 1 have the norm 5, entry 2 the norm 3; the bound is 4."""
-    parts, start_P = [torch.tensor([0, 1]), torch.tensor([2])], torch.tensor([1.0, 1.0, 1.0])
+    excluded, start_P = torch.tensor([2]), torch.tensor([1.0, 1.0, 1.0])
     params_P = torch.tensor([4.0, 5.0, 4.0])
-    clip_update(params_P, start_P, parts, 4.0)
+    clip_update(params_P, start_P, excluded, 4.0)
     assert params_P.tolist() == pytest.approx([1 + 3 * 4 / 5, 1 + 4 * 4 / 5, 4])
     before = params_P.clone()
-    clip_update(params_P, start_P, parts, 4.1)
+    clip_update(params_P, start_P, excluded, 4.1)
     assert torch.equal(params_P, before), "a shorter update keeps its bits"
     for value in (float("inf"), float("nan")):
         params_P[0] = value
-        clip_update(params_P, start_P, parts, 4.0)
+        clip_update(params_P, start_P, excluded, 4.0)
         assert not params_P[0].isfinite(), "the client is still dropped, or stops the run"
 
 
@@ -98,14 +98,15 @@ def test_a_client_that_sends_1e30_is_clipped(small_context, tamper, optimizer, b
         "model__batch_norm": batch_norm,
     }
     context = small_context(**settings, server__clip_norm=0.5)
-    state, line = run_rounds(context, 1)
+    start_P = initial_state(context).params
+    state, (line,) = run_rounds(context, 1)
     own = context.layout.batch_norm if batch_norm == "local" else context.layout.buffers
-    moved_P = state.params - initial_state(context).params
+    moved_P = state.params - start_P
     moved_P[own] = 0
     limit = 0.5 if optimizer == "none" else float(len(moved_P)) ** 0.5
     assert 0 < moved_P.norm() <= limit * (1 + 1e-6)
     assert max(line["drift"]["update_norm"]) == pytest.approx(0.5, rel=1e-5)
-    _, unbounded = run_rounds(small_context(**settings), 1)
+    _, (unbounded,) = run_rounds(small_context(**settings), 1)
     assert unbounded["drift"]["update_norm"][1] > 1e30
 
 

@@ -42,9 +42,7 @@ def test_another_configuration_before_the_first_checkpoint(unfinished, capsys):
     assert "federation.momentum: 0.9 there, 0.5 here" in error
 
 
-@pytest.mark.parametrize(
-    "name", [*folder.RESULTS, "summary.json"]
-)
+@pytest.mark.parametrize("name", [*folder.RESULTS, "summary.json"])
 def test_a_finished_run_is_sealed(tmp_path, unbroken_run, capsys, name):
     """A blank in any of the files that it is judged by: report, export and resume say so."""
     run = tmp_path / "run"
