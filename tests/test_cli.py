@@ -104,7 +104,7 @@ def test_config_list_shows_every_setting_once(capsys):
         ("train --semanticfl.tau 1", 2, "use --set semanticfl.tau=..."),
         ("compare --at x", 2, "such as 40,80"),
         ("compare --method fedavg", 2, "list the methods with --methods A,B"),
-        ("compare --seed 1", 2, "--seeds N runs N seeds, the first of which is --first-seed"),
+        ("compare --seed 1", 2, "--seeds N runs the seeds 0 to N - 1"),
         ("config lst", 2, "argument list|show: invalid choice: 'lst'"),
         ("train nonsense", 2, "'nonsense'"),
         ("train --rounds", 2, "--rounds"),
