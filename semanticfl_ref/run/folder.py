@@ -228,11 +228,9 @@ class RunFolder:
             return {}
 
     def write_again(self, documents: dict[str, dict]) -> None:
-        """Replace the documents whose files are not what they were: file name -> JSON document."""
+        """Replace documents, by file name: what is there may be damaged."""
         for name, document in documents.items():
-            path, content = self.path / name, _json(document)
-            if not path.is_file() or path.read_bytes() != content.encode():
-                write_atomic(path, content, REMEDY)
+            write_atomic(self.path / name, _json(document), REMEDY)
 
     def summary(self) -> dict:
         """The summary of a finished run."""
@@ -282,10 +280,7 @@ class RunFolder:
                 yield name
 
     def _changed_of_unfinished(self) -> Iterator[str]:
-        def content(name: str) -> bytes:
-            return self._read(name, str.encode)
-
-        settings, mark, sha256 = content("config.toml").decode().rpartition(SEAL)
+        settings, mark, sha256 = self._read("config.toml", str).rpartition(SEAL)
         if mark and sha256.strip() != hashlib.sha256(settings.encode()).hexdigest():
             yield "config.toml"
         if not self.checkpoint.is_file():
@@ -294,7 +289,7 @@ class RunFolder:
             with open(self.checkpoint, "rb") as file:
                 about = described(file)
             rounds, seal = about["round"], about["seal"]
-            lines = content(METRICS).splitlines(keepends=True)[:rounds]
+            lines = self._read(METRICS, str.encode).splitlines(keepends=True)[:rounds]
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return  # of a damaged checkpoint, its reader tells more
         if len(lines) < rounds or reduce(_sealed, lines, "") != seal:

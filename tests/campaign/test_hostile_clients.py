@@ -13,8 +13,8 @@ from semanticfl_ref.federated.flat import flatten_params, load_params
 
 pytestmark = pytest.mark.heavy
 
-FIVE = [*JOB, "--scenario", "iid", "--clients", "5", "--clients-per-round", "5", "--rounds", "8"]
-FIVE += ["--width", "4", "--local-epochs", "3", "--lr", "0.05", "--batch-size", "16"]
+FIVE = [*JOB, "--scenario", "iid", "--clients", "5", "--clients-per-round", "5", "--rounds", "6"]
+FIVE += ["--width", "4", "--local-epochs", "2", "--lr", "0.05", "--batch-size", "16"]
 # What a hostile client returns in place of its model.
 ATTACKS = {
     "nan": lambda own_P, start_P: own_P * float("nan"),
