@@ -5,6 +5,7 @@ Nothing heavy is imported here, so that `--help` is instant.
 
 import argparse
 import difflib
+import errno
 import re
 import runpy
 import signal
@@ -31,6 +32,7 @@ from semanticfl_ref.config.registry import IMPORTED
 from semanticfl_ref.config.settings import setting_fields
 from semanticfl_ref.cores import ranks
 from semanticfl_ref.errors import DataError, RankLost, UserError, unknown
+from semanticfl_ref.parent import end_with_parent
 
 COMMANDS = {
     "train": train,
@@ -67,13 +69,14 @@ def program() -> int:
     def stop(number: int, frame) -> None:
         received.append(number)
         for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.SIG_IGN)
+            signal.signal(each, lambda *_: None)  # a child would inherit SIG_IGN
         raise KeyboardInterrupt
 
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves it
             signal.signal(number, stop)
     replace_streams()
+    end_with_parent()
     code = main()
     return 128 + received[0] if received else code
 
@@ -92,6 +95,15 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         say(f"error: {' '.join(str(error).split())}", always=isinstance(error, RankLost))
         return error.exit_code
+    except (MemoryError, RuntimeError, OSError) as error:
+        if not _is_shortage(error):
+            raise
+        reason = str(error).strip().partition("\n")[0] or "out of memory"
+        say(
+            f"error: the machine's memory or processes do not suffice ({reason}): end other "
+            f"programs, or lower --replicas, --batch-size, --width or --clients"
+        )
+        return DataError.exit_code
     except KeyboardInterrupt as interrupt:
         say(str(interrupt) or "interrupted")
         return 130
@@ -168,6 +180,16 @@ def parse(argv: list[str]) -> argparse.Namespace:
             f"embedded default; see --help"
         )
     return arguments
+
+
+def _is_shortage(error: Exception) -> bool:
+    """Whether memory, threads or processes ran out: in Python, torch, CUDA or the system."""
+    words = ("can't allocate memory", "can't start new thread", "out of memory")
+    return (
+        isinstance(error, MemoryError)
+        or getattr(error, "errno", None) in (errno.ENOMEM, errno.EAGAIN)
+        or any(text in str(error) for text in words)
+    )
 
 
 class _Parser(argparse.ArgumentParser):

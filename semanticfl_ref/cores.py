@@ -1,6 +1,7 @@
 """The processor's cores, and the ranks of torchrun. No torch in here: commands ask before it is
 loaded."""
 
+import math
 import os
 
 
@@ -10,6 +11,13 @@ def cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         count = len(os.sched_getaffinity(0))
     return max(1, count // _from_torchrun("LOCAL_WORLD_SIZE", 1))
+
+
+def memory() -> float:
+    """The machine's memory in bytes; infinite where the system does not tell."""
+    if not hasattr(os, "sysconf"):
+        return math.inf
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def rank() -> int:

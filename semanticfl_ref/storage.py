@@ -7,12 +7,13 @@ run folders before it loads torch.
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from semanticfl_ref.errors import DataError
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 METADATA_KEY = "semanticfl_ref"  # a single key: safetensors writes several in random order
 PART = ".part"  # suffix of a file that is still being written
+HEADER_BYTES = 100 << 20  # of a tensor file, at most; as safetensors has it
 REMEDY = "free some disk space"
 
 
@@ -68,7 +70,9 @@ def remove_parts(folder: Path) -> None:
 def write_flushed(path: Path, content: bytes | str) -> None:
     """Write a new file and flush it to disk; a link or file that is there is not followed."""
     with open(path, "xb") as file:
-        file.write(content.encode("utf-8") if isinstance(content, str) else content)
+        # A name that is no Unicode (of a file on disk) must not cost the work that is reported.
+        is_text = isinstance(content, str)
+        file.write(content.encode("utf-8", "backslashreplace") if is_text else content)
         file.flush()
         os.fsync(file.fileno())
 
@@ -132,6 +136,15 @@ def save_tensors(
     return recorded
 
 
+def described(file: BinaryIO) -> dict:
+    """The JSON values in the metadata of a file that `save_tensors` wrote; unchecked.
+
+    Of a damaged file, the parsers may raise anything.
+    """
+    length = min(int.from_bytes(file.read(8), "little"), HEADER_BYTES)
+    return json.loads(json.loads(file.read(length))["__metadata__"][METADATA_KEY])
+
+
 def load_tensors(path: Path) -> "tuple[dict[str, torch.Tensor], dict, str]":
     """Read a file that `save_tensors` wrote and check every byte.
 
@@ -149,8 +162,7 @@ def load_tensors(path: Path) -> "tuple[dict[str, torch.Tensor], dict, str]":
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from None
     try:
-        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        about = json.loads(header["__metadata__"][METADATA_KEY])
+        about = described(io.BytesIO(content))
         recorded = about.pop("sha256")
         tensors = load(content)
         intact = recorded == sha256_of(about, tensors)

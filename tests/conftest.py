@@ -48,3 +48,13 @@ def unbroken_run(tmp_path_factory) -> Path:
     done = run_cli("train", *JOB, "--out", str(folder))
     assert done.returncode == 0, done.stderr
     return folder
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--campaign-scale",
+        type=float,
+        default=1.0,
+        metavar="N",
+        help="tests/campaign with N times as many random cases (default: %(default)s)",
+    )

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "semanticfl_ref"
 # A module may import from its own part and from those before it.
 ARROWS = [
-    ("errors", "formatting", "cores"),
+    ("errors", "formatting", "cores", "parent"),
     ("randomness", "storage", "config"),
     ("device",),
     ("kernels",),

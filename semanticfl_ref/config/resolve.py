@@ -78,7 +78,7 @@ def read_toml(file: Path) -> dict[str, object]:
         tables = tomllib.loads(Path(file).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise DataError(f"cannot read the configuration {file}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # of numbers, encodings, tables too deep
         raise DataError(f"{file} is not TOML: {error}") from None
     flat = {}
     for section, values in tables.items():

@@ -67,6 +67,10 @@ class Section:
                 raise UserError(
                     f"{name} = {value!r}: expected {KINDS[kind]}, not {type(value).__name__}"
                 )
+            if isinstance(value, str) and not _is_unicode(value):
+                raise UserError(
+                    f"{name} = {value!r}: not Unicode, so it cannot be saved; rename it"
+                )
             if choices and value not in choices:
                 raise unknown(name, value, choices)
             if isinstance(value, float) and not math.isfinite(value):
@@ -117,3 +121,8 @@ def toml_value(value) -> str:
 
 def _folded(name: str) -> str:
     return re.sub(r"[-_ ]", "", name).lower()
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a text is more than the undecodable bytes of a file's name."""
+    return text == text.encode("utf-8", "replace").decode()

@@ -188,7 +188,7 @@ class FederationSettings(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class ServerSettings(Section):
-    """Settings of the server optimizers, and of `federation.aggregation = trimmed-mean`."""
+    """Settings of the server: its optimizers, trimming (trimmed-mean) and clipping."""
 
     learning_rate: float = option(
         0.0,
@@ -215,6 +215,12 @@ class ServerSettings(Section):
         low=0.0,
         high=0.4999,
         source="O",
+    )
+    clip_norm: float = option(
+        0.0,
+        "largest norm of a client's update; longer ones are scaled down to it; 0: no bound",
+        low=0.0,
+        source="Sun et al. 2019: no general value",
     )
 
 

@@ -39,7 +39,8 @@ def members(path: Path, wanted: Callable[[str], bool]) -> Members:
             the top folder of the archive; for a folder, its own name.
 
     Raises:
-        DataError: the archive is damaged or too large, or holds a link or a path that leaves it.
+        DataError: the archive is damaged or too large, or holds a link, a path that leaves it, or
+            a wanted name twice.
     """
     if path.is_dir():
         read = _folder_members
@@ -47,8 +48,13 @@ def members(path: Path, wanted: Callable[[str], bool]) -> Members:
         read = _zip_members
     else:
         read = _tar_members
+    seen = set()
     try:
-        yield from read(path, wanted)
+        for name, content in read(path, wanted):
+            if name in seen:
+                raise DataError(f"{path} holds {name!r} twice: refused, download it again")
+            seen.add(name)
+            yield name, content
     except DataError:
         raise
     except Exception as error:  # damaged archives raise anything: TarError, KeyError ...

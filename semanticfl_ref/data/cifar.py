@@ -58,7 +58,7 @@ def _part(values: dict, layout: Layout, where: str) -> Labelled:
         raise DataError(f"{where} has no data of shape [N, 3072] in bytes: not a CIFAR archive")
     key = f"{layout.prefix}labels"
     labels = values.get(key)
-    if isinstance(labels, np.ndarray):
+    if isinstance(labels, np.ndarray) and labels.shape == rows.shape[:1]:  # no larger list is made
         labels = labels.tolist()
     is_list = isinstance(labels, list) and len(labels) == len(rows)
     if not is_list or not all(type(c) is int and 0 <= c < layout.classes for c in labels):

@@ -65,7 +65,7 @@ def locate(source: str | Path = "tiny", *, offline: bool = False) -> Path:
 
     Raises:
         UserError: an id that was withdrawn from the hub.
-        DataError: there is no such folder, or it lacks a part.
+        DataError: there is no such folder, or it lacks a part; or the embedded model is damaged.
         DownloadError: the weights are not on this machine and cannot be downloaded.
     """
     name = str(source)
@@ -74,8 +74,10 @@ def locate(source: str | Path = "tiny", *, offline: bool = False) -> Path:
             f"{name} was withdrawn from the hub; the same weights are at {WITHDRAWN[name]}: use "
             f"--sd {WITHDRAWN[name]}"
         )
-    if name == "tiny" and not TINY.is_dir():
-        raise DataError(f"the embedded diffusion model is not at {TINY}: reinstall the package")
+    if name == "tiny" and (not TINY.is_dir() or fingerprint(TINY) != TINY_SHA256):
+        raise DataError(
+            f"the embedded model at {TINY} is missing or damaged: reinstall the package"
+        )
     folder = TINY if name == "tiny" else user_path(name)
     if folder.is_dir():
         list_files(folder)

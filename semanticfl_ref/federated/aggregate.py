@@ -45,6 +45,34 @@ def average_selected(
     return average.values_P, drift
 
 
+def clip_update(
+    params_P: torch.Tensor, start_P: torch.Tensor, excluded: torch.Tensor, bound: float
+) -> None:
+    """Scale a client's update down to the norm `bound`, in place; a shorter one keeps its bits.
+
+    Equation (clip-update) [Sun et al. 2019, norm thresholding]:
+        w_k <- w + (w_k - w) / max(1, |w_k - w| / bound)
+    Test: tests/federated/test_aggregate.py::test_clipping_on_numbers
+
+    Args:
+        params_P: float32 [P], what the client returned; NaN and infinity end as NaN.
+        start_P: float32 [P], what it had received.
+        excluded: as in `Drift`; these entries have a norm of their own.
+        bound: the setting `server.clip_norm`.
+
+    Source: Sun, Kairouz, Suresh, McMahan: Can You Really Backdoor Federated Learning? arXiv
+    1911.07963. Choice: the bound holds for what descends from the global model and for what does
+    not (running statistics; with model.batch_norm = local all of BatchNorm), each by itself.
+    """
+    apart_P = torch.zeros_like(params_P, dtype=torch.bool)
+    apart_P[excluded] = True
+    for part in (apart_P, ~apart_P):
+        change = params_P[part].double() - start_P[part]
+        norm = change.norm()
+        if norm > bound:
+            params_P[part] = (start_P[part] + change * (bound / norm)).float()
+
+
 def robust_aggregate(
     params_KP: torch.Tensor, rule: str, settings: ServerSettings, sampled: int
 ) -> torch.Tensor:

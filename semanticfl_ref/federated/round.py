@@ -1,7 +1,7 @@
 """One round of federated learning on one screen: server, clients, server, server.
 
-Letters: S clients of a cohort, K clients of the round, M clients in all, P size of a flat vector, C
-classes.
+Letters: S clients of a cohort, K clients of the round, M clients in all, P size of a flat vector, Q
+entries of BatchNorm layers, C classes.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,12 @@ from dataclasses import replace
 import torch
 
 from semanticfl_ref.config.settings import Config
-from semanticfl_ref.federated.aggregate import average_selected, cohorts, robust_aggregate
+from semanticfl_ref.federated.aggregate import (
+    average_selected,
+    clip_update,
+    cohorts,
+    robust_aggregate,
+)
 from semanticfl_ref.federated.context import RunContext
 from semanticfl_ref.federated.evaluate import evaluate
 from semanticfl_ref.federated.flat import load_params
@@ -58,6 +63,10 @@ def run_round(
             observe(*each)
 
         # 3. Server: average the parameters by their weights, in ascending client number.
+        own_SQ = params_SP[:, layout.batch_norm]  # a copy: what a client keeps is not clipped
+        for update, params_P in zip(updates, params_SP, strict=True):
+            if config.server.clip_norm:
+                clip_update(params_P, update.start_P, excluded, config.server.clip_norm)
         weights_S, earlier, last = weights_K[cohort], average, cohort.stop == len(sampled_K)
         average = weighted_average(params_SP, weights_S, state.params, earlier, final=last)
         finite_S = metrics.add_cohort(updates, reports, average.non_finite_S == 0)
@@ -70,7 +79,7 @@ def run_round(
             drift.add(updates[s].client, params_SP[s], average.squared_norm_S[s], weights_S[s])
             method.update_state(after.method_state, updates[s], params_SP[s], reports[s])
             if len(after.batch_norm):
-                after.batch_norm[updates[s].client] = params_SP[s, layout.batch_norm]
+                after.batch_norm[updates[s].client] = own_SQ[s]
     drift.require_weight(after.round)
     aggregate_P, norms = average.values_P, drift.norms
     if rule != "mean":

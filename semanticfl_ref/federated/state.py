@@ -113,6 +113,18 @@ def require_identity(where: Path | str, theirs: dict, ours: dict, remedy: str = 
         raise MismatchError(f"{where} belongs to another run: {'; '.join(differing[:8])}{ending}")
 
 
+def require_shapes(path: Path, state: FederatedState, initial: FederatedState) -> None:
+    """Check that a run which started from `initial` can have written the checkpoint.
+
+    Raises:
+        MismatchError: it cannot, whatever digest it has.
+    """
+    same = all(getattr(state, n).shape == getattr(initial, n).shape for n in GENERAL)
+    names = initial.method_state.keys() <= state.method_state.keys()
+    if not same or not names or type(state.round) is not int or state.round < 0:
+        raise _damaged(path)
+
+
 def load_checkpoint(path: Path, identity: dict) -> FederatedState:
     """Read a checkpoint and check every byte.
 
@@ -124,9 +136,11 @@ def load_checkpoint(path: Path, identity: dict) -> FederatedState:
         general = {name: tensors.pop(name) for name in GENERAL}
         round, theirs, seal = about["round"], about["identity"], about["seal"]
     except (Damaged, KeyError):
-        raise MismatchError(
-            f"the checkpoint {path} is damaged: delete it to restart the run"
-        ) from None
+        raise _damaged(path) from None
     require_identity(path, theirs, identity)
     method_state = {name.removeprefix(METHOD_STATE): tensors[name] for name in sorted(tensors)}
     return FederatedState(round=round, method_state=method_state, seal=seal, **general)
+
+
+def _damaged(path: Path) -> MismatchError:
+    return MismatchError(f"the checkpoint {path} is damaged: delete it to restart the run")

@@ -10,7 +10,7 @@ import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import reduce
 from pathlib import Path
 
@@ -18,6 +18,8 @@ from semanticfl_ref.config.resolve import read_toml, resolve, to_toml
 from semanticfl_ref.config.settings import Config
 from semanticfl_ref.errors import DataError, MismatchError, UserError
 from semanticfl_ref.storage import (
+    canonical_json,
+    described,
     file_sha256,
     remove_parts,
     write_atomic,
@@ -26,8 +28,10 @@ from semanticfl_ref.storage import (
 )
 
 METRICS, TIMINGS = "metrics.jsonl", "timings.jsonl"
-# What a finished run is judged by; the other files only inform.
-RESULTS = ("config.toml", "identity.json", "partition.json", "anchors.json", METRICS)
+# What the end of a run seals; the checkpoint has a digest of its own.
+DOCUMENTS = ("config.toml", "identity.json", "partition.json", "anchors.json", "environment.json")
+RESULTS = (*DOCUMENTS, METRICS, TIMINGS)
+SEAL = "# SHA-256 of the lines above: "
 REMEDY = "free some disk space or choose another --out"
 
 
@@ -82,7 +86,7 @@ class RunFolder:
         """
         path = Path(path)
         texts = {name: _json(document) for name, document in documents.items()}
-        texts |= {"config.toml": to_toml(config), METRICS: "", TIMINGS: ""}
+        texts |= {"config.toml": _sealed_toml(config), METRICS: "", TIMINGS: ""}
         with write_errors(path, REMEDY):
             path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as staging:
@@ -109,26 +113,30 @@ class RunFolder:
             flag: what precedes the folder in messages.
 
         Raises:
-            DataError: there is no such folder, or it is not a run's.
-            UserError: a setting is not admissible, as of a method that was not imported.
+            DataError: there is no such folder, or it is not a run's; or its configuration is
+                damaged, or names a method that was not imported.
         """
         named = f"{flag} {self.path}"
         if not self.path.is_dir():
             raise DataError(f"{named}: there is no such run folder")
-        if not (self.path / "config.toml").is_file():
+        file = self.path / "config.toml"
+        if not file.is_file():
             raise DataError(f"{named}: there is no config.toml in it, so it is not a run folder")
-        settings = read_toml(self.path / "config.toml")
         try:
-            return resolve(settings)
+            return resolve(read_toml(file))
+        except DataError:
+            raise
         except UserError as error:
             problem = str(error).partition(";")[0]  # without the guess at another name
-            raise UserError(
-                f"{named}: {problem}; if a file registers it, add --import FILE"
+            raise DataError(
+                f"{file}: {problem}; restore the file, or if a file registers it, add --import FILE"
             ) from None
 
     @contextmanager
     def held(self) -> Iterator[None]:
         """Keep other processes from writing into the folder; ends with the process at the latest.
+
+        A comparison's folder is held in the same way.
 
         Raises:
             UserError: another process writes into it.
@@ -160,7 +168,7 @@ class RunFolder:
         if asked < done:
             raise UserError(f"{self.path} has {done} rounds already: --rounds {asked} is fewer")
         (self.path / "summary.json").unlink(missing_ok=True)
-        write_atomic(self.path / "config.toml", to_toml(config), REMEDY)
+        write_atomic(self.path / "config.toml", _sealed_toml(config), REMEDY)
 
     def append(self, line: dict, seconds: float, seal: str = "") -> str:
         """Append a round's line of metrics and its time, flushed to disk.
@@ -184,28 +192,17 @@ class RunFolder:
                 os.fsync(file.fileno())
         return _sealed(seal, texts[METRICS].encode())
 
-    def truncate(self, rounds: int, seal: str) -> None:
-        """Keep the first `rounds` lines: what follows the checkpoint is run again.
-
-        Raises:
-            MismatchError: a file has fewer lines than the checkpoint has rounds, or lines of
-                metrics that the seal of the checkpoint does not know.
-        """
+    def truncate(self, rounds: int) -> None:
+        """Keep the first `rounds` lines: what follows the checkpoint is run again."""
         for name in (METRICS, TIMINGS):
             path = self.path / name
             lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-            kept = lines[:rounds]
-            if len(kept) < rounds or (name == METRICS and reduce(_sealed, kept, "") != seal):
-                raise MismatchError(
-                    f"{path} does not hold rounds 1 to {rounds} of its checkpoint: it was changed; "
-                    f"start again with another --out"
-                )
-            if len(lines) != rounds:
-                write_atomic(path, b"".join(kept), REMEDY)
+            if len(lines) > rounds:
+                write_atomic(path, b"".join(lines[:rounds]), REMEDY)
 
     def add_environment(self, environment: dict, round: int) -> None:
         """Replace environment.json; the previous one moves to "earlier", with its last round."""
-        before = self.read("environment.json")
+        before = self.environment()
         earlier = [*before.pop("earlier", []), {**before, "last_round": round}]
         document = _json({**environment, "earlier": earlier})
         write_atomic(self.path / "environment.json", document, REMEDY)
@@ -215,8 +212,25 @@ class RunFolder:
         return self._read(METRICS, _lines)
 
     def seconds(self) -> float:
-        """Total wall time of the rounds; see `read`."""
-        return sum(line["seconds"] for line in self._read(TIMINGS, _lines))
+        """Total wall time of the rounds; without the lines of timings.jsonl that are damaged."""
+        total = 0.0
+        with suppress(OSError):
+            for line in (self.path / TIMINGS).read_bytes().splitlines():
+                with suppress(ValueError, TypeError, KeyError):
+                    total += json.loads(line)["seconds"]
+        return total
+
+    def environment(self) -> dict:
+        """environment.json; empty if it is damaged, since it only informs."""
+        try:
+            return self.read("environment.json")
+        except DataError:
+            return {}
+
+    def write_again(self, documents: dict[str, dict]) -> None:
+        """Replace documents, by file name: what is there may be damaged."""
+        for name, document in documents.items():
+            write_atomic(self.path / name, _json(document), REMEDY)
 
     def summary(self) -> dict:
         """The summary of a finished run."""
@@ -228,30 +242,63 @@ class RunFolder:
         Raises:
             DataError: it is missing or damaged.
         """
-        return self._read(name, json.loads)
+        document = self._read(name, json.loads)
+        if not isinstance(document, dict):
+            raise DataError(f"{self.path / name} is not what a run writes: it was changed")
+        return document
 
     def finish(self, summary: dict) -> None:
         """Write summary.json: its presence means that the run is finished; it seals the results."""
         files = {name: self.path / name for name in RESULTS}
         sealed = {name: file_sha256(path) for name, path in files.items() if path.is_file()}
-        write_atomic(self.path / "summary.json", _json({**summary, "sealed": sealed}), REMEDY)
+        document = {**summary, "sealed": sealed}
+        document["sha256"] = _digest(document)
+        write_atomic(self.path / "summary.json", _json(document), REMEDY)
 
     def verify(self) -> None:
-        """Check that the results of a finished run are what its end left.
+        """Check that the files are what the run wrote.
+
+        Of a finished run, those are all files but the checkpoint; of another one the configuration,
+        and the lines of metrics that the checkpoint counts.
 
         Raises:
             MismatchError: names the file that was changed or is missing.
-            DataError: the summary is damaged.
+            DataError: a file cannot be read.
         """
-        for name, sha256 in self.summary().get("sealed", {}).items():
+        changed = self._changed_of_finished() if self.finished else self._changed_of_unfinished()
+        for name in changed:
+            raise MismatchError(f"{self.path / name} was changed: restore it, or train again")
+
+    def _changed_of_finished(self) -> Iterator[str]:
+        summary = self.summary()
+        # An earlier version wrote neither.
+        if summary.get("sha256", _digest(summary)) != _digest(summary):
+            yield "summary.json"
+        for name, sha256 in summary.get("sealed", {}).items():
             path = self.path / name
             if not path.is_file() or file_sha256(path) != sha256:
-                raise MismatchError(f"{path} was changed after the run: restore it, or train again")
+                yield name
+
+    def _changed_of_unfinished(self) -> Iterator[str]:
+        settings, mark, sha256 = self._read("config.toml", str).rpartition(SEAL)
+        if mark and sha256.strip() != hashlib.sha256(settings.encode()).hexdigest():
+            yield "config.toml"
+        if not self.checkpoint.is_file():
+            return
+        try:
+            with open(self.checkpoint, "rb") as file:
+                about = described(file)
+            rounds, seal = about["round"], about["seal"]
+            lines = self._read(METRICS, str.encode).splitlines(keepends=True)[:rounds]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return  # of a damaged checkpoint, its reader tells more
+        if len(lines) < rounds or reduce(_sealed, lines, "") != seal:
+            yield METRICS
 
     def _read(self, name: str, parse: Callable[[str], object]):
         try:
             return parse((self.path / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             reason = getattr(error, "strerror", None) or error
             raise DataError(f"cannot read {self.path / name}: {reason}") from None
 
@@ -259,6 +306,17 @@ class RunFolder:
 def _sealed(seal: str, line: bytes) -> str:
     """The seal of one more line."""
     return hashlib.sha256(seal.encode() + line).hexdigest()
+
+
+def _digest(document: dict) -> str:
+    """SHA-256 of a JSON document without the entry that holds it."""
+    text = canonical_json({key: value for key, value in document.items() if key != "sha256"})
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _sealed_toml(config: Config) -> str:
+    text = to_toml(config)
+    return f"{text}{SEAL}{hashlib.sha256(text.encode()).hexdigest()}\n"
 
 
 def _lines(text: str) -> list[dict]:

@@ -4,10 +4,11 @@ Letters: M clients in all.
 """
 
 from itertools import accumulate
-from statistics import fmean, pstdev
+from statistics import fmean, median, pstdev
 
 LAST = 5  # rounds whose mean accuracy is reported
 NEGLIGIBLE = 0.01  # share of the gradient norm below which a term gets a warning
+DOMINANT = 100  # times the median of all updates' norms, from which on an update gets a warning
 TARGETS = tuple(tenths / 10 for tenths in range(1, 10))  # accuracies whose cost is reported
 # Entries of a round, by what the summary makes of them.
 DISTRIBUTIONS = ("client_accuracy", "own_accuracy")
@@ -59,7 +60,11 @@ def summarise(rounds: list[dict], seconds: float, about: dict) -> dict:
         },
         **gradients,
         "drift": mean_by_name(drift),
-        "warnings": [*about.get("warnings", []), *negligible_terms(gradients["gradient_share"])],
+        "warnings": [
+            *about.get("warnings", []),
+            *negligible_terms(gradients["gradient_share"]),
+            *dominant_update(rounds),
+        ],
     }
 
 
@@ -111,4 +116,22 @@ def negligible_terms(shares: dict[str, float | None]) -> list[str]:
         f"weight or lower its temperature"
         for name, share in shares.items()
         if share is not None and share < NEGLIGIBLE
+    ]
+
+
+def dominant_update(rounds: list[dict]) -> list[str]:
+    """A warning for the largest update of a run, if it is far larger than others are."""
+    norms = {
+        (norm, line["round"], client)
+        for line in rounds
+        for client, norm in zip(line["clients"], line["drift"]["update_norm"], strict=True)
+        if norm is not None
+    }
+    largest, round, client = max(norms, default=(0.0, 0, 0))
+    usual = median(norm for norm, _, _ in norms) if norms else 0.0
+    if largest <= DOMINANT * usual:
+        return []
+    return [
+        f"round {round}, client {client}: the norm of the update is {largest:.2g}, that of a usual "
+        f"one {usual:.2g}; bound it with server.clip_norm, or use federation.aggregation=median"
     ]

@@ -11,9 +11,9 @@ from tqdm import tqdm
 from semanticfl_ref.config.command_line import shell_command
 from semanticfl_ref.config.resolve import is_embedded
 from semanticfl_ref.config.settings import Config
-from semanticfl_ref.cores import rank, ranks
+from semanticfl_ref.cores import memory, rank, ranks
 from semanticfl_ref.diffusion.anchors import Anchors
-from semanticfl_ref.errors import RankLost
+from semanticfl_ref.errors import RankLost, UserError
 from semanticfl_ref.federated.context import RunContext, make_context
 from semanticfl_ref.federated.evaluate import confusion
 from semanticfl_ref.federated.flat import load_params
@@ -29,9 +29,10 @@ from semanticfl_ref.federated.state import (
     initial_state,
     load_checkpoint,
     require_identity,
+    require_shapes,
     save_checkpoint,
 )
-from semanticfl_ref.formatting import Say
+from semanticfl_ref.formatting import Say, format_bytes
 from semanticfl_ref.run.environment import changes, environment_of
 from semanticfl_ref.run.folder import RunFolder
 from semanticfl_ref.run.setup import (
@@ -47,6 +48,7 @@ from semanticfl_ref.run.summary import summarise
 OnRound = Callable[[dict], None]
 IDENTITY = "identity.json"
 AGREED = ("semanticfl_ref", "versions", "threads", "precision")  # of the environment, by all ranks
+LARGE_STATE = 1 << 30  # bytes, from which on a user is told
 
 
 def train(
@@ -82,25 +84,16 @@ def train(
         context = _shared(context, store)
         if rank() > 0:
             return _follow(context, RunFolder(out), say)
+        state = _initial_state(context, say)
         folder = RunFolder.create(out, config, documents_of(context))
         with folder.held():
-            return _finish(context, folder, initial_state(context), on_round, say)
+            return _finish(context, folder, state, on_round, say)
 
 
 def documents_of(context: RunContext) -> dict[str, dict]:
     """The documents of a new run folder: file name -> JSON document."""
-    dataset = context.dataset
-    return {
-        "environment.json": environment_of(context),
-        "partition.json": {
-            **context.partition.manifest(),
-            "dataset_sha256": dataset.sha256,
-            "class_names": dataset.class_names,
-            "image_size": dataset.image_size,
-        },
-        "anchors.json": provenance_of(context),
-        IDENTITY: identity_of(context),
-    }
+    documents = {"environment.json": environment_of(context), IDENTITY: identity_of(context)}
+    return documents | _descriptions(context)
 
 
 def resume(
@@ -196,20 +189,56 @@ def shared_facts(context: RunContext) -> dict:
 
 def _last_state(context: RunContext, folder: RunFolder, say: Say) -> FederatedState:
     """The state of the last checkpoint; the folder is truncated to it."""
-    config, state, identity = context.config, initial_state(context), identity_of(context)
+    initial, identity = _initial_state(context, say), identity_of(context)
     require_identity(folder.path / IDENTITY, folder.read(IDENTITY), identity)
+    folder.verify()
+    config, state = context.config, initial
     if folder.checkpoint.exists():
         state = load_checkpoint(folder.checkpoint, identity).to(context.device)
+        require_shapes(folder.checkpoint, state, initial)
     now = environment_of(context)
-    changed = changes(folder.read("environment.json"), now)
+    changed = changes(folder.environment(), now)
     if changed:
         say(f"note: {', '.join(changed)} changed; resumed results may differ in the last bits")
     if config.federation.rounds != folder.config().federation.rounds:
         folder.reopen(config)
-    folder.truncate(state.round, state.seal)
+    folder.truncate(state.round)
+    folder.write_again(_descriptions(context))
     folder.add_environment(now, state.round)
     say(f"resuming from round {state.round} in {folder.path}")
     return state
+
+
+def _initial_state(context: RunContext, say: Say) -> FederatedState:
+    """The state before the first round.
+
+    Raises:
+        UserError: the machine has not the memory for it; a round holds it twice.
+    """
+    state, config = initial_state(context), context.config
+    needed = 2 * sum(tensor.nbytes for tensor in state.tensors.values())
+    told = f"{config.federation.method} with {config.partition.clients} clients needs"
+    told += f" {format_bytes(needed)} of memory for its state"
+    if needed > memory():
+        raise UserError(
+            f"{told}, the machine has {format_bytes(memory())}: lower partition.clients or "
+            f"model.width"
+        )
+    if needed > LARGE_STATE:
+        say(told)
+    return state
+
+
+def _descriptions(context: RunContext) -> dict[str, dict]:
+    """The files of a run that follow from its configuration and data, and only inform."""
+    dataset = context.dataset
+    partition = {
+        **context.partition.manifest(),
+        "dataset_sha256": dataset.sha256,
+        "class_names": dataset.class_names,
+        "image_size": dataset.image_size,
+    }
+    return {"partition.json": partition, "anchors.json": provenance_of(context)}
 
 
 def _shared(context: RunContext, store: Store | None) -> RunContext:

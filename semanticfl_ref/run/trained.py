@@ -60,8 +60,7 @@ def load_model(path: Path | str) -> TrainedModel:
     """
     folder = RunFolder(path)
     config, partition = folder.config("the model of"), folder.read("partition.json")
-    if folder.finished:
-        folder.verify()
+    folder.verify()
     if not folder.checkpoint.is_file():
         raise DataError(
             f"{folder.path} has no checkpoint.safetensors: wait for the first round, or, if the "

@@ -236,3 +236,14 @@ def test_an_image_of_too_many_pixels(monkeypatch):
     monkeypatch.setattr(archives, "IMAGE_PIXELS", 9999)
     with pytest.raises(DataError, match="100 x 100"):
         archives.decode_image(png(Image.new("L", (100, 100))), "here", 8)
+
+
+def test_a_member_that_an_archive_holds_twice(tmp_path):
+    """The last one would win, unseen."""
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as tar:
+        for name, content in [*cifar_members(2).items(), (BATCH, b"")]:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    refused(gzip.compress(stream.getvalue()), tmp_path, f"holds '{BATCH}' twice")

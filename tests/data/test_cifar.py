@@ -1,6 +1,7 @@
 """CIFAR's archives, packed or unpacked, as data sets."""
 
 import pickle
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -72,3 +73,16 @@ def test_cifar100(tmp_path, protocol):
     assert d.class_names[99] == "class 99"
     assert d.train_labels[-1] == 99
     assert len(d.test_labels) == 100
+
+
+def test_labels_that_are_a_larger_array_become_no_list(tmp_path):
+    """Of a byte each, they would take eight as a list."""
+    labels = np.zeros(1 << 22, np.uint8)
+    content = pickle.dumps({"data": np.zeros((2, 3072), np.uint8), "labels": labels}, 2)
+    members = {**cifar_members(2), f"{FOLDER}/data_batch_1": content}
+    tracemalloc.start()
+    with pytest.raises(DataError, match="has no 2 labels"):
+        load_archive(tar_gz(members), tmp_path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 6 * len(labels)

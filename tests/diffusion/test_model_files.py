@@ -331,3 +331,16 @@ def test_full_files_that_another_program_fetched_are_found_offline(folder, tmp_p
 def test_a_folder_that_is_not_there(tmp_path):
     with pytest.raises(DataError, match="does not exist"):
         Backbone(tmp_path / "none", layers=["mid"])
+
+
+def test_a_flipped_bit_of_the_embedded_model_is_refused(folder, monkeypatch):
+    shutil.rmtree(folder)
+    shutil.copytree(model_files.TINY, folder)
+    monkeypatch.setattr(model_files, "TINY", folder)
+    assert locate("tiny") == folder
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1000] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(DataError, match=r"missing or damaged: reinstall"):
+        locate("tiny")

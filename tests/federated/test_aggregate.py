@@ -10,7 +10,7 @@ from semanticfl_ref.config.registry import METHODS, Entry
 from semanticfl_ref.config.resolve import resolve
 from semanticfl_ref.config.settings import ServerSettings, trimmed_clients
 from semanticfl_ref.errors import NonFiniteError, UserError
-from semanticfl_ref.federated.aggregate import robust_aggregate, trimmed_mean
+from semanticfl_ref.federated.aggregate import clip_update, robust_aggregate, trimmed_mean
 from semanticfl_ref.federated.flat import flatten_params, load_params
 from semanticfl_ref.federated.metrics import Drift
 from semanticfl_ref.federated.round import run_round
@@ -64,6 +64,50 @@ def test_trimming_in_a_round_with_a_client_that_is_not_finite(small_context, tam
     state, line = observed_round(context, [])
     assert line["dropped"] == ([1] if nan else [])
     assert state.params.abs().max() < 1e3
+
+
+def test_clipping_on_numbers():
+    """Entries 0 and 1 have the norm 5, entry 2 the norm 3; the bound is 4."""
+    excluded, start_P = torch.tensor([2]), torch.tensor([1.0, 1.0, 1.0])
+    params_P = torch.tensor([4.0, 5.0, 4.0])
+    clip_update(params_P, start_P, excluded, 4.0)
+    assert params_P.tolist() == pytest.approx([1 + 3 * 4 / 5, 1 + 4 * 4 / 5, 4])
+    before = params_P.clone()
+    clip_update(params_P, start_P, excluded, 4.1)
+    assert torch.equal(params_P, before), "a shorter update keeps its bits"
+    for value in (float("inf"), float("nan")):
+        params_P[0] = value
+        clip_update(params_P, start_P, excluded, 4.0)
+        assert not params_P[0].isfinite(), "the client is still dropped, or stops the run"
+
+
+@pytest.mark.parametrize("batch_norm", ["average", "local"])
+@pytest.mark.parametrize("optimizer", ["none", "fedadam"])
+def test_a_client_that_sends_1e30_is_clipped(small_context, tamper, optimizer, batch_norm):
+    """With a bound the global model moves no farther than it; without, the metrics say who did."""
+
+    def attack(update, replica, report):
+        if update.client == 1:
+            load_params(replica.model, torch.full_like(replica.row_P, 1e30))
+
+    tamper(attack)
+    settings = {
+        "federation__method": "fedavg",
+        "federation__clients_per_round": 3,
+        "federation__server_optimizer": optimizer,
+        "model__batch_norm": batch_norm,
+    }
+    context = small_context(**settings, server__clip_norm=0.5)
+    start_P = initial_state(context).params
+    state, (line,) = run_rounds(context, 1)
+    own = context.layout.batch_norm if batch_norm == "local" else context.layout.buffers
+    moved_P = state.params - start_P
+    moved_P[own] = 0
+    limit = 0.5 if optimizer == "none" else float(len(moved_P)) ** 0.5
+    assert 0 < moved_P.norm() <= limit * (1 + 1e-6)
+    assert max(line["drift"]["update_norm"]) == pytest.approx(0.5, rel=1e-5)
+    _, (unbounded,) = run_rounds(small_context(**settings), 1)
+    assert unbounded["drift"]["update_norm"][1] > 1e30
 
 
 def test_an_unknown_rule_is_refused():

@@ -13,6 +13,7 @@ from processes import ROOT, start_cli
 from run_folders import assert_same_results, lines_in
 
 from semanticfl_ref import cli
+from semanticfl_ref.run import folder
 
 
 def test_a_second_writer_is_refused(tmp_path, job, capsys):
@@ -41,22 +42,21 @@ def test_another_configuration_before_the_first_checkpoint(unfinished, capsys):
     assert "federation.momentum: 0.9 there, 0.5 here" in error
 
 
-@pytest.mark.parametrize(
-    "name", ["config.toml", "identity.json", "partition.json", "anchors.json", "metrics.jsonl"]
-)
+@pytest.mark.parametrize("name", [*folder.RESULTS, "summary.json"])
 def test_a_finished_run_is_sealed(tmp_path, unbroken_run, capsys, name):
     """A blank in any of the files that it is judged by: report, export and resume say so."""
     run = tmp_path / "run"
     shutil.copytree(unbroken_run, run)
     text = (run / name).read_text()
-    (run / name).write_text(text.replace("\n", " \n", 1))
+    damaged = text.replace('"rounds": 4', '"rounds": 5') if name == "summary.json" else f"{text} "
+    (run / name).write_text(damaged)
     for command in (
         ["report"],
         ["export", "--out", str(tmp_path / "m.pt2")],
         ["train", "--resume"],
     ):
         assert cli.main([*command, str(run)]) == 4, command
-        assert f"{run / name} was changed after the run" in capsys.readouterr().err
+        assert f"{run / name} was changed: restore it" in capsys.readouterr().err
     assert not (run / "report.html").exists() and not (tmp_path / "m.pt2").exists()
 
 
@@ -64,7 +64,7 @@ def test_lines_before_the_checkpoint_are_sealed(unfinished, capsys):
     metrics = unfinished / "metrics.jsonl"
     metrics.write_text(metrics.read_text().replace('"round": 2', '"round": 2 '))
     assert cli.main(["train", "--resume", str(unfinished)]) == 4
-    assert "does not hold rounds 1 to 4 of its checkpoint" in capsys.readouterr().err
+    assert f"{metrics} was changed: restore it" in capsys.readouterr().err
 
 
 def test_sigterm_saves_as_ctrl_c_does(tmp_path, job, unbroken_run):

@@ -10,12 +10,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from processes import start_cli
 from run_folders import assert_same_results, lines_in, read_json, start_or_resume
 
 from semanticfl_ref import cli
 from semanticfl_ref.run import train as train_module
+from semanticfl_ref.storage import load_tensors, save_tensors
 
 
 def test_the_run_folder(unbroken_run):
@@ -241,9 +243,9 @@ def test_a_configuration_that_nobody_knows(unfinished, capsys):
     file = unfinished / "config.toml"
     text = file.read_text()
     file.write_text(f"{text}\n[featnorm]\nmu = 0.5\n")
-    assert cli.main(["train", "--resume", str(unfinished)]) == 2
+    assert cli.main(["train", "--resume", str(unfinished)]) == 3
     error = capsys.readouterr().err
-    assert "unknown setting 'featnorm.mu'; if a file registers it, add --import FILE" in error
+    assert f"{file}: unknown setting 'featnorm.mu'; restore the file, or if a file" in error
     assert "did you mean" not in error
     file.write_text("not TOML")
     assert cli.main(["train", "--resume", str(unfinished)]) == 3
@@ -263,7 +265,8 @@ def test_the_summary_of_a_run_that_was_killed_just_before_it(unfinished, unbroke
     """The confusion matrix is the final model's, whether or not a round ran in this process."""
     assert cli.main(["train", "--resume", str(unfinished)]) == 0
     here, there = (read_json(run / "summary.json") for run in (unfinished, unbroken_run))
-    assert {**here, "folder": there["folder"]} == there
+    differing = {name for name in there if here[name] != there[name]}
+    assert differing == {"folder", "sealed", "sha256"}, "its environment is another one"
     assert here["rounds"] == 4
     last = json.loads((unfinished / "metrics.jsonl").read_text().splitlines()[-1])
     diagonal = [row[c] / sum(row) for c, row in enumerate(there["confusion"])]
@@ -320,3 +323,49 @@ def test_a_run_continues_when_its_images_have_moved(tmp_path, job, monkeypatch, 
     assert cli.main(["train", "--resume", run, "--alpha", "6"]) == 4
     assert cli.main(["train", "--resume", run, "--data-dir", str(tmp_path / "elsewhere")]) == 0
     capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"round": 10**9},
+        {"round": -1},
+        {"round": "2"},
+        {"round": 2.5},
+        {"params": torch.zeros(3)},
+        {"batch_norm": torch.zeros(7, 7)},
+    ],
+)
+def test_a_crafted_checkpoint_with_a_right_digest(unfinished, capsys, change):
+    path = unfinished / "checkpoint.safetensors"
+    tensors, about, _ = load_tensors(path)
+    of_tensors = {name: value for name, value in change.items() if name in tensors}
+    save_tensors(path, tensors | of_tensors, about | (change if not of_tensors else {}))
+    assert cli.main(["train", "--resume", str(unfinished)]) == 4
+    assert str(unfinished) in capsys.readouterr().err
+
+
+def test_what_only_informs_stops_no_run(unfinished, unbroken_run):
+    """Damaged, it is written again or left out."""
+    for name in ("environment.json", "timings.jsonl", "partition.json", "anchors.json"):
+        (unfinished / name).write_text("{damaged")
+    assert cli.main(["train", "--resume", str(unfinished)]) == 0
+    assert_same_results(unbroken_run, unfinished)
+    for name in ("partition.json", "anchors.json"):
+        assert (unfinished / name).read_bytes() == (unbroken_run / name).read_bytes()
+
+
+def test_a_number_of_rounds_that_was_changed(unfinished, capsys):
+    """It is no part of the identity, since a run may be extended."""
+    file = unfinished / "config.toml"
+    file.write_text(file.read_text().replace("rounds = 4", "rounds = 5"))
+    assert cli.main(["train", "--resume", str(unfinished)]) == 4
+    assert f"{file} was changed" in capsys.readouterr().err
+
+
+def test_a_state_that_exceeds_the_memory(tmp_path, job, monkeypatch, capsys):
+    monkeypatch.setattr(train_module, "memory", lambda: 1 << 16)
+    many = [*job, "--method", "scaffold", "--out", str(tmp_path / "run")]
+    assert cli.main(["train", *many]) == 2
+    assert "scaffold with 3 clients needs 209.4 KiB of memory" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

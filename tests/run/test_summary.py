@@ -8,6 +8,7 @@ from semanticfl_ref.commands.train import summary_table
 from semanticfl_ref.run import folder, summary
 
 ROW = {
+    "clients": [0, 1, 2],
     "validation_accuracy": None,
     "class_accuracy": [0.5, None],
     "client_accuracy": [0.6, 0.2],
@@ -46,6 +47,19 @@ def test_the_summary_and_its_table():
     assert "20.00% (worst client: 1, 20.00%)" in text
     assert "10.5 KiB" in text and "validation" not in text
     assert "mean of the last 5 " in text
+
+
+def test_an_update_far_larger_than_the_others_gets_a_warning():
+    """The median of six norms is 2; from a hundred times that on, round and client are named."""
+    rows = [{**row, "drift": {**row["drift"], "update_norm": [1.0, 2.0, 3.0]}} for row in ROWS]
+    rows[3]["drift"]["update_norm"] = [1.0, 200.0, None]
+    assert not summary.dominant_update(rows)
+    rows[3]["drift"]["update_norm"] = [1.0, 1e33, None]
+    (text,) = summary.dominant_update(rows)
+    assert "round 4, client 1: the norm of the update is 1e+33, that of a usual one 2;" in text
+    assert text in summary_of(rows)["warnings"]
+    rows[3]["drift"]["update_norm"] = [None, None, None]
+    assert not summary.dominant_update(rows[3:4])
 
 
 def test_the_table_names_the_rounds_that_were_averaged():

@@ -14,6 +14,7 @@ import semanticfl_ref
 from semanticfl_ref import cli
 from semanticfl_ref.diffusion.anchors import Anchors
 from semanticfl_ref.errors import DataError, MismatchError, UserError
+from semanticfl_ref.run.folder import SEAL
 from semanticfl_ref.storage import load_tensors
 
 
@@ -167,8 +168,11 @@ def test_a_model_of_another_checkpoint_is_refused(trained, tmp_path):
     copy = tmp_path / "run"
     shutil.copytree(folder.path, copy)
     (copy / "summary.json").unlink()  # it seals the others
-    text = (copy / "config.toml").read_text()
-    (copy / "config.toml").write_text(text.replace("width = 2", "width = 3"))
+    text = (copy / "config.toml").read_text().replace("width = 2", "width = 3")
+    (copy / "config.toml").write_text(text)
+    with pytest.raises(MismatchError, match=r"config\.toml was changed"):
+        semanticfl_ref.load_model(copy)
+    (copy / "config.toml").write_text(text.partition(SEAL)[0])
     with pytest.raises(MismatchError, match="another model"):
         semanticfl_ref.load_model(copy)
     (copy / "checkpoint.safetensors").write_bytes(b"damaged")

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from semanticfl_ref.formatting import Say
 from semanticfl_ref.run.environment import command_line
-from semanticfl_ref.storage import write_atomic
+from semanticfl_ref.run.folder import RunFolder
+from semanticfl_ref.storage import write_atomic, write_errors
 from semanticfl_ref.tools.compare.figures import curves_figure, gains_figure
 from semanticfl_ref.tools.compare.grid import Grid, plan
 from semanticfl_ref.tools.compare.statistics import Comparison, compare
@@ -23,7 +24,7 @@ def run_grid(grid: Grid, say: Say) -> Comparison:
         say: takes one line of progress.
 
     Raises:
-        UserError: and its kinds, see errors.py.
+        UserError: and its kinds, see errors.py; another process trains in the folder.
         KeyboardInterrupt: after all runs have saved a checkpoint.
     """
     runs = plan(grid)
@@ -31,9 +32,12 @@ def run_grid(grid: Grid, say: Say) -> Comparison:
         f"{len(runs)} runs in {grid.out}: methods {len(grid.methods)}, "
         f"scenarios {len({run.scenario for run in runs})}, seeds {grid.seeds}"
     )
-    train_all(runs, grid)
-    comparison = compare(runs, grid)
-    say(f"wrote {write(comparison, grid.out)} to {grid.out}")
+    with write_errors(grid.out):
+        grid.out.mkdir(parents=True, exist_ok=True)
+    with RunFolder(grid.out).held():
+        train_all(runs, grid)
+        comparison = compare(runs, grid)
+        say(f"wrote {write(comparison, grid.out)} to {grid.out}")
     return comparison
 
 

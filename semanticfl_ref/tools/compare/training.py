@@ -15,6 +15,7 @@ from semanticfl_ref.config.command_line import to_flags
 from semanticfl_ref.config.registry import IMPORTED
 from semanticfl_ref.config.settings import to_flat
 from semanticfl_ref.errors import MismatchError, UserError
+from semanticfl_ref.parent import child_environment, lifeline
 from semanticfl_ref.run.folder import RunFolder
 from semanticfl_ref.tools.compare.grid import Grid, Run
 
@@ -39,7 +40,7 @@ def train_all(runs: Sequence[Run], grid: Grid) -> None:
         process = start(run, grid)
         processes.append(process)
         if stop.is_set():  # while it was being started
-            process.send_signal(signal.SIGINT)
+            process.send_signal(signal.SIGTERM)
         _, messages = process.communicate()
         if process.returncode:
             stop.set()
@@ -52,8 +53,8 @@ def train_all(runs: Sequence[Run], grid: Grid) -> None:
             list(pool.map(train, waiting))
         except KeyboardInterrupt:
             stop.set()
-            for process in list(processes):
-                process.send_signal(signal.SIGINT)
+            for process in list(processes):  # a shell's background jobs ignore SIGINT
+                process.send_signal(signal.SIGTERM)
             raise KeyboardInterrupt(
                 "interrupted; finished runs are kept, and the same command resumes the others"
             ) from None
@@ -89,7 +90,7 @@ def is_finished(run: Run) -> bool:
 
 
 def start(run: Run, grid: Grid) -> subprocess.Popen:
-    """Start or resume a run in a child process."""
+    """Start or resume a run in a child process, which ends with this one."""
     flags = [f"--import={file}" for file in IMPORTED] + ["--offline"] * grid.offline
     if run.folder.exists():
         flags += ["--resume", str(run.folder)]
@@ -97,9 +98,10 @@ def start(run: Run, grid: Grid) -> subprocess.Popen:
         flags += [*to_flags(run.config), "--out", str(run.folder)]
     return subprocess.Popen(
         [sys.executable, "-m", "semanticfl_ref", "train", *flags],
-        stdin=subprocess.DEVNULL,
+        stdin=lifeline(),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
+        env=child_environment(),
         text=True,
         errors="replace",
         # In a group of its own, Ctrl-C at a terminal reaches it once: through `train_all`.

@@ -79,8 +79,7 @@ def read_run(path: Path) -> Run:
     """
     folder = RunFolder(path)
     config, rows, seconds = folder.config("report"), folder.rounds(), folder.seconds()
-    if folder.finished:
-        folder.verify()
+    folder.verify()
     numbers = [row["round"] for row in rows if isinstance(row, dict) and row.keys() >= RECORDED]
     if numbers != list(range(1, len(rows) + 1)):
         raise DataError(
@@ -102,7 +101,7 @@ def read_run(path: Path) -> Run:
     return Run(
         path=path,
         config=config,
-        environment=folder.read("environment.json"),
+        environment=folder.environment(),
         partition=partition,
         anchors=folder.read("anchors.json"),
         rows=rows,

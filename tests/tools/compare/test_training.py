@@ -3,19 +3,23 @@
 import csv
 import io
 import json
+import shlex
 import signal
 import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from processes import ROOT, run_cli, start_cli
+from processes import ROOT, command, run_cli, start_cli
 
 from semanticfl_ref.errors import MismatchError, UserError
+from semanticfl_ref.run.folder import RunFolder
+from semanticfl_ref.storage import described
 from semanticfl_ref.tools.compare import training
 from semanticfl_ref.tools.compare.grid import Grid, Run, plan
 
@@ -164,3 +168,37 @@ def test_compare_itself_needs_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "False", done.stderr
+
+
+def test_a_comparison_that_is_killed_takes_its_run_along(tmp_path, grid_job):
+    """The run saves, as on SIGTERM; meanwhile a second comparison in the folder is refused."""
+    flags = [*grid_job, "--rounds", "400", "--seeds", "1", "--out", str(tmp_path)]
+    process = start_cli("compare", "--methods", "fedavg", *flags)
+    while process.poll() is None and not list(tmp_path.glob("runs/fedavg*/checkpoint.safetensors")):
+        time.sleep(0.01)
+    second = run_cli("compare", "--methods", "fedavg", *flags)
+    assert second.returncode == 2
+    assert f"another process trains in {tmp_path}" in second.stderr.splitlines()[-1]
+    process.kill()
+    process.communicate()
+    (folder,) = map(RunFolder, tmp_path.glob("runs/[a-z]*"))
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        with suppress(UserError), folder.held():
+            break
+        time.sleep(0.05)
+    with open(folder.checkpoint, "rb") as file:
+        assert described(file)["round"] == len(folder.rounds()), "it was saved as it ended"
+
+
+def test_a_comparison_in_the_background_can_be_ended(tmp_path, grid_job):
+    """There SIGINT is ignored, by the runs too: they are sent SIGTERM."""
+    flags = [*grid_job, "--rounds", "400", "--seeds", "1", "--out", str(tmp_path)]
+    words = shlex.join(command("compare", "--methods", "fedavg", *flags))
+    process = subprocess.Popen(
+        ["bash", "-c", f"trap '' INT; exec {words}"], stderr=subprocess.DEVNULL, cwd=ROOT
+    )
+    while process.poll() is None and not list(tmp_path.glob("runs/fedavg*/checkpoint.safetensors")):
+        time.sleep(0.01)
+    process.terminate()
+    assert process.wait(60) == 143

@@ -1,0 +1,79 @@
+"""One client of five is hostile in every round: what its models do to the others' federation."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from campaign.children import Done, classified, run
+from processes import JOB
+
+from semanticfl_ref.federated import replicas
+from semanticfl_ref.federated.flat import flatten_params, load_params
+
+pytestmark = pytest.mark.heavy
+
+FIVE = [*JOB, "--scenario", "iid", "--clients", "5", "--clients-per-round", "5", "--rounds", "6"]
+FIVE += ["--width", "4", "--local-epochs", "2", "--lr", "0.05", "--batch-size", "16"]
+# What a hostile client returns in place of its model.
+ATTACKS = {
+    "nan": lambda own_P, start_P: own_P * float("nan"),
+    "infinity": lambda own_P, start_P: own_P * 0 + float("inf"),
+    "1e30": lambda own_P, start_P: own_P * 0 + 1e30,
+    "the opposite": lambda own_P, start_P: start_P - 5 * (own_P - start_P),
+    "a million times": lambda own_P, start_P: start_P + 1e6 * (own_P - start_P),
+}
+DEFENCES = {
+    "median": ["--set", "federation.aggregation=median"],
+    "trimmed-mean": ["--set", "federation.aggregation=trimmed-mean"],
+    "clipping": ["--set", "server.clip_norm=3"],
+    "none": [],
+    "none, fedadam": ["--set", "federation.server_optimizer=fedadam"],
+}
+POINTS = 5  # of accuracy that a hostile fifth may cost under a defence
+
+
+def hostile(attack):
+    """For a child: client 2 returns something else."""
+
+    def install() -> None:
+        honest = replicas.train_client
+
+        def train(update, replica):
+            report = honest(update, replica)
+            if update.client == 2:
+                with torch.no_grad():
+                    own_P = flatten_params(replica.model)
+                    load_params(replica.model, attack(own_P, update.start_P))
+            return report
+
+        replicas.train_client = train
+
+    return install
+
+
+def accuracy(path: Path) -> float:
+    return 100 * json.loads((path / "summary.json").read_text())["test_accuracy_last_five"]
+
+
+@pytest.mark.parametrize("defence", DEFENCES)
+def test_a_hostile_fifth(tmp_path, tally, defence):
+    """Under a defence it costs at most POINTS; without one the run ends by name, or warns."""
+    flags = [*FIVE, *DEFENCES[defence], "--set", "federation.non_finite=drop"]
+    assert run(["train", *flags, "--out", str(tmp_path / "honest")]).code == 0
+    honest, row = accuracy(tmp_path / "honest"), tally(f"hostile client, {defence}")
+    for name, attack in ATTACKS.items():
+        path = tmp_path / name
+        done = run(["train", *flags, "--out", str(path)], hostile(attack))
+        row.add(judged(done, path, honest), f"{name}: {done.told[-300:]}, honest {honest:.1f}")
+    row.check(len(ATTACKS))
+
+
+def judged(done: Done, path: Path, honest: float) -> str:
+    """ "harmless" within POINTS; else "named" by an error or a warning, or "silent"."""
+    if done.code != 0:
+        return classified(done, False, "round ")
+    if accuracy(path) >= honest - POINTS:
+        return "harmless"
+    summary = json.loads((path / "summary.json").read_text())
+    return "named" if any("client 2" in text for text in summary["warnings"]) else "silent"
