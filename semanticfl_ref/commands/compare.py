@@ -85,6 +85,11 @@ def add_grid_flags(parser, out: Path) -> None:
         metavar="FOLDER",
         help="folder of runs, tables and figures; finished runs are reused (default: %(default)s)",
     )
+    parser.add_argument(
+        "--any-environment",
+        action="store_true",
+        help="compare runs although their versions, devices, precision, threads or data differ",
+    )
 
 
 def run(arguments) -> int:
@@ -129,5 +134,6 @@ def grid_of(arguments, **entries) -> Grid:
         out=arguments.out,
         workers=arguments.workers,
         offline=arguments.offline,
+        any_environment=arguments.any_environment,
         **entries,
     )

@@ -15,18 +15,21 @@ from typing import TYPE_CHECKING
 from semanticfl_ref import __version__
 
 if TYPE_CHECKING:
-    from semanticfl_ref.federated.context import RunContext
+    from semanticfl_ref.config.settings import Config
 
 PACKAGES = ("torch", "diffusers", "transformers", "numpy", "safetensors", "triton")
 # What a resumed run's last bits may depend on.
 NUMERIC = ("semanticfl_ref", "versions", "threads", "device", "precision", "platform", "processor")
 
 
-def environment_of(context: "RunContext") -> dict:
-    """Versions and machine; JSON values."""
+def environment_of(config: "Config") -> dict:
+    """Versions and machine, as a run of this configuration has them here; JSON values."""
     import torch
 
-    on_cuda = context.device.type == "cuda"
+    from semanticfl_ref.device import resolve_device, resolve_precision
+
+    device = resolve_device(config.run.device)
+    on_cuda = device.type == "cuda"
     return {
         "semanticfl_ref": __version__,
         "commit": git_commit(),
@@ -36,9 +39,9 @@ def environment_of(context: "RunContext") -> dict:
         "platform": platform.platform(),
         "processor": processor(),
         "versions": {name: _version(name) for name in PACKAGES},
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(context.device) if on_cuda else "cpu",
-        "precision": context.precision,
+        "threads": config.run.threads or torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if on_cuda else "cpu",
+        "precision": resolve_precision(config.run.precision, device),
     }
 
 

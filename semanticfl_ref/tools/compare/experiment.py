@@ -7,6 +7,7 @@ from pathlib import Path
 from semanticfl_ref.formatting import Say
 from semanticfl_ref.run.environment import command_line
 from semanticfl_ref.storage import write_atomic
+from semanticfl_ref.tools.compare.alike import require_alike
 from semanticfl_ref.tools.compare.figures import curves_figure, gains_figure
 from semanticfl_ref.tools.compare.grid import Grid, plan
 from semanticfl_ref.tools.compare.statistics import Comparison, compare
@@ -31,7 +32,10 @@ def run_grid(grid: Grid, say: Say) -> Comparison:
         f"{len(runs)} runs in {grid.out}: methods {len(grid.methods)}, "
         f"scenarios {len({run.scenario for run in runs})}, seeds {grid.seeds}"
     )
+    check = (lambda runs: None) if grid.any_environment else require_alike
+    check(runs)
     train_all(runs, grid)
+    check(runs)  # what was not there before
     comparison = compare(runs, grid)
     say(f"wrote {write(comparison, grid.out)} to {grid.out}")
     return comparison

@@ -40,6 +40,7 @@ class Grid:
         at: numbers of rounds after which to report, ascending; empty: after the last round.
         workers: runs at a time, which share the processor's threads.
         offline: no network access.
+        any_environment: whether runs of different environments and data are compared.
     """
 
     methods: Sequence[str]
@@ -52,6 +53,7 @@ class Grid:
     at: Sequence[int] = ()
     workers: int = 1
     offline: bool = False
+    any_environment: bool = False
 
 
 @dataclass(frozen=True)
