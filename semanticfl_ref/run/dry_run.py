@@ -1,32 +1,43 @@
 """The sizes of a run, without training or downloading anything."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from semanticfl_ref.config.registry import METHODS
 from semanticfl_ref.config.settings import Config
 from semanticfl_ref.data.batches import batch_sizes
+from semanticfl_ref.device import resolve_device
 from semanticfl_ref.diffusion.anchors import Anchors
 from semanticfl_ref.diffusion.model_files import TINY
-from semanticfl_ref.federated.context import make_context
+from semanticfl_ref.federated.context import RunContext, make_context
 from semanticfl_ref.federated.metrics import communication_cost
 from semanticfl_ref.federated.state import initial_state
-from semanticfl_ref.run.setup import load_data
+from semanticfl_ref.run.preconditions import check_anchors
+from semanticfl_ref.run.setup import RunData, anchor_images, load_data
 
 SD15_TEXT_WIDTH = 768
 
 
-def dry_run(config: Config) -> dict:
+def dry_run(config: Config, data: RunData | None = None, *, offline: bool = True) -> dict:
     """Images, clients, steps and bytes of a run. Reads the data set, writes nothing.
 
+    Args:
+        config: the configuration.
+        data: the result of `load_data`; made here if absent.
+        offline: no network access.
+
     Raises:
-        UserError: and its kinds, see errors.py.
+        UserError: and its kinds, see errors.py; what the run itself would raise before its work.
     """
-    data = load_data(config, offline=True)
+    resolve_device(config.run.device)
+    data = data or load_data(config, offline=offline)
+    if METHODS[config.federation.method].needs_anchors:
+        check_anchors(config, anchor_images(config, data))
     dataset, partition, federation = data.dataset, data.partition, config.federation
-    anchors = placeholder_anchors(config, dataset.classes)
-    context = make_context(config, dataset, partition, anchors)
+    context = rehearse(config, data)
     state, cost = initial_state(context), communication_cost(context)
     batches = [len(batch_sizes(size, federation.batch_size)) for size in partition.sizes]
     steps = federation.clients_per_round * federation.local_epochs * sum(batches) / len(batches)
@@ -50,6 +61,17 @@ def dry_run(config: Config) -> dict:
         "bytes_down_per_round": federation.clients_per_round * sum(cost["down"].values()),
         "bytes_up_per_round": federation.clients_per_round * sum(cost["up"].values()),
     }
+
+
+def rehearse(config: Config, data: RunData) -> RunContext:
+    """A run's constants on the CPU, with placeholders as anchors.
+
+    Raises:
+        UserError: a model that does not fit, as `make_context` does.
+    """
+    run = replace(config.run, device="cpu", replicas=1)
+    anchors = placeholder_anchors(config, data.dataset.classes)
+    return make_context(replace(config, run=run), data.dataset, data.partition, anchors)
 
 
 def placeholder_anchors(config: Config, classes: int) -> Anchors:

@@ -23,6 +23,7 @@ from semanticfl_ref.federated.state import (
     save_checkpoint,
 )
 from semanticfl_ref.formatting import Say
+from semanticfl_ref.run.dry_run import rehearse
 from semanticfl_ref.run.environment import changes, environment_of
 from semanticfl_ref.run.folder import RunFolder
 from semanticfl_ref.run.setup import (
@@ -31,7 +32,7 @@ from semanticfl_ref.run.setup import (
     identity_of,
     load_data,
     provenance_of,
-    set_threads,
+    set_up_torch,
 )
 from semanticfl_ref.run.summary import summarise
 
@@ -126,7 +127,7 @@ def _prepare(
     config: Config, data: RunData | None, anchors: Anchors | None, offline: bool, say: Say
 ) -> RunContext:
     """What both ways to start a run need."""
-    set_threads(config)
+    set_up_torch(config)
     data = data or load_data(config, offline=offline)
     partition = data.partition
     for note in data.dataset.notes:
@@ -135,7 +136,9 @@ def _prepare(
         f"{len(data.dataset.train_labels)} training images, {len(partition.sizes)} clients with "
         f"{min(partition.sizes)} to {max(partition.sizes)} each, skew {partition.skew:.2f}"
     )
-    anchors = anchors or build_anchors(config, data, offline=offline, say=say)
+    if anchors is None:
+        rehearse(config, data)
+        anchors = build_anchors(config, data, offline=offline, say=say)
     return make_context(config, data.dataset, partition, anchors)
 
 
