@@ -200,9 +200,9 @@ def require_components(
             remedy = "leave it out"
         raise UserError(
             f"anchors.width = {settings.width}: layer {layer} has {components} PCA components "
-            f"({images} images), {widths[layer]} are requested; {remedy}, use more "
-            f"images, or, if the layer has too few channels, a larger diffusion.pool (diffusion.vae_pool "
-            f"for the latent)"
+            f"({images} images), {widths[layer]} are requested; {remedy}, use more images, or, if "
+            f"the layer has too few channels, a larger diffusion.pool (diffusion.vae_pool for the "
+            f"latent)"
         )
 
 

@@ -283,7 +283,7 @@ def test_a_width_that_the_levels_cannot_give_is_refused(cache):
         make(cache, width=60)
     ones = {"mid": torch.ones(N, 30).half()}
     constant = cache_of(ones, cache.text, LABELS, "id", {"images": N})
-    with pytest.raises(UserError, match="mid has 0 PCA components.*leave it out"):
+    with pytest.raises(UserError, match=r"mid has 0 PCA components.*leave it out"):
         make(constant)
     features = {layer: cache.read("mid") for layer in ("mid", "up.0", "up.1")}
     three_layers = cache_of(features, cache.text, LABELS, "id", {"images": N})
