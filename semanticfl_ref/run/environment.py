@@ -16,13 +16,19 @@ from semanticfl_ref import __version__
 
 if TYPE_CHECKING:
     from semanticfl_ref.config.settings import Config
+    from semanticfl_ref.federated.context import RunContext
 
 PACKAGES = ("torch", "diffusers", "transformers", "numpy", "safetensors", "triton")
 # What a resumed run's last bits may depend on.
 NUMERIC = ("semanticfl_ref", "versions", "threads", "device", "precision", "platform", "processor")
 
 
-def environment_of(config: "Config") -> dict:
+def environment_of(context: "RunContext") -> dict:
+    """Versions and machine of a run; JSON values."""
+    return environment_here(context.config)
+
+
+def environment_here(config: "Config") -> dict:
     """Versions and machine, as a run of this configuration has them here; JSON values."""
     import torch
 

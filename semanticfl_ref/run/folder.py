@@ -10,8 +10,9 @@ import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import reduce
+from itertools import chain, count
 from pathlib import Path
 
 from semanticfl_ref.config.resolve import read_toml, resolve, to_toml
@@ -35,6 +36,22 @@ def default_folder(config: Config) -> Path:
     """`runs/<dataset>-<method>-seed<seed>-<time>`."""
     name = f"{config.data.name}-{config.federation.method}-seed{config.run.seed}"
     return Path("runs", f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+
+
+def reserve(folder: Path) -> Path:
+    """Make an empty folder of this name or, if it is taken, of the next: `-2`, `-3`, ...
+
+    Raises:
+        DataError: no folder can be made there.
+    """
+    others = (folder.with_name(f"{folder.name}-{number}") for number in count(2))
+    with write_errors(folder, REMEDY):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        for free in chain([folder], others):
+            with suppress(FileExistsError):
+                free.mkdir()  # by one process only
+                break
+    return free
 
 
 def refuse_existing(folder: Path) -> None:

@@ -71,7 +71,7 @@ def train(
     context = _prepare(config, data, anchors, offline, say)
     dataset = context.dataset
     documents = {
-        "environment.json": environment_of(config),
+        "environment.json": environment_of(context),
         "partition.json": {
             **context.partition.manifest(),
             "dataset_sha256": dataset.sha256,
@@ -111,7 +111,7 @@ def resume(
         require_identity(folder.path / IDENTITY, folder.read(IDENTITY), identity)
         if folder.checkpoint.exists():
             state = load_checkpoint(folder.checkpoint, identity).to(context.device)
-        now = environment_of(config)
+        now = environment_of(context)
         changed = changes(folder.read("environment.json"), now)
         if changed:
             say(f"note: {', '.join(changed)} changed; resumed results may differ in the last bits")

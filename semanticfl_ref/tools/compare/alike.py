@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from semanticfl_ref.config.settings import NOT_IDENTITY, Config, to_flat
 from semanticfl_ref.errors import MismatchError
-from semanticfl_ref.run.environment import environment_of
+from semanticfl_ref.run.environment import environment_here
 from semanticfl_ref.run.folder import RunFolder
 from semanticfl_ref.tools.compare.grid import Run
 
@@ -54,7 +54,7 @@ def _numeric(run: Run) -> Iterator[tuple[str, object, str, object]]:
             if value:
                 yield name, _settings(run.config, prefixes), str(run.folder), str(value)[:16]
     if not run.folder.exists() or not RunFolder(run.folder).finished:
-        yield from _of_environment(environment_of(run.config), run.config, "this environment")
+        yield from _of_environment(environment_here(run.config), run.config, "this environment")
 
 
 def _of_environment(
