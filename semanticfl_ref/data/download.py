@@ -6,7 +6,6 @@ network access. SEMANTICFL_URL_<NAME> replaces the mirrors, for example SEMANTIC
 content must still be the published one.
 """
 
-import fcntl
 import hashlib
 import http.client
 import os
@@ -22,6 +21,7 @@ from tqdm import tqdm
 
 from semanticfl_ref.data.dataset import ReadOptions
 from semanticfl_ref.errors import DataError, DownloadError, UserError
+from semanticfl_ref.locks import LOCK_EX, flock
 from semanticfl_ref.storage import PART, cache_folder, file_sha256, user_path
 
 TIMEOUT_SECONDS = 30.0  # without a byte
@@ -133,7 +133,7 @@ def download(name: str, archive: Archive, path: Path) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "a+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # a second run waits here for the first one
+            flock(file, LOCK_EX)  # a second run waits here for the first one
             if path.is_file() and file_sha256(path) == archive.sha256:
                 return path
             for url in urls:

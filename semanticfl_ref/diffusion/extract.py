@@ -4,7 +4,6 @@ Memory does not grow with the number of images. A killed extraction continues af
 complete shard and ends with the same bytes. Processes that need the same cache take turns.
 """
 
-import fcntl
 import shutil
 from contextlib import nullcontext
 from dataclasses import fields
@@ -27,6 +26,7 @@ from semanticfl_ref.diffusion.model_files import fingerprint
 from semanticfl_ref.diffusion.text import TextEncoder, captions
 from semanticfl_ref.errors import DataError
 from semanticfl_ref.formatting import Say, format_bytes
+from semanticfl_ref.locks import LOCK_EX, LOCK_NB, flock
 from semanticfl_ref.storage import (
     Damaged,
     canonical_json,
@@ -69,10 +69,10 @@ def build_cache(plan: CachePlan, say: Say, *, rebuild: bool = False) -> None:
         lock = open(plan.path / LOCK, "a")  # noqa: SIM115 (closed below)
     with lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            flock(lock, LOCK_EX | LOCK_NB)
         except BlockingIOError:
             say(f"waiting for another process that builds the feature cache {plan.path}")
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            flock(lock, LOCK_EX)
         remove_parts(plan.path)
         if rebuild:
             # The manifest first: the files that it names are deleted next.

@@ -18,6 +18,7 @@ from pathlib import Path
 from semanticfl_ref.config.resolve import read_toml, resolve, to_toml
 from semanticfl_ref.config.settings import Config
 from semanticfl_ref.errors import DataError, MismatchError, UserError
+from semanticfl_ref.locks import LOCK_EX, LOCK_NB, LOCKS, flock
 from semanticfl_ref.storage import (
     file_sha256,
     remove_parts,
@@ -108,6 +109,8 @@ class RunFolder:
                 for name, text in texts.items():
                     write_flushed(made / name, text)
                 refuse_existing(path)
+                if os.name == "nt" and path.is_dir():  # there no rename replaces an empty folder
+                    path.rmdir()
                 os.rename(made, path)
         return cls(path)
 
@@ -150,13 +153,11 @@ class RunFolder:
         Raises:
             UserError: another process writes into it.
         """
-        import fcntl
-
-        # The folder itself is locked: it is never replaced, as its files are.
-        descriptor = os.open(self.path, os.O_RDONLY)
+        # The folder itself is locked: it is never replaced, as its files are. Windows opens none.
+        descriptor = os.open(self.path if LOCKS else os.devnull, os.O_RDONLY)
         try:
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                flock(descriptor, LOCK_EX | LOCK_NB)
             except BlockingIOError:
                 raise UserError(
                     f"another process trains in {self.path}: wait for its end, or choose another "

@@ -28,6 +28,7 @@ from semanticfl_ref.config.settings import Config, DataSettings
 from semanticfl_ref.cores import cores
 from semanticfl_ref.errors import DataError, DownloadError, MismatchError, UserError
 from semanticfl_ref.formatting import format_bytes
+from semanticfl_ref.locks import LOCKS
 from semanticfl_ref.storage import cache_folder
 
 if TYPE_CHECKING:
@@ -60,7 +61,9 @@ def examine(config: Config, offline: bool) -> Iterator[Finding]:
         config: configuration of the run to be started.
         offline: whether what a run can download by itself counts as missing.
     """
-    yield Finding("python", "ok", f"{platform.python_version()} on {platform.platform()}")
+    without = "" if LOCKS else "; no file locks: one process at a time per run folder and cache"
+    found = f"{platform.python_version()} on {platform.platform()}{without}"
+    yield Finding("python", "warn" if without else "ok", found)
     for line in [*requirements(), "matplotlib", "scipy"]:
         name = re.match(r"[\w-]+", line)[0]
         yield _check(name, partial(_package, line), needed=name not in OPTIONAL)
