@@ -5,6 +5,7 @@ Nothing heavy is imported here, so that `--help` is instant.
 
 import argparse
 import difflib
+import os
 import re
 import runpy
 import signal
@@ -69,6 +70,7 @@ def program() -> int:
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves it
             signal.signal(number, stop)
     replace_streams()
+    os.environ["MPLBACKEND"] = "agg"  # figures go to files, whatever a notebook has set
     code = main()
     return 128 + received[0] if received else code
 

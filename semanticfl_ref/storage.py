@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from semanticfl_ref.errors import DataError
+from semanticfl_ref.errors import DataError, UserError
 
 if TYPE_CHECKING:
     import torch
@@ -30,8 +30,18 @@ def cache_folder() -> Path:
 
 
 def user_path(text: str) -> Path:
-    """A path as a user writes it: `~` and variables are replaced."""
-    return Path(os.path.expanduser(os.path.expandvars(text)))
+    """A path as a user writes it: `~` and variables are replaced.
+
+    Raises:
+        UserError: there is no home folder, as in a container of an unknown user.
+    """
+    path = os.path.expanduser(os.path.expandvars(text))
+    if path.partition("/")[0] == "~":
+        raise UserError(
+            f"{text}: this user has no home folder; write the whole path, or set HOME or "
+            f"SEMANTICFL_CACHE"
+        )
+    return Path(path)
 
 
 class Damaged(Exception):
@@ -68,7 +78,9 @@ def remove_parts(folder: Path) -> None:
 def write_flushed(path: Path, content: bytes | str) -> None:
     """Write a new file and flush it to disk; a link or file that is there is not followed."""
     with open(path, "xb") as file:
-        file.write(content.encode("utf-8") if isinstance(content, str) else content)
+        file.write(
+            content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
+        )
         file.flush()
         os.fsync(file.fileno())
 

@@ -164,14 +164,17 @@ def folder_sha256(folder: Path) -> str:
 
 
 def _local(archive: Archive, folder: Path, accepted: str) -> Path:
-    """The archive or its unpacked folder in the user's folder, if it has the expected SHA-256."""
-    path = folder / archive.filename
-    if not path.exists():
-        path = folder / archive.folder
-    if not path.exists():
+    """The archive or its unpacked folder, which `folder` is or holds, if it has the expected
+    SHA-256.
+    """
+    places = (folder / archive.filename, folder / archive.folder)
+    if folder.is_file() or folder.name == archive.folder:
+        places = (folder,)
+    path = next((place for place in places if place.exists()), None)
+    if path is None:
         raise DataError(
-            f"{folder} holds neither {archive.filename} nor the folder {archive.folder}: correct "
-            f"--data-dir, or leave it out to download"
+            f"{folder} neither is nor holds {archive.filename} or the folder {archive.folder}: "
+            f"correct --data-dir, or leave it out to download"
         )
     try:
         actual = folder_sha256(path) if path.is_dir() else file_sha256(path)
