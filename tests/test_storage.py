@@ -138,7 +138,7 @@ def test_a_user_without_a_home_folder_is_told(monkeypatch):
     monkeypatch.setattr("pwd.getpwuid", unknown)
     with pytest.raises(UserError, match="set HOME or SEMANTICFL_CACHE"):
         storage.cache_folder()
-    assert str(storage.user_path("~backup")) == "~backup"
+    assert str(storage.user_path("~no-such-user")) == "~no-such-user"
 
 
 def test_a_name_that_is_no_text_can_be_written(tmp_path):
