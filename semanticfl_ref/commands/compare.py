@@ -14,7 +14,7 @@ from semanticfl_ref.commands.settings_flags import (
 from semanticfl_ref.config.registry import METHODS, SCENARIOS
 from semanticfl_ref.errors import UserError
 from semanticfl_ref.storage import user_path
-from semanticfl_ref.tools.compare.grid import Grid, split_entries
+from semanticfl_ref.tools.compare.grid import Grid, short_name, split_entries
 
 HELP = "compare methods in a grid of scenarios and seeds; writes tables and figures"
 # Settings that differ between the runs of a grid -> what to do instead of setting them.
@@ -31,7 +31,8 @@ def add_flags(parser, argv: list[str]) -> None:
         default="fedavg,semanticfl",
         metavar="A,B",
         help="methods, separated by commas, each with settings of its own in brackets if needed, "
-        "such as 'semanticfl[anchors.control=shuffled;semanticfl.tau=0.1]', quoted for the shell "
+        "such as 'semanticfl[anchors.control=shuffled;semanticfl.tau=0.1]', quoted for the shell, "
+        "and with a short name for figures and folders: 'tuned=semanticfl[...]' "
         "(default: %(default)s)",
     )
     parser.add_argument(
@@ -99,7 +100,8 @@ def run(arguments) -> int:
     methods, scenarios = split_entries("--methods", arguments.methods, METHODS), []
     if arguments.scenarios is not None:
         scenarios = split_entries("--scenarios", arguments.scenarios, SCENARIOS)
-    baseline = arguments.baseline or methods[0]
+    by_name = {short_name(entry): entry for entry in methods}
+    baseline = by_name.get(arguments.baseline, arguments.baseline or methods[0])
     if baseline not in methods:
         raise UserError(f"--baseline {baseline!r}: choose one of --methods, {', '.join(methods)}")
     grid = grid_of(

@@ -25,6 +25,9 @@ NUMBERED = {
 }
 
 
+LONGEST_NAME = 200  # of a run's folder; file systems allow 255 bytes
+
+
 @dataclass(frozen=True, kw_only=True)
 class Grid:
     """An experiment grid, how it is trained, and what is reported of it.
@@ -82,7 +85,12 @@ def plan(grid: Grid) -> list[Run]:
         own = scenario_settings(scenario) if grid.scenarios else {}
         config = resolve({**shared, **own, **method_settings(method), "run.seed": seed})
         _check_reported(grid, config)
-        name = f"{method}-{scenario}-{config.federation.rounds}-seed{seed}"
+        name = f"{short_name(method)}-{scenario}-{config.federation.rounds}-seed{seed}"
+        if len(name) > LONGEST_NAME:
+            raise UserError(
+                f"{method}: too long for the name of a folder; give it a short one: "
+                f"--methods 'NAME={method}'"
+            )
         folder = grid.out / "runs" / re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-")
         if folder in runs:
             first = runs[folder]
@@ -111,13 +119,19 @@ def split_entries(flag: str, text: str, known: Iterable[str]) -> list[str]:
     return entries
 
 
+def short_name(entry: str) -> str:
+    """`name` of the entry `name=method[...]`; the whole entry if it has no name."""
+    name, named, _ = entry.partition("[")[0].partition("=")
+    return name.strip() if named else entry
+
+
 def method_settings(entry: str) -> dict[str, object]:
-    """The settings of `method` or `method[section.field=value;...]`.
+    """The settings of `method` or `method[section.field=value;...]`, with or without `name=`.
 
     Raises:
         UserError: a malformed entry.
     """
-    name, assignments = _parts(entry)
+    name, assignments = _parts(re.sub(r"^[^\[=]*=", "", entry))
     return {"federation.method": name, **assignments}
 
 
