@@ -84,7 +84,7 @@ def read(options: ReadOptions) -> Parts:
     if passed:
         listed = ", ".join(f"{count} {kind}" for kind, count in passed.most_common(5))
         notes.append(f"passed over in {folder}: {listed}")
-    if all(re.fullmatch(r"n\d{8}", name) for name in names):
+    if all(re.fullmatch(r"n\d{8}|\d+", name) for name in names):
         notes.append(
             f"classes are called {names[0]} and the like, so captions say nothing of them: rename "
             f"their folders to words"
@@ -192,6 +192,8 @@ def _files(folder: Path, passed: Counter[str]) -> Iterator[Path]:
             path = Path(place, name)
             if path.suffix.lower() in SUFFIXES and path.is_file():
                 yield path
+            elif not path.exists():
+                passed["broken links"] += 1
             else:
                 passed[path.suffix.lower() or "without suffix"] += 1
 

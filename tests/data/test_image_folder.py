@@ -123,13 +123,14 @@ def test_links_are_followed_and_other_files_are_counted(tmp_path):
     (tmp_path / "d" / "kind_0" / "linked").symlink_to(tmp_path / "more" / "kind_0")
     (tmp_path / "d" / "kind_0" / "up").symlink_to(tmp_path / "d" / "kind_0")
     Image.new("RGB", (9, 9), (0, 99, 0)).save(tmp_path / "d" / "kind_1" / "x.jfif", "JPEG")
+    (tmp_path / "d" / "kind_0" / "gone.png").symlink_to(tmp_path / "nowhere.png")
     for name in ("a.txt", "b.txt", "c.xcf", "README"):
         (tmp_path / "d" / "kind_1" / name).write_text("")
     for litter in ("__MACOSX", "@eaDir", ".ipynb_checkpoints"):
         (tmp_path / "d" / litter).mkdir()
     d = load("image_folder", dir=tmp_path / "d")
     assert len(d.train_labels) + len(d.test_labels) == 10 + 5 + 11
-    note = f"passed over in {tmp_path / 'd'}: 2 .txt, 1 .xcf, 1 without suffix"
+    note = f"passed over in {tmp_path / 'd'}: 2 .txt, 1 .xcf, 1 without suffix, 1 broken links"
     assert sorted(d.notes[0].split(": ")[1].split(", ")) == sorted(note.split(": ")[1].split(", "))
 
 

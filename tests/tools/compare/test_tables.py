@@ -3,6 +3,7 @@
 import csv
 import io
 import sys
+from itertools import pairwise
 
 import pytest
 
@@ -177,7 +178,7 @@ def test_long_and_short_names_of_methods_in_figures(finished_grid):
     texts = [text.get_text() for text in figure.axes[0].texts]
     assert sorted(texts) == sorted(["fedavg", "tuned", "moon[mu=1;tau=0.25;learning…"])
     heights = sorted(text.get_position()[1] for text in figure.axes[0].texts)
-    assert all(b - a > 0.2 for a, b in zip(heights, heights[1:], strict=False)), "labels are apart"
+    assert all(b - a > 0.2 for a, b in pairwise(heights)), "labels are apart"
     low, high = figure.axes[0].get_ylim()
     assert high - low >= 5, "one seed's noise is not blown up"
     assert "one seed" in figure.axes[0].get_ylabel()
