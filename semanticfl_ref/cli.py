@@ -6,6 +6,7 @@ Nothing heavy is imported here, so that `--help` is instant.
 import argparse
 import difflib
 import errno
+import os
 import re
 import runpy
 import signal
@@ -76,6 +77,7 @@ def program() -> int:
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves it
             signal.signal(number, stop)
     replace_streams()
+    os.environ["MPLBACKEND"] = "agg"  # figures go to files, whatever a notebook has set
     end_with_parent()
     code = main()
     return 128 + received[0] if received else code

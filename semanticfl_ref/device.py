@@ -22,6 +22,16 @@ def resolve_device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and available else "cpu")
 
 
+def require_precision(precision: str, device: torch.device) -> None:
+    """Refuse a U-Net's precision that a device does not have.
+
+    Raises:
+        UserError: fp16 on a CPU.
+    """
+    if precision == "fp16" and device.type == "cpu":
+        raise UserError("diffusion.precision = fp16 needs a CUDA device: on a CPU use fp32 or bf16")
+
+
 @contextmanager
 def default_threads() -> Iterator[None]:
     """As many CPU threads as torch chooses by itself, for work that nothing else runs beside."""

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from semanticfl_ref.errors import DataError
+from semanticfl_ref.errors import DataError, UserError
 
 if TYPE_CHECKING:
     import torch
@@ -32,8 +32,18 @@ def cache_folder() -> Path:
 
 
 def user_path(text: str) -> Path:
-    """A path as a user writes it: `~` and variables are replaced."""
-    return Path(os.path.expanduser(os.path.expandvars(text)))
+    """A path as a user writes it: `~` and variables are replaced.
+
+    Raises:
+        UserError: there is no home folder, as in a container of an unknown user.
+    """
+    path = os.path.expanduser(os.path.expandvars(text))
+    if path.partition("/")[0] == "~":
+        raise UserError(
+            f"{text}: this user has no home folder; write the whole path, or set HOME or "
+            f"SEMANTICFL_CACHE"
+        )
+    return Path(path)
 
 
 class Damaged(Exception):

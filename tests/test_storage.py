@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from semanticfl_ref import storage
-from semanticfl_ref.errors import DataError
+from semanticfl_ref.errors import DataError, UserError
 
 TENSORS = {
     "b": torch.arange(6.0).view(2, 3),
@@ -125,3 +125,22 @@ def test_paths_as_users_write_them(monkeypatch, tmp_path):
     assert str(storage.user_path("~nobody-has-this-name/a")) == "~nobody-has-this-name/a"
     monkeypatch.setenv("SEMANTICFL_CACHE", "~/cache")
     assert storage.cache_folder() == tmp_path / "cache"
+
+
+def test_a_user_without_a_home_folder_is_told(monkeypatch):
+    """As in a container that runs as a number: no folder called ~ is made."""
+
+    def unknown(uid):
+        raise KeyError(uid)
+
+    monkeypatch.delenv("HOME")
+    monkeypatch.delenv("SEMANTICFL_CACHE", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    with pytest.raises(UserError, match="set HOME or SEMANTICFL_CACHE"):
+        storage.cache_folder()
+    assert str(storage.user_path("~no-such-user")) == "~no-such-user"
+
+
+def test_a_name_that_is_no_text_can_be_written(tmp_path):
+    storage.write_atomic(tmp_path / "file", "run \udcff")
+    assert (tmp_path / "file").read_text() == "run \\udcff"

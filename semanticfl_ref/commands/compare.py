@@ -15,7 +15,7 @@ from semanticfl_ref.commands.settings_flags import (
 from semanticfl_ref.config.registry import METHODS, SCENARIOS
 from semanticfl_ref.errors import UserError
 from semanticfl_ref.storage import user_path
-from semanticfl_ref.tools.compare.grid import Grid, split_entries
+from semanticfl_ref.tools.compare.grid import Grid, short_name, split_entries
 
 HELP = "compare methods in a grid of scenarios and seeds; writes tables and figures"
 # Settings that differ between the runs of a grid -> what to do instead of setting them.
@@ -63,7 +63,8 @@ def add_entries(parser) -> None:
         default="fedavg,semanticfl",
         metavar="A,B",
         help="methods, separated by commas, each with settings of its own in brackets if needed, "
-        "such as 'semanticfl[anchors.control=shuffled;semanticfl.tau=0.1]', quoted for the shell "
+        "such as 'semanticfl[anchors.control=shuffled;semanticfl.tau=0.1]', quoted for the shell, "
+        "and with a short name for figures and folders: 'tuned=semanticfl[...]' "
         "(default: %(default)s)",
     )
     parser.add_argument(
@@ -111,6 +112,11 @@ def add_grid_flags(parser, out: Path, seeds: int = 3, first: int = 0) -> None:
         metavar="FOLDER",
         help="folder of runs, tables and figures; finished runs are reused (default: %(default)s)",
     )
+    parser.add_argument(
+        "--any-environment",
+        action="store_true",
+        help="compare runs although their versions, devices, precision, threads or data differ",
+    )
 
 
 def run(arguments) -> int:
@@ -119,7 +125,8 @@ def run(arguments) -> int:
     from semanticfl_ref.tools.compare.tables import markdown
 
     methods, scenarios = entries_of(arguments)
-    baseline = arguments.baseline or methods[0]
+    by_name = {short_name(entry): entry for entry in methods}
+    baseline = by_name.get(arguments.baseline, arguments.baseline or methods[0])
     if baseline not in methods:
         raise UserError(f"--baseline {baseline!r}: choose one of --methods, {', '.join(methods)}")
     grid = grid_of(
@@ -165,5 +172,6 @@ def grid_of(arguments, **entries) -> Grid:
         out=arguments.out,
         workers=arguments.workers,
         offline=arguments.offline,
+        any_environment=arguments.any_environment,
         **entries,
     )

@@ -1,5 +1,7 @@
 """`train`: train from end to end, or continue a run."""
 
+from contextlib import suppress
+
 from semanticfl_ref.commands.output import say, show
 from semanticfl_ref.commands.settings_flags import add_settings, settings_of
 from semanticfl_ref.config.command_line import shell_command, to_flags
@@ -8,7 +10,7 @@ from semanticfl_ref.config.settings import NOT_IDENTITY, Config, to_flat
 from semanticfl_ref.cores import rank
 from semanticfl_ref.errors import MismatchError, UserError
 from semanticfl_ref.formatting import format_bytes, format_seconds
-from semanticfl_ref.run.folder import RunFolder, default_folder, refuse_existing
+from semanticfl_ref.run.folder import RunFolder, default_folder, refuse_existing, reserve
 from semanticfl_ref.run.summary import LAST
 from semanticfl_ref.storage import user_path
 
@@ -68,12 +70,19 @@ def run(arguments) -> int:
 
         return show(dry_run(config, measure=True), arguments.json, sizes_table)
     out = arguments.out or default_folder(config)
-    if rank() == 0:
-        refuse_existing(out)
-    _announce(config)
-    from semanticfl_ref.run.train import train
+    if rank() == 0:  # which alone writes
+        out = arguments.out or reserve(out)
+    try:
+        if rank() == 0:
+            refuse_existing(out)
+        _announce(config)
+        from semanticfl_ref.run.train import train
 
-    folder = train(config, out, offline=arguments.offline, say=say)
+        folder = train(config, out, offline=arguments.offline, say=say)
+    finally:
+        if not arguments.out and rank() == 0:
+            with suppress(OSError):  # what was reserved in vain; a run is not empty
+                out.rmdir()
     return _show_result(folder, config, arguments.json)
 
 

@@ -67,9 +67,9 @@ class Section:
                 raise UserError(
                     f"{name} = {value!r}: expected {KINDS[kind]}, not {type(value).__name__}"
                 )
-            if isinstance(value, str) and not _is_unicode(value):
+            if isinstance(value, str) and not is_unicode(value):
                 raise UserError(
-                    f"{name} = {value!r}: not Unicode, so it cannot be saved; rename it"
+                    f"{name} = {value!r} is not UTF-8: give the file or folder another name"
                 )
             if choices and value not in choices:
                 raise unknown(name, value, choices)
@@ -81,6 +81,11 @@ class Section:
                 raise UserError(f"{name} = {value}: must be at most {limits['high']}")
             if limits["above"] is not None and value <= limits["above"]:
                 raise UserError(f"{name} = {value}: must be above {limits['above']}")
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written: the name of a file need not be UTF-8."""
+    return not re.search(r"[\ud800-\udfff]", text)
 
 
 def choices_of(field: dataclasses.Field) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ tar; 2 GiB, 200 000 entries and 16 MiB per entry in a zip.
 
 import gzip
 import io
+import re
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
@@ -90,8 +91,9 @@ def decode_image(content: bytes, where: str, size: int) -> np.ndarray:
     except DataError:
         raise
     except Exception as error:  # Pillow's decoders raise many kinds on damaged bytes
+        reason = re.sub(r" <.* at 0x\w+>", "", str(error))  # an object's address
         raise DataError(
-            f"{where} is not a readable image ({error}): replace or remove it"
+            f"{where} is not a readable image ({reason}): replace or remove it"
         ) from None
     return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC))
 

@@ -21,6 +21,7 @@ from semanticfl_ref.config.settings import DataSettings
 from semanticfl_ref.errors import DataError
 from semanticfl_ref.randomness import generator
 
+SHARED = 0.1  # share of the test images that also train, from which on a user is told
 CHUNK = 1000  # images transformed at a time
 
 
@@ -117,12 +118,13 @@ def load_dataset(settings: DataSettings, *, seed: int = 0, offline: bool = False
         _check(part, len(parts.class_names), f"data set {settings.name}, part {name}")
         tensors[f"{name}_images"] = resized(part.images, settings.image_size)
         tensors[f"{name}_labels"] = part.labels
+    notes = (*parts.notes, *_doubts(settings.name, parts))
     sha256 = content_sha256(parts.class_names, tensors)
     return Dataset(
         name=settings.name,
         class_names=parts.class_names,
         sha256=sha256,
-        notes=parts.notes,
+        notes=notes,
         **tensors,
     )
 
@@ -217,3 +219,25 @@ def _check(part: Labelled, classes: int, name: str) -> None:
             f"{list(labels.shape)}; its reader must return images uint8 [N, H, W, 3] and labels "
             f"int64 [N], 0 ... {classes - 1}"
         )
+
+
+def _doubts(name: str, parts: Parts) -> list[str]:
+    """A line for a test part that many training images are in, pixel by pixel.
+
+    Raises:
+        DataError: all training images are alike.
+    """
+
+    def keys(images: torch.Tensor) -> list[int]:
+        return [hash(image.numpy().tobytes()) for image in images]
+
+    known, tested = set(keys(parts.train.images)), keys(parts.test.images)
+    if len(known) == 1 < len(parts.train.images):
+        raise DataError(
+            f"the {len(parts.train.images)} training images of {name} are all alike, as read: look "
+            f"at one and correct or replace them"
+        )
+    shared = sum(key in known for key in tested)
+    if shared <= SHARED * len(tested):
+        return []
+    return [f"{shared} of {len(tested)} test images are training images too"]

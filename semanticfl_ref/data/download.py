@@ -6,7 +6,6 @@ network access. SEMANTICFL_URL_<NAME> replaces the mirrors, for example SEMANTIC
 content must still be the published one.
 """
 
-import fcntl
 import hashlib
 import http.client
 import os
@@ -22,6 +21,7 @@ from tqdm import tqdm
 
 from semanticfl_ref.data.dataset import ReadOptions
 from semanticfl_ref.errors import DataError, DownloadError, UserError
+from semanticfl_ref.locks import LOCK_EX, flock
 from semanticfl_ref.storage import PART, cache_folder, file_sha256, user_path
 
 TIMEOUT_SECONDS = 30.0  # without a byte
@@ -133,7 +133,7 @@ def download(name: str, archive: Archive, path: Path) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "a+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # a second run waits here for the first one
+            flock(file, LOCK_EX)  # a second run waits here for the first one
             if path.is_file() and file_sha256(path) == archive.sha256:
                 return path
             for url in urls:
@@ -164,14 +164,17 @@ def folder_sha256(folder: Path) -> str:
 
 
 def _local(archive: Archive, folder: Path, accepted: str) -> Path:
-    """The archive or its unpacked folder in the user's folder, if it has the expected SHA-256."""
-    path = folder / archive.filename
-    if not path.exists():
-        path = folder / archive.folder
-    if not path.exists():
+    """The archive or its unpacked folder, which `folder` is or holds, if it has the expected
+    SHA-256.
+    """
+    places = (folder / archive.filename, folder / archive.folder)
+    if folder.is_file() or folder.name == archive.folder:
+        places = (folder,)
+    path = next((place for place in places if place.exists()), None)
+    if path is None:
         raise DataError(
-            f"{folder} holds neither {archive.filename} nor the folder {archive.folder}: correct "
-            f"--data-dir, or leave it out to download"
+            f"{folder} neither is nor holds {archive.filename} or the folder {archive.folder}: "
+            f"correct --data-dir, or leave it out to download"
         )
     try:
         actual = folder_sha256(path) if path.is_dir() else file_sha256(path)

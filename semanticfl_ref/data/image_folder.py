@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from semanticfl_ref.config.schema import is_unicode
 from semanticfl_ref.data.archives import decode_image
 from semanticfl_ref.data.dataset import Labelled, Parts, ReadOptions, hold_out, readable
 from semanticfl_ref.errors import DataError, UserError
@@ -28,7 +29,7 @@ PART_OF = {
 BESIDE = {"", "set", "data", "images", "seg"}  # words that may stand beside it: seg_train, test set
 # What systems and programs leave in folders.
 LITTER = {"__MACOSX", "@eaDir", "__pycache__", "lost+found", "$RECYCLE.BIN"}
-SHARED = 0.1  # share of the test images that also train, from which on a reader is told
+NAMED = 20  # unreadable images that a message names
 
 
 def read(options: ReadOptions) -> Parts:
@@ -52,6 +53,9 @@ def read(options: ReadOptions) -> Parts:
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder: correct --data-dir")
     places, passed, notes = part_folders(folder), Counter(), []
+    for part in ("validation", "test"):
+        if part in places and not _is_labelled(places[part], places["train"]):
+            notes.append(f"{places.pop(part)} holds no class folders: left out, as unlabelled")
     found = {part: class_folders(place, size, passed) for part, place in places.items()}
     names = found["train"][0]
     for part, (others, _) in found.items():
@@ -80,9 +84,11 @@ def read(options: ReadOptions) -> Parts:
     if passed:
         listed = ", ".join(f"{count} {kind}" for kind, count in passed.most_common(5))
         notes.append(f"passed over in {folder}: {listed}")
-    shared = _shared(parts["train"], parts["test"])
-    if shared > SHARED * len(parts["test"].labels):
-        notes.append(f"{shared} of {len(parts['test'].labels)} test images are training images too")
+    if all(re.fullmatch(r"n\d{8}|\d+", name) for name in names):
+        notes.append(
+            f"classes are called {names[0]} and the like, so captions say nothing of them: rename "
+            f"their folders to words"
+        )
     return Parts(class_names=names, notes=tuple(notes), **parts)
 
 
@@ -117,6 +123,12 @@ def part_folders(folder: Path) -> dict[str, Path]:
     return dict(sorted(parts.items(), key=lambda item: item[0] != "train"))  # it is read first
 
 
+def _is_labelled(place: Path, train: Path) -> bool:
+    """Whether a part has class folders: more than one folder, or one that the training part has."""
+    folders = [path.name for path in _visible_folders(place)]
+    return len(folders) > 1 or (len(folders) == 1 and (train / folders[0]).is_dir())
+
+
 def class_folders(
     folder: Path, size: int, passed: Counter[str], least: int = 2
 ) -> tuple[tuple[str, ...], Labelled]:
@@ -125,11 +137,14 @@ def class_folders(
     Raises:
         DataError: fewer than `least` classes, or what `read` refuses.
     """
-    images, labels = [], []
+    images, labels, problems = [], [], []
     classes = _visible_folders(folder)
     if len(classes) < least:
         raise DataError(f"{folder} holds {len(classes)} class folders: at least {least} are needed")
     names = tuple(readable(path.name) for path in classes)
+    for name in names:
+        if not is_unicode(name):
+            raise DataError(f"{folder}: the name of class folder {name!r} is not UTF-8: rename it")
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
         raise DataError(f"{folder}: two class folders are called {twice[0]!r}: rename one")
@@ -138,7 +153,12 @@ def class_folders(
             files = sorted(_files(class_folder, passed))
             if not files:
                 raise DataError(f"class folder {class_folder} holds no image: fill or remove it")
-            own = [decode_image(file.read_bytes(), str(file), size) for file in files]
+            own = []
+            for file in files:
+                try:
+                    own.append(decode_image(file.read_bytes(), str(file), size))
+                except DataError as error:
+                    problems.append(str(error))
             if len(own) > 1 and all((image == own[0]).all() for image in own):
                 raise DataError(
                     f"the {len(own)} images of class folder {class_folder} are all alike, as read: "
@@ -148,6 +168,9 @@ def class_folders(
             labels += [label] * len(own)
     except OSError as error:
         raise DataError(f"cannot read {error.filename or folder}: {error.strerror}") from None
+    if problems:
+        more = f"; and {len(problems) - NAMED} more" if len(problems) > NAMED else ""
+        raise DataError("; ".join(problems[:NAMED]) + more)
     return names, Labelled(torch.from_numpy(np.stack(images)), torch.tensor(labels))
 
 
@@ -173,15 +196,11 @@ def _files(folder: Path, passed: Counter[str]) -> Iterator[Path]:
             path = Path(place, name)
             if path.suffix.lower() in SUFFIXES and path.is_file():
                 yield path
+            elif not path.exists():
+                passed["broken links"] += 1
             else:
                 passed[path.suffix.lower() or "without suffix"] += 1
 
 
 def _is_visible(name: str) -> bool:
     return not name.startswith(".") and name not in LITTER
-
-
-def _shared(train: Labelled, test: Labelled) -> int:
-    """How many test images are training images too, pixel by pixel."""
-    known = {image.numpy().tobytes() for image in train.images}
-    return sum(image.numpy().tobytes() in known for image in test.images)

@@ -1,6 +1,7 @@
 """TinyImageNet from the published zip.
 
-Choice: its validation part is the test part here, since the published test part has no labels.
+Choice: its validation part is the test part here, since the published test part has no labels. The
+validation images may lie in one folder, as published, or in a folder per class.
 
 Letters: C classes.
 """
@@ -27,12 +28,14 @@ def read(options: ReadOptions) -> Parts:
         lists, images = _members(path, options.settings.image_size or SIDE)
         synsets = sorted(lists["wnids.txt"].split())
         words = dict(re.findall(r"(?m)^(.+?)\t(.*)", lists["words.txt"]))
-        annotated = re.findall(r"(?m)^(.+?)\t(.+?)\t", lists["val/val_annotations.txt"])
         names = tuple(words[synset].split(",")[0].strip() for synset in synsets)
-        test = [(images["val", file][0], synsets.index(synset)) for file, synset in annotated]
-        train = [
-            (image, c) for c, synset in enumerate(synsets) for image in images["train", synset]
-        ]
+        train, test = (
+            [(image, c) for c, synset in enumerate(synsets) for image in images[part, synset]]
+            for part in ("train", "val")
+        )
+        if not test:  # as published: in one folder, with a list
+            annotated = re.findall(r"(?m)^(.+?)\t(.+?)\t", lists["val/val_annotations.txt"])
+            test = [(images["val", file][0], synsets.index(synset)) for file, synset in annotated]
         parts = Parts(class_names=names, train=_stacked(train), test=_stacked(test))
     except (KeyError, IndexError, ValueError) as error:
         raise DataError(
@@ -44,7 +47,7 @@ def read(options: ReadOptions) -> Parts:
     if not len(names) == trained_classes == CLASSES or (test_C != TEST_IMAGES).any():
         raise DataError(
             f"{path} does not have {CLASSES} classes with training images and {TEST_IMAGES} "
-            f"validation images each: download it again"
+            f"validation images each: download it again, or read it with --dataset image_folder"
         )
     return parts
 
@@ -54,7 +57,7 @@ def _members(
 ) -> tuple[dict[str, str], dict[tuple[str, str], list[np.ndarray]]]:
     """The lists by name, and the images by (part, synset or file name)."""
     root = download.ARCHIVES["tinyimagenet"].folder
-    labelled = (f"{root}/train/", f"{root}/val/images/")
+    labelled = (f"{root}/train/", f"{root}/val/")
 
     def wanted(name: str) -> bool:
         return name.endswith(".txt") or name.startswith(labelled)
@@ -67,7 +70,9 @@ def _members(
             lists[name] = content.decode()
         elif name.lower().endswith(".jpeg") and len(folders) > 1:
             image = archives.decode_image(content, f"{path}: {member}", size)
-            images[part, folders[0] if part == "train" else folders[-1]].append(image)
+            # The published validation images lie in one folder; many copies have them by class.
+            key = folders[-1] if folders[0] == "images" else folders[0]
+            images[part, key].append(image)
     return lists, images
 
 

@@ -81,7 +81,7 @@ def make_anchors(
     ours. The paper's "adaptive multimodal diffusion aggregation" is not published.
     """
     widths = layer_widths(settings, list(source.widths))
-    projections = [_fit(source, layer, width, settings.whiten) for layer, width in widths.items()]
+    projections = [_fit(source, layer, widths, settings) for layer in widths]
     levels = [project(source) for project in projections]
     strengths = None
     if settings.aggregation == "separability":
@@ -177,6 +177,37 @@ def layer_widths(settings: AnchorsSettings, layers: list[str]) -> dict[str, int]
     return widths
 
 
+def require_components(
+    settings: AnchorsSettings, widths: dict[str, int], available: dict[str, int], images: int
+) -> None:
+    """Refuse an anchor that is wider than the layers' components.
+
+    Args:
+        settings: the section `anchors`.
+        widths: as `layer_widths` returns them.
+        available: layer -> number of its PCA components, or a bound of it.
+        images: their number, for the message.
+
+    Raises:
+        UserError: names the settings, and values that work.
+    """
+    for layer, components in available.items():
+        if widths[layer] <= components:
+            continue
+        fits = len(widths) * min(available.values())
+        remedy = f"use at most --set anchors.width={fits}"
+        if settings.aggregation not in ("equal", "separability"):
+            remedy += " --set anchors.aggregation=equal"
+        if fits < 2:
+            remedy = "leave it out"
+        raise UserError(
+            f"anchors.width = {settings.width}: layer {layer} has {components} PCA components "
+            f"({images} images), {widths[layer]} are requested; {remedy}, use more images, or, if "
+            f"the layer has too few channels, a larger diffusion.pool (diffusion.vae_pool for the "
+            f"latent)"
+        )
+
+
 def pca(
     chunks: Callable[[], Iterable[torch.Tensor]], width: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -241,37 +272,34 @@ class _Projection:
         return torch.cat([(part @ self.directions / self.scale).float() for part in centred])
 
 
-def _fit(cache: FeatureCache, layer: str, width: int, whiten: bool) -> _Projection:
+def _fit(
+    cache: FeatureCache, layer: str, widths: dict[str, int], settings: AnchorsSettings
+) -> _Projection:
+    width = widths[layer]
     if cache.meta.get("pooling") == "norm" and layer != "vae":
-        return _first_components(cache, layer, width, whiten)
+        return _first_components(cache, layer, widths, settings)
     mean, directions, variances = pca(lambda: cache.chunks(layer), width)
     available = int((variances > 1e-10 * variances[0]).sum())
-    if width > available:
-        raise UserError(
-            f"layer {layer}: only {available} PCA components available ({cache.meta.get('images')} "
-            f"images), {width} requested; request fewer (--set anchors.width={available} for one "
-            f"layer), use more images, or, if the layer has too few channels, raise diffusion.pool "
-            f"(diffusion.vae_pool for the latent)"
-        )
+    require_components(settings, widths, {layer: available}, len(cache.labels))
     kept = variances[:width]
     # Without whitening, one number per layer, so that no layer dominates by its scale.
-    scale = kept.sqrt() if whiten else kept.mean().sqrt()
+    scale = kept.sqrt() if settings.whiten else kept.mean().sqrt()
     explained = round(float(kept.sum() / variances.sum()), 6)
     return _Projection(layer, mean, directions, scale, explained)
 
 
-def _first_components(cache: FeatureCache, layer: str, width: int, whiten: bool) -> _Projection:
+def _first_components(
+    cache: FeatureCache, layer: str, widths: dict[str, int], settings: AnchorsSettings
+) -> _Projection:
     """The components of largest variance of features that have been through a PCA: norms, which
     are not negative, and stay so."""
     mean_square = sum(chunk.double().square().sum(0) for chunk in cache.chunks(layer))
-    available = len(mean_square)
-    if width > available:
-        raise UserError(
-            f"layer {layer}: it has {available} channels, {width} components requested; request "
-            f"fewer (anchors.aggregation, anchors.width)"
-        )
+    available, width = len(mean_square), widths[layer]
+    require_components(settings, widths, {layer: available}, len(cache.labels))
     directions = torch.eye(available, dtype=torch.float64)[:, :width]
-    scale = (mean_square[:width] / len(cache.labels)).sqrt() if whiten else torch.ones(1)
+    scale = torch.ones(1)
+    if settings.whiten:
+        scale = (mean_square[:width] / len(cache.labels)).sqrt()
     explained = round(float(mean_square[:width].sum() / mean_square.sum()), 6)
     return _Projection(layer, torch.zeros(available), directions, scale, explained)
 

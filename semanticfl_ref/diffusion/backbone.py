@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from semanticfl_ref.device import vae_precision
+from semanticfl_ref.device import require_precision, vae_precision
 from semanticfl_ref.diffusion.fused_norms import fuse_norms
 from semanticfl_ref.diffusion.model_files import locate
 from semanticfl_ref.diffusion.modules import (
@@ -32,6 +32,7 @@ from semanticfl_ref.diffusion.modules import (
     weights_behind,
 )
 from semanticfl_ref.diffusion.passes import host_pass_size, image_noise, pool_cells, scale_images
+from semanticfl_ref.diffusion.sizes import ModelSizes
 from semanticfl_ref.diffusion.text import TextEncoder
 from semanticfl_ref.errors import NonFiniteError, UserError, unknown
 
@@ -72,6 +73,7 @@ class Backbone:
         scheduler: the noise schedule.
         device: where the model runs.
         precision: the U-Net's precision.
+        sizes: the model's sizes.
         layers: the selected layers.
         deepest: the one that is computed last, where a pass ends; None: at the U-Net's end, for
             comparisons.
@@ -110,15 +112,14 @@ class Backbone:
         """
         self.device, self.precision = torch.device(device), precision
         dtype = PRECISIONS[precision]
-        if dtype == torch.float16 and self.device.type == "cpu":
-            raise UserError(
-                "diffusion.precision = fp16 needs a CUDA device: on a CPU use fp32 or bf16"
-            )
+        require_precision(precision, self.device)
         self.folder = locate(source, offline=offline)
         self.scheduler = load_scheduler(self.folder)
         vae_dtype = PRECISIONS[vae_precision(precision, self.device)]
         self.vae = load_vae_encoder(self.folder, vae_dtype, self.device)
         self.unet = empty_unet(self.folder, self.vae.config.latent_channels)
+        configs = (part.config for part in (self.unet, self.vae, self.scheduler))
+        self.sizes = ModelSizes.of_configs(*configs)
         names = ["vae", *unet_layers(self.unet)]
         self.layers = resolve_layers(layers, names)
         self.deepest = max(self.layers, key=names.index)
@@ -176,7 +177,7 @@ class Backbone:
         assert images.dtype == torch.uint8
         count, height, width, _ = images.shape
         options = PassOptions(**options)
-        self._check(options, height, width)
+        self.sizes.check(options, self.layers, height, width)
         captions = self._captions(prompt_embedding, every_caption, count)
         passes = []
         for start in range(0, count, self.batch):
@@ -258,12 +259,7 @@ class Backbone:
 
     def widths(self, pool: int = 1, vae_pool: int = 1) -> dict[str, int]:
         """layer -> width of its pooled vector."""
-        channels = self.unet.config.block_out_channels
-        cells, latent = pool**2, self.vae.config.latent_channels
-        blocks = {"vae": latent * vae_pool**2, "mid": channels[-1] * cells}
-        for i, width in enumerate(channels, 1):
-            blocks[f"down.{i - 1}"] = blocks[f"up.{len(channels) - i}"] = width * cells
-        return {layer: blocks[block_of(layer)] for layer in self.layers}
+        return self.sizes.widths(self.layers, pool, vae_pool)
 
     def memory(self) -> str:
         """A line for readers: how much of the U-Net is loaded."""
@@ -303,33 +299,6 @@ class Backbone:
         captions = embedding[:, None] if every_caption else [embedding]
         captions = [each.expand(count, *embedding.shape[-2:]) for each in captions]
         return lambda indices: (each[indices.to(each.device)] for each in captions)
-
-    def _check(self, options: PassOptions, height: int, width: int) -> None:
-        last = self.scheduler.config.num_train_timesteps - 1
-        if not 0 <= options.timestep <= last:
-            raise UserError(
-                f"diffusion.timestep = {options.timestep} is outside the scheduler's 0 ... {last}"
-            )
-        if options.input_size:
-            height = width = options.input_size
-        shrink, side = 2 ** (len(self.vae.config.block_out_channels) - 1), min(height, width)
-        if height % shrink or width % shrink:
-            raise UserError(
-                f"images of {height}x{width} pixels do not fit the VAE: set diffusion.input_size "
-                f"to a multiple of {shrink}"
-            )
-        halvings = len(self.unet.config.block_out_channels) - 1
-        most = {"vae_pool": (side // shrink, "latent", "vae" in self.layers)}
-        # Odd sizes are rounded up.
-        smallest = -(-side // (shrink * 2**halvings))
-        most["pool"] = (smallest, "smallest layer", self.deepest != "vae")
-        for name, (cells, what, read) in most.items():
-            value = getattr(options, name)
-            if read and not 1 <= value <= cells:
-                raise UserError(
-                    f"diffusion.{name} = {value}: at input size {side} the {what} has {cells} "
-                    f"cells per side; choose 1 ... {cells}"
-                )
 
     @contextlib.contextmanager
     def _hooks(self, pooled: dict[str, torch.Tensor], reduce: Reduce) -> Iterator[None]:

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import IO
 
+from semanticfl_ref.locks import LOCK_EX, LOCK_NB, LOCK_SH, flock
+
 LOCK = ".lock"  # shared by those who build or read a cache; alone: who exchanges its files
 
 
@@ -17,12 +19,10 @@ def lock(path: Path, *, shared: bool = False, wait: bool = True) -> IO | None:
     Raises:
         OSError: it cannot be opened.
     """
-    import fcntl
-
     file = open(path, "r" if shared else "a")  # noqa: SIM115 (returned)
-    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    kind = LOCK_SH if shared else LOCK_EX
     try:
-        fcntl.flock(file, kind if wait else kind | fcntl.LOCK_NB)
+        flock(file, kind if wait else kind | LOCK_NB)
     except BlockingIOError:
         file.close()
         return None

@@ -87,13 +87,23 @@ def class_means(values_ND: torch.Tensor, labels: torch.Tensor, classes: int) -> 
     Raises:
         UserError: a class without images.
     """
+    require_every_class(labels, classes)
     sums, counts = class_sums(values_ND, labels, classes)
-    if (counts == 0).any():
-        raise UserError(
-            f"class {int((counts == 0).nonzero()[0])} has no image among those that make the "
-            f"anchors; use anchors.per = image, or more images"
-        )
     return (sums / counts[:, None]).float()
+
+
+def require_every_class(labels: torch.Tensor, classes: int) -> None:
+    """Refuse images from which a class is missing.
+
+    Raises:
+        UserError: names the class.
+    """
+    missing = (torch.bincount(labels, minlength=classes) == 0).nonzero().flatten().tolist()
+    if missing:
+        raise UserError(
+            f"class {missing[0]} has no image among those that make the anchors; use more images, "
+            f"or anchors.per = image with anchors.text = clip"
+        )
 
 
 def class_sums(

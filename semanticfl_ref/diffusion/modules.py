@@ -96,8 +96,8 @@ def unet_layers(unet: nn.Module) -> dict[str, nn.Module]:
 
 
 def block_of(layer: str) -> str:
-    """The block that a layer is or is part of; "vae" for the latent."""
-    return re.match(r"vae|mid|(?:down|up)\.\d+", layer)[0]
+    """The block that a layer is or is part of; "vae" for the latent; "" for no layer's name."""
+    return (re.match(r"vae|mid|(?:down|up)\.\d+", layer) or [""])[0]
 
 
 def weights_behind(unet: nn.Module, deepest: str) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """The sizes of a run, without training or downloading anything."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -8,34 +9,42 @@ import torch
 from semanticfl_ref.config.registry import METHODS
 from semanticfl_ref.config.settings import Config
 from semanticfl_ref.data.batches import batch_sizes
+from semanticfl_ref.device import resolve_device
 from semanticfl_ref.diffusion.anchors import Anchors
 from semanticfl_ref.diffusion.expected import expected
 from semanticfl_ref.diffusion.extract import images_left
 from semanticfl_ref.diffusion.model_files import TINY
 from semanticfl_ref.errors import DownloadError
-from semanticfl_ref.federated.context import make_context
+from semanticfl_ref.federated.context import RunContext, make_context
 from semanticfl_ref.federated.metrics import communication_cost
 from semanticfl_ref.federated.state import initial_state
+from semanticfl_ref.run.preconditions import check_anchors
 from semanticfl_ref.run.setup import RunData, anchor_images, cache_plans, load_data
 
 SD15_TEXT_WIDTH = 768
 
 
-def dry_run(config: Config, *, measure: bool = False) -> dict:
+def dry_run(
+    config: Config, data: RunData | None = None, *, offline: bool = True, measure: bool = False
+) -> dict:
     """Images, clients, steps and bytes of a run. Reads the data set, writes no run folder.
 
     Args:
-        config: of the run.
+        config: the configuration.
+        data: the result of `load_data`; made here if absent.
+        offline: no network access.
         measure: also the time that missing diffusion features take on this machine, by one pass
             through the model.
 
     Raises:
-        UserError: and its kinds, see errors.py.
+        UserError: and its kinds, see errors.py; what the run itself would raise before its work.
     """
-    data = load_data(config, offline=True)
+    resolve_device(config.run.device)
+    data = data or load_data(config, offline=offline)
+    if METHODS[config.federation.method].needs_anchors:
+        check_anchors(config, anchor_images(config, data))
     dataset, partition, federation = data.dataset, data.partition, config.federation
-    anchors = placeholder_anchors(config, dataset.classes)
-    context = make_context(config, dataset, partition, anchors)
+    context = rehearse(config, data)
     state, cost = initial_state(context), communication_cost(context)
     batches = [len(batch_sizes(size, federation.batch_size)) for size in partition.sizes]
     steps = federation.clients_per_round * federation.local_epochs * sum(batches) / len(batches)
@@ -74,6 +83,17 @@ def features_to_make(config: Config, data: RunData) -> list[dict]:
         return [{"use": "visual", "why": "the model is not on this machine"}]
     left = {use: images_left(plan) for use, plan in plans.items()}
     return [{"use": use, **expected(plans[use], count)} for use, count in left.items() if count]
+
+
+def rehearse(config: Config, data: RunData) -> RunContext:
+    """A run's constants on the CPU, with placeholders as anchors.
+
+    Raises:
+        UserError: a model that does not fit, as `make_context` does.
+    """
+    run = replace(config.run, device="cpu", replicas=1)
+    anchors = placeholder_anchors(config, data.dataset.classes)
+    return make_context(replace(config, run=run), data.dataset, data.partition, anchors)
 
 
 def placeholder_anchors(config: Config, classes: int) -> Anchors:

@@ -16,6 +16,7 @@ from semanticfl_ref import __version__
 from semanticfl_ref.cores import ranks
 
 if TYPE_CHECKING:
+    from semanticfl_ref.config.settings import Config
     from semanticfl_ref.federated.context import RunContext
 
 PACKAGES = ("torch", "diffusers", "transformers", "numpy", "safetensors", "triton")
@@ -24,10 +25,18 @@ NUMERIC = ("semanticfl_ref", "versions", "threads", "device", "precision", "plat
 
 
 def environment_of(context: "RunContext") -> dict:
-    """Versions and machine; JSON values."""
+    """Versions and machine of a run; JSON values."""
+    return environment_here(context.config)
+
+
+def environment_here(config: "Config") -> dict:
+    """Versions and machine, as a run of this configuration has them here; JSON values."""
     import torch
 
-    on_cuda = context.device.type == "cuda"
+    from semanticfl_ref.device import resolve_device, resolve_precision
+
+    device = resolve_device(config.run.device)
+    on_cuda = device.type == "cuda"
     return {
         "semanticfl_ref": __version__,
         "commit": git_commit(),
@@ -37,10 +46,10 @@ def environment_of(context: "RunContext") -> dict:
         "platform": platform.platform(),
         "processor": processor(),
         "versions": {name: _version(name) for name in PACKAGES},
-        "threads": torch.get_num_threads(),
+        "threads": config.run.threads or torch.get_num_threads(),
         "ranks": ranks(),
-        "device": torch.cuda.get_device_name(context.device) if on_cuda else "cpu",
-        "precision": context.precision,
+        "device": torch.cuda.get_device_name(device) if on_cuda else "cpu",
+        "precision": resolve_precision(config.run.precision, device),
     }
 
 

@@ -12,11 +12,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import reduce
+from itertools import chain, count
 from pathlib import Path
 
 from semanticfl_ref.config.resolve import read_toml, resolve, to_toml
 from semanticfl_ref.config.settings import Config
 from semanticfl_ref.errors import DataError, MismatchError, UserError
+from semanticfl_ref.locks import LOCK_EX, LOCK_NB, LOCKS, flock
 from semanticfl_ref.storage import (
     canonical_json,
     described,
@@ -39,6 +41,22 @@ def default_folder(config: Config) -> Path:
     """`runs/<dataset>-<method>-seed<seed>-<time>`."""
     name = f"{config.data.name}-{config.federation.method}-seed{config.run.seed}"
     return Path("runs", f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
+
+
+def reserve(folder: Path) -> Path:
+    """Make an empty folder of this name or, if it is taken, of the next: `-2`, `-3`, ...
+
+    Raises:
+        DataError: no folder can be made there.
+    """
+    others = (folder.with_name(f"{folder.name}-{number}") for number in count(2))
+    with write_errors(folder, REMEDY):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        for free in chain([folder], others):
+            with suppress(FileExistsError):
+                free.mkdir()  # by one process only
+                break
+    return free
 
 
 def refuse_existing(folder: Path) -> None:
@@ -95,6 +113,8 @@ class RunFolder:
                 for name, text in texts.items():
                     write_flushed(made / name, text)
                 refuse_existing(path)
+                if os.name == "nt" and path.is_dir():  # there no rename replaces an empty folder
+                    path.rmdir()
                 os.rename(made, path)
         return cls(path)
 
@@ -141,13 +161,11 @@ class RunFolder:
         Raises:
             UserError: another process writes into it.
         """
-        import fcntl
-
-        # The folder itself is locked: it is never replaced, as its files are.
-        descriptor = os.open(self.path, os.O_RDONLY)
+        # The folder itself is locked: it is never replaced, as its files are. Windows opens none.
+        descriptor = os.open(self.path if LOCKS else os.devnull, os.O_RDONLY)
         try:
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                flock(descriptor, LOCK_EX | LOCK_NB)
             except BlockingIOError:
                 raise UserError(
                     f"another process trains in {self.path}: wait for its end, or choose another "

@@ -24,6 +24,7 @@ from semanticfl_ref.federated.context import RunContext
 from semanticfl_ref.federated.flat import ORDER
 from semanticfl_ref.formatting import Say
 from semanticfl_ref.randomness import generator
+from semanticfl_ref.run.preconditions import check_anchors
 from semanticfl_ref.storage import cache_folder, sha256_of, user_path
 
 # Prefixes of the settings that features depend on. The partition counts: features are those of the
@@ -58,8 +59,13 @@ class RunData:
     held_out: Dataset | None
 
 
-def set_threads(config: Config) -> None:
-    """Set torch's CPU threads per client: results are reproducible for a fixed number."""
+def set_up_torch(config: Config) -> None:
+    """Set torch's CPU threads per client: results are reproducible for a fixed number.
+
+    Raises:
+        UserError: the device is not available, which is known at once.
+    """
+    resolve_device(config.run.device)
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
 
@@ -148,6 +154,7 @@ def build_anchors(
     if not METHODS[config.federation.method].needs_anchors:
         return None
     images = anchor_images(config, data)
+    check_anchors(config, images)
     plans = cache_plans(config, images, offline=offline)
     state = "from the feature cache" if plans["visual"].complete else "extracted now, once"
     say(

@@ -33,6 +33,7 @@ from semanticfl_ref.federated.state import (
     save_checkpoint,
 )
 from semanticfl_ref.formatting import Say, format_bytes
+from semanticfl_ref.run.dry_run import rehearse
 from semanticfl_ref.run.environment import changes, environment_of
 from semanticfl_ref.run.folder import RunFolder
 from semanticfl_ref.run.setup import (
@@ -41,7 +42,7 @@ from semanticfl_ref.run.setup import (
     identity_of,
     load_data,
     provenance_of,
-    set_threads,
+    set_up_torch,
 )
 from semanticfl_ref.run.summary import summarise
 
@@ -134,7 +135,7 @@ def prepare(
     say: Say = lambda text: None,
 ) -> RunContext:
     """The constants of a run. Arguments and errors as of `train`."""
-    set_threads(config)
+    set_up_torch(config)
     data = data or load_data(config, offline=offline)
     partition = data.partition
     for note in data.dataset.notes:
@@ -143,7 +144,9 @@ def prepare(
         f"{len(data.dataset.train_labels)} training images, {len(partition.sizes)} clients with "
         f"{min(partition.sizes)} to {max(partition.sizes)} each, skew {partition.skew:.2f}"
     )
-    anchors = anchors or build_anchors(config, data, offline=offline, say=say)
+    if anchors is None:
+        rehearse(config, data)
+        anchors = build_anchors(config, data, offline=offline, say=say)
     return make_context(config, data.dataset, partition, anchors)
 
 

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from semanticfl_ref.config.command_line import shell_command, to_flags
 from semanticfl_ref.config.registry import METHODS
@@ -28,7 +28,11 @@ from semanticfl_ref.config.settings import Config, DataSettings
 from semanticfl_ref.cores import cores
 from semanticfl_ref.errors import DataError, DownloadError, MismatchError, UserError
 from semanticfl_ref.formatting import format_bytes
+from semanticfl_ref.locks import LOCKS
 from semanticfl_ref.storage import cache_folder
+
+if TYPE_CHECKING:
+    from semanticfl_ref.run.setup import RunData
 
 ROOT = Path(__file__).parents[2]
 # Without: torch instead of kernels, reports without figures, comparisons without intervals.
@@ -57,7 +61,9 @@ def examine(config: Config, offline: bool) -> Iterator[Finding]:
         config: configuration of the run to be started.
         offline: whether what a run can download by itself counts as missing.
     """
-    yield Finding("python", "ok", f"{platform.python_version()} on {platform.platform()}")
+    without = "" if LOCKS else "; no file locks: one process at a time per run folder and cache"
+    found = f"{platform.python_version()} on {platform.platform()}{without}"
+    yield Finding("python", "warn" if without else "ok", found)
     for line in [*requirements(), "matplotlib", "scipy"]:
         name = re.match(r"[\w-]+", line)[0]
         yield _check(name, partial(_package, line), needed=name not in OPTIONAL)
@@ -67,21 +73,23 @@ def examine(config: Config, offline: bool) -> Iterator[Finding]:
         return  # the checks below import it
 
     from semanticfl_ref.diffusion.model_files import fetch_command
-    from semanticfl_ref.run.dry_run import dry_run
+    from semanticfl_ref.run.setup import load_data
 
-    source, name = config.diffusion.source, config.data.name
-    sizes = cache(partial(dry_run, config))
+    source = config.diffusion.source
+    data = cache(partial(load_data, config, offline=True))
+    sizes = cache(partial(_sizes, config, data))
     anchored = METHODS[config.federation.method].needs_anchors
     yield _check("device", partial(_device, config))
     yield _check("kernels", _kernels)
     yield _check("embedded data", _digits, needed=is_embedded(config))
     yield _check("embedded model", _tiny, needed=anchored and source == "tiny")
     show = shell_command("partition", "show", *to_flags(config))
-    downloads = [("data set", partial(_data, name, sizes), show)]
+    downloads = [("data set", partial(_data, data), show)]
     if anchored:
         downloads.append(("weights", partial(_weights, source), fetch_command(source)))
     found = [_check(*each, offline=offline) for each in downloads]
     yield from found
+    yield _check("run", partial(_run, sizes))
     yield _check("disk", partial(_disk, config, sizes, anchored))
     missing = ", ".join(finding.item for finding in found if finding.state != "ok")
     told = f"not ready, missing or damaged: {missing}" if missing else "ready: no network needed"
@@ -228,9 +236,30 @@ def _tiny() -> str:
     return "intact"
 
 
-def _data(name: str, sizes: Callable[[], dict]) -> str:
-    images = ", ".join(f"{count} {part}" for part, count in sizes()["images"].items())
-    return f"{name}: {images} images in {sizes()['classes']} classes"
+def _data(data: "Callable[[], RunData]") -> str:
+    dataset = data().dataset
+    labels = {"train": dataset.train_labels, "validation": dataset.validation_labels}
+    labels["test"] = dataset.test_labels
+    images = ", ".join(f"{len(values)} {part}" for part, values in labels.items())
+    return f"{dataset.name}: {images} images in {dataset.classes} classes"
+
+
+def _sizes(config: Config, data: "Callable[[], RunData]") -> dict:
+    """The sizes of the run, if its data can be read; the item "data set" tells why not."""
+    from semanticfl_ref.run.dry_run import dry_run
+
+    try:
+        read = data()
+    except UserError:
+        raise RuntimeWarning("unknown, since it depends on the data set") from None
+    return dry_run(config, read)
+
+
+def _run(sizes: Callable[[], dict]) -> str:
+    return (
+        "{clients} clients, {rounds} rounds of {clients_per_round}, steps per round: "
+        "{steps_per_round}".format(**sizes())
+    )
 
 
 def _weights(source: str) -> str:
@@ -245,7 +274,7 @@ def _disk(config: Config, sizes: Callable[[], dict], anchored: bool) -> str:
     try:
         run = sizes()
     except UserError:
-        raise RuntimeWarning("unknown, since it depends on the data set") from None
+        raise RuntimeWarning("unknown, since the run cannot start") from None
     line = 2_000 + 24 * (run["clients"] + run["classes"])
     # A checkpoint is complete before the last one goes.
     found = [_space(Path("runs"), 2 * run["checkpoint_bytes"] + run["rounds"] * line)]

@@ -25,7 +25,7 @@ from semanticfl_ref.run.setup import (
     load_data,
     load_images,
     rebuild_command,
-    set_threads,
+    set_up_torch,
 )
 from semanticfl_ref.tools.report.drawing import new_figure
 from semanticfl_ref.tools.report.page import render
@@ -60,7 +60,7 @@ def caches(config: Config, action: str, *, offline: bool, rebuild: bool = False,
         MismatchError: a cache is damaged; the message names the command that builds it again.
         DataError: a cache to verify is not complete, or see `open_or_build`.
     """
-    set_threads(config)
+    set_up_torch(config)
     use_own_gpu()
     images = anchor_images(config, load_data(config, offline=offline))
     plans = cache_plans(config, images, offline=offline)
@@ -100,7 +100,7 @@ def probe(
     Raises:
         UserError: and its kinds, see errors.py.
     """
-    set_threads(config)
+    set_up_torch(config)
     configs = [
         replace(config, diffusion=replace(config.diffusion, layers=layers, timestep=timestep))
         for timestep in timesteps or [config.diffusion.timestep]

@@ -104,6 +104,7 @@ def test_the_paper_setting():
         ({"federation.clients_per_round": 11}, "partition.clients"),
         ({"data.name": ["digits"]}, "data.name = .*expected a string"),
         ({"federation.method": ["fedavg"]}, "federation.method = .*expected a string"),
+        ({"data.dir": "shapes\udcff"}, "data.dir = .* is not UTF-8"),
         ({"data.image_size": 8}, "data.image_size = 8"),
         ({"model.norm": "group", "model.batch_norm": "local"}, "no BatchNorm to keep"),
     ],

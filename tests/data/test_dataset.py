@@ -136,3 +136,15 @@ def test_a_reader_that_returns_something_else(change, part):
             load("other")
     finally:
         DATASETS.entries.pop("other")
+
+
+def test_images_that_are_all_alike_are_refused():
+    """Of any reader: nothing can be learned from them."""
+    blank = Labelled(torch.zeros(6, 12, 12, 3, dtype=torch.uint8), torch.arange(6) % 2)
+    parts = Parts(class_names=("a", "b"), train=blank, test=blank.subset(torch.arange(2)))
+    register_dataset("blank", lambda options: parts)
+    try:
+        with pytest.raises(DataError, match="the 6 training images of blank are all alike"):
+            load("blank")
+    finally:
+        DATASETS.entries.pop("blank")

@@ -171,7 +171,7 @@ def test_a_local_file_that_differs_needs_its_hash(publish, cifar, tmp_path):
     [
         ({"sha256": "12"}, UserError, "64 hexadecimal"),
         ({"sha256": "0" * 64}, UserError, "--data-dir"),
-        ({"dir": "/nowhere"}, DataError, "/nowhere holds neither"),
+        ({"dir": "/nowhere"}, DataError, "/nowhere neither is nor holds"),
     ],
 )
 def test_options_are_refused_by_name(options, error, words):
@@ -199,3 +199,17 @@ def test_a_full_disk(mirror, publish, cifar, cache):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not (cache / FILENAME).exists()
     assert located().read_bytes() == cifar, "what fitted is resumed from"
+
+
+def test_data_dir_may_be_the_archive_its_folder_or_what_holds_them(tmp_path, cifar, publish):
+    publish(cifar)
+    archive, folder = tmp_path / "any name.tar.gz", tmp_path / "cifar-10-batches-py"
+    archive.write_bytes(cifar)
+    assert located(dir=str(archive)) == archive
+    folder.mkdir()
+    (folder / "test_batch").write_bytes(b"x")
+    accepted = download.folder_sha256(folder)
+    assert located(dir=str(folder), sha256=accepted) == folder
+    assert located(dir=str(tmp_path), sha256=accepted) == folder
+    with pytest.raises(DataError, match="neither is nor holds"):
+        located(dir=str(tmp_path / "none"))

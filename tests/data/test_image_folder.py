@@ -1,5 +1,7 @@
 """Folders of class folders of images as data sets."""
 
+import os
+
 import pytest
 from loading import load
 from PIL import Image
@@ -121,14 +123,54 @@ def test_links_are_followed_and_other_files_are_counted(tmp_path):
     (tmp_path / "d" / "kind_0" / "linked").symlink_to(tmp_path / "more" / "kind_0")
     (tmp_path / "d" / "kind_0" / "up").symlink_to(tmp_path / "d" / "kind_0")
     Image.new("RGB", (9, 9), (0, 99, 0)).save(tmp_path / "d" / "kind_1" / "x.jfif", "JPEG")
+    (tmp_path / "d" / "kind_0" / "gone.png").symlink_to(tmp_path / "nowhere.png")
     for name in ("a.txt", "b.txt", "c.xcf", "README"):
         (tmp_path / "d" / "kind_1" / name).write_text("")
     for litter in ("__MACOSX", "@eaDir", ".ipynb_checkpoints"):
         (tmp_path / "d" / litter).mkdir()
     d = load("image_folder", dir=tmp_path / "d")
     assert len(d.train_labels) + len(d.test_labels) == 10 + 5 + 11
-    note = f"passed over in {tmp_path / 'd'}: 2 .txt, 1 .xcf, 1 without suffix"
+    note = f"passed over in {tmp_path / 'd'}: 2 .txt, 1 .xcf, 1 without suffix, 1 broken links"
     assert sorted(d.notes[0].split(": ")[1].split(", ")) == sorted(note.split(": ")[1].split(", "))
+
+
+def test_every_unreadable_image_is_named_at_once(tmp_path):
+    class_folders(tmp_path, (3, 3))
+    for name in ("kind_0/0.png", "kind_1/0.png", "kind_1/2.png"):
+        (tmp_path / name).write_bytes(b"broken")
+    with pytest.raises(DataError) as caught:
+        load("image_folder", dir=tmp_path)
+    text = str(caught.value)
+    assert all(name in text for name in ("kind_0/0.png", "kind_1/0.png", "kind_1/2.png"))
+    assert "0x" not in text, "no address of an object"
+    for i in range(30):
+        (tmp_path / "kind_0" / f"b{i}.png").write_bytes(b"broken")
+    with pytest.raises(DataError, match=r"; and 13 more$"):
+        load("image_folder", dir=tmp_path)
+
+
+def test_a_class_whose_name_is_no_text_is_refused(tmp_path):
+    class_folders(tmp_path, (2, 2))
+    os.rename(tmp_path / "kind_1", os.fsencode(tmp_path) + b"/kind\xff")
+    with pytest.raises(DataError, match="is not UTF-8: rename it"):
+        load("image_folder", dir=tmp_path)
+
+
+@pytest.mark.parametrize("inside", ["test/images", "test"])
+def test_an_unlabelled_test_part_is_left_out(tmp_path, inside):
+    """As TinyImageNet's prepared copies have it, and Kaggle's data sets."""
+    for part, counts in (("train", (4, 3)), ("val", (2, 2))):
+        for c, count in enumerate(counts):
+            folder = tmp_path / part / f"n0000000{c}" / "images"
+            folder.mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (9, 9), (c, i, len(part))).save(folder / f"{i}.png")
+    (tmp_path / inside).mkdir(parents=True)
+    Image.new("RGB", (9, 9)).save(tmp_path / inside / "0.png")
+    d = load("image_folder", dir=tmp_path)
+    assert (len(d.train_labels), len(d.test_labels)) == (7, 4)
+    assert "holds no class folders: left out, as unlabelled" in d.notes[0]
+    assert "captions say nothing of them" in d.notes[2]
 
 
 def test_test_images_that_train_are_told(tmp_path):

@@ -20,8 +20,12 @@ def jpeg(value: int) -> bytes:
     return stream.getvalue()
 
 
-def tiny_zip(path, per_class: int = 50, drop: str = "") -> str:
-    """A zip in TinyImageNet's layout, 200 classes of two training images; returns its SHA-256."""
+def tiny_zip(path, per_class: int = 50, drop: str = "", by_class: str = "") -> str:
+    """A zip in TinyImageNet's layout, 200 classes of two training images; returns its SHA-256.
+
+    Args:
+        by_class: folder of a class's validation images, such as "val/{}"; "": as published.
+    """
     root = "tiny-imagenet-200"
     images, annotations = [jpeg(c) for c in range(200)], []
     with zipfile.ZipFile(path, "w") as archive:
@@ -31,7 +35,8 @@ def tiny_zip(path, per_class: int = 50, drop: str = "") -> str:
                 archive.writestr(f"{root}/train/{synset}/images/{synset}_{i}.JPEG", images[c])
             for i in range(per_class):
                 name = f"val_{c * per_class + i}.JPEG"
-                archive.writestr(f"{root}/val/images/{name}", images[c])
+                place = by_class.format(synset) or "val/images"
+                archive.writestr(f"{root}/{place}/{name}", images[c])
                 annotations.append(f"{name}\t{synset}\t0\t0\t1\t1")
         archive.writestr(f"{root}/test/images/test_0.JPEG", b"never read")
         words = [f"{synset}\tthing {c}, other name" for c, synset in enumerate(SYNSETS)]
@@ -72,3 +77,13 @@ def test_tinyimagenet_incomplete(options, words, tmp_path):
     digest = tiny_zip(tmp_path / "tiny-imagenet-200.zip", **options)
     with pytest.raises(DataError, match=words):
         load("tinyimagenet", dir=tmp_path, image_size=9, sha256=digest)
+
+
+def test_validation_images_sorted_by_class(tmp_path):
+    """As most copies have them, without their list."""
+    file, drop = tmp_path / "tiny-imagenet-200.zip", "val/val_annotations.txt"
+    digest = tiny_zip(file, drop=drop, by_class="val/{}/images")
+    d = load("tinyimagenet", dir=tmp_path, image_size=9, sha256=digest)
+    assert (d.test_labels.bincount() == 50).all()
+    red = d.test_images[:, 4, 4, 0].double()
+    assert (red - d.test_labels).abs().max() <= 4, "each image keeps its own label"

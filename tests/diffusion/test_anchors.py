@@ -275,13 +275,15 @@ def test_the_default_anchors_have_a_vae_level():
 
 
 def test_a_width_that_the_levels_cannot_give_is_refused(cache):
-    message = r"layer up\.0: only 20 PCA components available \(120 images\), 30 requested"
-    message += r"; request fewer \(--set anchors\.width=20 for one layer\), use more images"
+    message = (
+        r"anchors.width = 60: layer up\.0 has 20 PCA components \(120 images\), 30 are requested"
+    )
+    message += r"; use at most --set anchors\.width=40, use more images"
     with pytest.raises(UserError, match=message):
         make(cache, width=60)
     ones = {"mid": torch.ones(N, 30).half()}
     constant = cache_of(ones, cache.text, LABELS, "id", {"images": N})
-    with pytest.raises(UserError, match="only 0 PCA components"):
+    with pytest.raises(UserError, match=r"mid has 0 PCA components.*leave it out"):
         make(constant)
     features = {layer: cache.read("mid") for layer in ("mid", "up.0", "up.1")}
     three_layers = cache_of(features, cache.text, LABELS, "id", {"images": N})

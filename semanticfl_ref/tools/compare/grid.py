@@ -25,6 +25,9 @@ NUMBERED = {
 }
 
 
+LONGEST_NAME = 200  # of a run's folder; file systems allow 255 bytes
+
+
 @dataclass(frozen=True, kw_only=True)
 class Grid:
     """An experiment grid, how it is trained, and what is reported of it.
@@ -42,6 +45,7 @@ class Grid:
         workers: runs at a time, which share the processor's threads.
         offline: no network access.
         tuning: the search that chose the methods' settings, see `search.Search`; None: no search.
+        any_environment: whether runs of different environments and data are compared.
     """
 
     methods: Sequence[str]
@@ -56,6 +60,7 @@ class Grid:
     workers: int = 1
     offline: bool = False
     tuning: Mapping | None = None
+    any_environment: bool = False
 
     @property
     def seed_numbers(self) -> range:
@@ -89,7 +94,12 @@ def plan(grid: Grid) -> list[Run]:
         own = scenario_settings(scenario) if grid.scenarios else {}
         config = resolve({**shared, **own, **method_settings(method), "run.seed": seed})
         _check_reported(grid, config)
-        name = f"{method}-{scenario}-{config.federation.rounds}-seed{seed}"
+        name = f"{short_name(method)}-{scenario}-{config.federation.rounds}-seed{seed}"
+        if len(name) > LONGEST_NAME:
+            raise UserError(
+                f"{method}: too long for the name of a folder; give it a short one: "
+                f"--methods 'NAME={method}'"
+            )
         folder = grid.out / "runs" / re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-")
         if folder in runs:
             first = runs[folder]
@@ -118,13 +128,19 @@ def split_entries(flag: str, text: str, known: Iterable[str]) -> list[str]:
     return entries
 
 
+def short_name(entry: str) -> str:
+    """`name` of the entry `name=method[...]`; the whole entry if it has no name."""
+    name, named, _ = entry.partition("[")[0].partition("=")
+    return name.strip() if named else entry
+
+
 def method_settings(entry: str) -> dict[str, object]:
-    """The settings of `method` or `method[section.field=value;...]`.
+    """The settings of `method` or `method[section.field=value;...]`, with or without `name=`.
 
     Raises:
         UserError: a malformed entry.
     """
-    name, assignments = _parts(entry)
+    name, assignments = _parts(re.sub(r"^[^\[=]*=", "", entry))
     return {"federation.method": name, **assignments}
 
 

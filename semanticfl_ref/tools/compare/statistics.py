@@ -89,7 +89,7 @@ class Comparison:
         part, baseline, at: as in `Grid`.
         seeds: seeds in ascending order.
         dataset: name of the data set.
-        machine: environment of the first run.
+        machines: the environments of the runs, each once.
         results: by number of rounds, then by scenario (over all of them last), then by method.
         leads: of each table of results, in their order, the best method against the second-best, by
             the mean of the last rounds; none with fewer than three methods.
@@ -103,7 +103,7 @@ class Comparison:
     at: list[int]
     seeds: list[int]
     dataset: str
-    machine: dict
+    machines: list[dict]
     results: list[Result]
     leads: list[Gain]
     curves: dict[str, dict[str, dict[str, list]]]
@@ -118,8 +118,13 @@ def compare(runs: Sequence[Run], grid: Grid) -> Comparison:
     # Scenario, or POOLED, and method -> for every seed, the rounds of its runs.
     histories = defaultdict(lambda: [[] for _ in range(grid.seeds)])
     warned: dict[str, list[str]] = {}
+    machines: list[dict] = []
     for run in runs:
         folder = RunFolder(run.folder)
+        environment = folder.read("environment.json")
+        machine = {name: environment[name] for name in MACHINE}
+        if machine not in machines:
+            machines.append(machine)
         rounds = folder.rounds()
         for scenario in (run.scenario, POOLED):
             histories[scenario, run.method][run.seed - grid.first_seed].append(rounds)
@@ -133,14 +138,13 @@ def compare(runs: Sequence[Run], grid: Grid) -> Comparison:
         if len(table) > 2:
             first, second = sorted(table, key=lambda result: -fmean(result.mean_of_last))[:2]
             leads += gains([first], second)
-    environment = RunFolder(runs[0].folder).read("environment.json")
     return Comparison(
         part=grid.part,
         baseline=grid.baseline,
         at=list(grid.at),
         seeds=list(grid.seed_numbers),
         dataset=runs[0].config.data.name,
-        machine={name: environment[name] for name in MACHINE},
+        machines=machines,
         results=results,
         leads=leads,
         curves={

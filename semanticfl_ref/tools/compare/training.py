@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from semanticfl_ref.config.command_line import to_flags
 from semanticfl_ref.config.registry import IMPORTED
-from semanticfl_ref.config.settings import to_flat
+from semanticfl_ref.config.settings import NOT_IDENTITY, to_flat
 from semanticfl_ref.errors import MismatchError, UserError
 from semanticfl_ref.parent import child_environment, lifeline
 from semanticfl_ref.run.folder import RunFolder
@@ -77,7 +77,7 @@ def is_finished(run: Run) -> bool:
     differing = [
         f"{name} = {there[name]!r} there, {value!r} here"
         for name, value in to_flat(run.config).items()
-        if there[name] != value
+        if there[name] != value and name not in NOT_IDENTITY - {"federation.rounds"}
     ]
     if differing:
         raise MismatchError(
@@ -93,7 +93,9 @@ def start(run: Run, grid: Grid) -> subprocess.Popen:
     """Start or resume a run in a child process, which ends with this one."""
     flags = [f"--import={file}" for file in IMPORTED] + ["--offline"] * grid.offline
     if run.folder.exists():
-        flags += ["--resume", str(run.folder)]
+        there, here = to_flat(RunFolder(run.folder).config("--out")), to_flat(run.config)
+        moved = [name for name in sorted(NOT_IDENTITY) if here[name] != there[name]]
+        flags += ["--resume", str(run.folder), *(f"--set={name}={here[name]}" for name in moved)]
     else:
         flags += [*to_flags(run.config), "--out", str(run.folder)]
     return subprocess.Popen(

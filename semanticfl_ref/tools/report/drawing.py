@@ -2,10 +2,12 @@
 SVG in the colours of the page around it.
 """
 
+import functools
 import importlib.util
 import io
 import re
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 from semanticfl_ref.config.registry import METHODS
@@ -23,6 +25,15 @@ COLOURS = (
     "#8C6D1F",
     "#7F7F7F",
     "#000000",
+)
+LONGEST = 28  # letters of a name beside a figure
+# Fonts with Chinese, Japanese, Korean and other letters, as systems have them.
+OTHER_SCRIPTS = (
+    *("Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Noto Sans JP", "Noto Sans KR"),
+    *("WenQuanYi Zen Hei", "WenQuanYi Micro Hei", "Source Han Sans SC", "Droid Sans Fallback"),
+    *("Microsoft YaHei", "SimHei", "PingFang SC", "Hiragino Sans", "Apple SD Gothic Neo"),
+    *("Malgun Gothic", "Yu Gothic", "Noto Sans Arabic", "Noto Sans Devanagari", "Noto Sans Thai"),
+    *("Arial Unicode MS", "Unifont"),
 )
 STYLES = ("-", "--", ":", "-.", (0, (8, 2)), (0, (3, 1, 1, 1, 1, 1)), (0, (1, 4)))  # of lines
 # matplotlib's colour -> the page's, which is light or dark.
@@ -69,9 +80,9 @@ def method_colour(entry: str) -> str:
     over.
 
     Args:
-        entry: a method's name, with or without settings in brackets.
+        entry: a method's name, with or without settings in brackets, and a name before "=".
     """
-    name = entry.partition("[")[0]
+    name = entry.partition("[")[0].rpartition("=")[2]
     order = list(dict.fromkeys((*METHODS, name)))
     return COLOURS[order.index(name) % len(COLOURS)]
 
@@ -107,6 +118,8 @@ def encoded(figure, kind: str) -> bytes:
     import matplotlib
 
     metadata = {"Software": None} if kind == "png" else {"Date": None, "Creator": None}
+    for text in figure.findobj(_is_text):
+        text.set_fontfamily(font_families())
     buffer = io.BytesIO()
     settings = {"svg.hashsalt": "semanticfl_ref", "svg.fonttype": "none"}
     with matplotlib.rc_context(settings), warnings.catch_warnings():
@@ -114,6 +127,45 @@ def encoded(figure, kind: str) -> bytes:
         warnings.filterwarnings("ignore", message="Glyph")
         figure.savefig(buffer, format=kind, dpi=150, metadata=metadata)
     return buffer.getvalue()
+
+
+def plain(name: str) -> str:
+    """A name that fits beside a figure, and that matplotlib does not read as a formula."""
+    short = name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}…"
+    return short.replace("$", r"\$")
+
+
+def readable_names(names: Sequence[str], numbered: bool = False) -> list[str]:
+    """Names that fit beside a figure; all are numbered where two would look the same, or a font
+    lacks a letter, or if asked for.
+    """
+    short = [plain(name) for name in names]
+    unique = len(set(short)) == len(short)
+    if unique and not numbered and letters().issuperset(map(ord, "".join(short))):
+        return short
+    return [f"{number} {name}" for number, name in enumerate(short)]
+
+
+@functools.cache
+def font_families() -> list[str]:
+    """matplotlib's own font, and those of this machine that have other scripts."""
+    from matplotlib.font_manager import get_font_names
+
+    known = set(get_font_names())
+    return ["DejaVu Sans", *(family for family in OTHER_SCRIPTS if family in known)]
+
+
+@functools.cache
+def letters() -> set[int]:
+    """Code points that the fonts have."""
+    from matplotlib.font_manager import findfont, get_font
+
+    fonts = (get_font(findfont(family)) for family in font_families())
+    return {*map(ord, " …"), *(code for font in fonts for code in font.get_charmap())}
+
+
+def _is_text(artist) -> bool:
+    return hasattr(artist, "set_fontfamily")
 
 
 def inline_svg(svg: bytes) -> str:

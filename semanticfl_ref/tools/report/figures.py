@@ -9,13 +9,22 @@ from collections.abc import Sequence
 import numpy as np
 
 from semanticfl_ref.run.summary import names_in
-from semanticfl_ref.tools.report.drawing import COLOURS, STYLES, method_colour, new_figure
+from semanticfl_ref.tools.report.drawing import (
+    COLOURS,
+    STYLES,
+    method_colour,
+    new_figure,
+    plain,
+    readable_names,
+)
 from semanticfl_ref.tools.report.runs import Run
 
 WIDTH, HEIGHT = 5.0, 3.3  # inches: two side by side on a desktop, one on a phone, still readable
-MOST_CLIENTS, MOST_CLASSES = 100, 2 * len(COLOURS)  # that stacked bars can show; else a map
-NAMED = 24  # rows of a map, or bars, that carry their names
+MOST_CLIENTS, MOST_CLASSES = 40, 2 * len(COLOURS)  # that stacked bars can show; else a map
+NAMED = 24  # bars that carry their names
+NAMED_ROWS, ROW = 60, 0.15  # rows of a map that carry their names, and their height in inches
 PERCENT = "{x:.0%}"
+SHORT = 9  # letters of a class's name that fits below a column
 SHARES = {"vmin": 0, "vmax": 1, "format": PERCENT}  # of a map
 SENT = "sent so far, MiB"
 TERM_FIGURES = {
@@ -34,7 +43,7 @@ def run_figures(run: Run) -> dict:
         "accuracy": _accuracies("accuracy", parts, band=accuracies_RM),
         "bytes": _accuracies("test accuracy", [(run.method, run, "test")], SENT),
         "partition": partition_figure(run.partition, run.class_names),
-        "classes": _accuracy_map(run, "class", run.class_names),
+        "classes": _accuracy_map(run, "class", readable_names(run.class_names)),
         "clients": _accuracy_map(run, "client", range(run.partition["clients"])),
         **_drift_figures(run),
         **_term_figures(run),
@@ -68,8 +77,9 @@ def partition_figure(manifest: dict, class_names: list[str]):
     classes, clients = counts_CM.shape
     if clients > MOST_CLIENTS or classes > MOST_CLASSES:
         axes = _panel("client", "class")
-        return _map(axes, counts_CM, "images", class_names, norm="log")
+        return _map(axes, counts_CM, "images", readable_names(class_names), norm="log")
     axes = _panel("client", "images")
+    names = readable_names(class_names)
     # One outline per class, with gaps of height zero between the clients: with a shape per bar, a
     # file would hold a thousand of them.
     edges = [m + side for m in range(clients) for side in (-0.42, 0.42)]
@@ -80,7 +90,7 @@ def partition_figure(manifest: dict, class_names: list[str]):
             edges,
             baseline=top - heights[c],
             fill=True,
-            label=plain(class_names[c]),
+            label=names[c],
             hatch="////" if c >= len(COLOURS) else None,
             edgecolor="white",
         )
@@ -93,12 +103,6 @@ def partition_figure(manifest: dict, class_names: list[str]):
         axes.set_xticks(range(clients), labels, fontsize="x-small")
     axes.figure.legend(loc="outside right upper", fontsize="small", frameon=False, reverse=True)
     return axes.figure
-
-
-def plain(name: str) -> str:
-    """A name that fits beside a figure, and that matplotlib does not read as a formula."""
-    short = name if len(name) <= 28 else f"{name[:27]}…"
-    return short.replace("$", r"\$")
 
 
 def _accuracies(up: str, lines: list[tuple], across: str = "round", band=None):
@@ -182,16 +186,29 @@ def _accuracy_map(run: Run, what: str, names: Sequence):
 def _confusion_map(run: Run):
     axes, counts_CC = _panel("predicted class", "true class"), np.array(run.summary["confusion"])
     shares_CC = counts_CC / counts_CC.sum(axis=1, keepdims=True).clip(1)
-    _name(axes.set_xticks, run.class_names, rotation=90)
-    return _map(axes, shares_CC, "share of the true class", run.class_names, **SHARES)
+    names, numbers = run.class_names, range(len(run.class_names))
+    if max(map(len, names)) > SHORT:  # below the map, they would take its place
+        axes.set_xlabel("predicted class, by number")
+        names = readable_names(names, numbered=True)
+    elif len(names) <= NAMED:
+        names = readable_names(names)
+        axes.set_xticks(numbers, names, rotation=90)
+    return _map(axes, shares_CC, "share of the true class", names, **SHARES)
 
 
-def _map(axes, values, label: str, names: Sequence, format: str | None = None, **options):
-    """The figure of a matrix as colours, with their scale and the names of its rows."""
+def _map(axes, values, label: str, names: Sequence, format: str = "{x:g}", **options):
+    """The figure of a matrix as colours, with their scale and the names of its rows.
+
+    Args:
+        names: as they are to be written; a range for rows that are numbers.
+    """
     image = axes.imshow(values, aspect="auto", cmap="cividis", **options)
-    axes.figure.colorbar(image, label=label, format=format)
+    bar = axes.figure.colorbar(image, label=label, format=format)
+    bar.ax.yaxis.set_minor_formatter(format)
     axes.grid(False)
-    _name(axes.set_yticks, names)
+    if len(names) <= (NAMED if isinstance(names, range) else NAMED_ROWS):
+        axes.set_yticks(range(len(names)), list(map(str, names)), fontsize="small")
+        axes.figure.set_figheight(max(HEIGHT, ROW * len(names) + 0.8))
     return axes.figure
 
 
@@ -238,8 +255,3 @@ def _with_legend(axes):
         columnspacing=1.2,
     )
     return axes.figure
-
-
-def _name(set_ticks, names: Sequence, **options) -> None:
-    if len(names) <= NAMED:
-        set_ticks(range(len(names)), [plain(str(name)) for name in names], **options)

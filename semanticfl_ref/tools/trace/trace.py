@@ -19,7 +19,7 @@ from semanticfl_ref.federated.server_optimizer import server_step
 from semanticfl_ref.federated.state import initial_state
 from semanticfl_ref.formatting import Say
 from semanticfl_ref.randomness import generator
-from semanticfl_ref.run.setup import RunData, build_anchors, cache_plan, load_data, set_threads
+from semanticfl_ref.run.setup import RunData, build_anchors, cache_plan, load_data, set_up_torch
 from semanticfl_ref.tools.trace.diffusion_pass import diffusion_pass
 from semanticfl_ref.tools.trace.equations import equations, sources
 from semanticfl_ref.tools.trace.tracer import Source, Step, Tracer
@@ -77,7 +77,7 @@ def trace_round(config: Config, *, images: int, round: int, offline: bool, say: 
     Raises:
         UserError: and its kinds, as in `train`.
     """
-    set_threads(config)
+    set_up_torch(config)
     files = [*FILES, *(file for file in sources() if file.startswith("federated/methods/"))]
     data = load_data(config, offline=offline)
     with Tracer(files) as anchor_tracer:

@@ -10,6 +10,7 @@ from semanticfl_ref.tools.compare.grid import (
     method_settings,
     plan,
     scenario_settings,
+    short_name,
     split_entries,
 )
 
@@ -156,3 +157,16 @@ def test_workers_share_the_cores(tmp_path, monkeypatch):
         (run,) = plan(Grid(**fields, workers=workers, out=tmp_path))
         assert run.config.run.replicas == replicas
         assert run.config.run.threads == 1
+
+
+def test_a_short_name_is_the_runs_name(tmp_path):
+    entry = "tuned=moon[moon.mu=5;federation.learning_rate=0.02]"
+    assert (short_name(entry), short_name("moon[moon.mu=5]")) == ("tuned", "moon[moon.mu=5]")
+    settings = method_settings(entry)
+    assert settings == method_settings(entry.removeprefix("tuned="))
+    assert settings["federation.method"] == "moon"
+    grid = Grid(methods=[entry], seeds=1, settings={}, out=tmp_path, baseline=entry)
+    assert plan(grid)[0].folder.name == "tuned-nid1-40-seed0"
+    long = "moon[" + ";".join(["federation.learning_rate=0.02"] * 9) + "]"
+    with pytest.raises(UserError, match="give it a short one"):
+        plan(Grid(methods=[long], seeds=1, settings={}, out=tmp_path, baseline=long))

@@ -3,6 +3,7 @@
 import csv
 import io
 import sys
+from itertools import pairwise
 
 import pytest
 
@@ -162,3 +163,37 @@ def test_a_single_method_has_no_gains(finished_grid, tmp_path):
     write(comparison, tmp_path)
     assert not list(tmp_path.glob("gains.*"))
     assert (tmp_path / "curves.png").exists(), "one seed: a line without a band"
+
+
+LONG = "moon[moon.mu=1;moon.tau=0.25;federation.learning_rate=0.01]"
+
+
+def test_long_and_short_names_of_methods_in_figures(finished_grid):
+    """Every line has its label, and the axes keep their place."""
+    pytest.importorskip("matplotlib")
+    accuracies = {"fedavg": {"iid": [[0.5]]}, f"tuned={LONG}": {"iid": [[0.6]]}, LONG: {}}
+    accuracies[LONG] = {"iid": [[0.6]]}
+    comparison = compare(*finished_grid(accuracies))
+    figure = curves_figure(comparison)
+    texts = [text.get_text() for text in figure.axes[0].texts]
+    assert sorted(texts) == sorted(["fedavg", "tuned", "moon[mu=1;tau=0.25;learning…"])
+    heights = sorted(text.get_position()[1] for text in figure.axes[0].texts)
+    assert all(b - a > 0.2 for a, b in pairwise(heights)), "labels are apart"
+    low, high = figure.axes[0].get_ylim()
+    assert high - low >= 5, "one seed's noise is not blown up"
+    assert "one seed" in figure.axes[0].get_ylabel()
+    for drawn in (figure, gains_figure(comparison)):
+        drawn.draw_without_rendering()
+        assert drawn.axes[0].get_position().width > 0.4
+    assert "seeds: 1" in gains_figure(comparison).get_supxlabel()
+    assert len(comparison.results) == 3
+
+
+def test_ours_stands_out(finished_grid):
+    pytest.importorskip("matplotlib")
+    widths = [
+        line.get_linewidth()
+        for accuracies in (TWO, {"fedavg": {"iid": [[0.5]]}, "moon": {"iid": [[0.4]]}})
+        for line in curves_figure(compare(*finished_grid(accuracies))).axes[0].get_lines()
+    ]
+    assert [width > 2 for width in widths] == [False, True, True, False], "else the best"

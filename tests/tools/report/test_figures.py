@@ -8,8 +8,9 @@ pytest.importorskip("matplotlib")
 
 from semanticfl_ref.config.registry import METHODS
 from semanticfl_ref.config.resolve import resolve
-from semanticfl_ref.tools.report.drawing import inline_svg, method_colour
-from semanticfl_ref.tools.report.figures import comparison_figures, partition_figure, plain
+from semanticfl_ref.tools.report import drawing
+from semanticfl_ref.tools.report.drawing import inline_svg, method_colour, plain, readable_names
+from semanticfl_ref.tools.report.figures import comparison_figures, partition_figure, run_figures
 from semanticfl_ref.tools.report.runs import read_run
 
 
@@ -78,3 +79,36 @@ def test_an_svg_takes_the_colours_of_its_page():
 def test_a_name_is_short_and_no_formula():
     assert plain("$x$") == r"\$x\$"
     assert plain("x" * 40) == "x" * 27 + "…"
+
+
+def test_names_that_no_font_has_or_that_look_alike_are_numbered(monkeypatch):
+    monkeypatch.setattr(drawing, "letters", lambda: set(map(ord, "abc …x")))
+    assert readable_names(["a b", "c"]) == ["a b", "c"]
+    assert readable_names(["a b", "\u732b"]) == ["0 a b", "1 \u732b"]
+    assert readable_names(["x" * 30 + "a", "x" * 30 + "b"]) == [f"{n} {'x' * 27}…" for n in (0, 1)]
+    assert readable_names(["a", "b"], numbered=True) == ["0 a", "1 b"]
+
+
+def test_matplotlibs_own_font_has_latin_letters():
+    assert drawing.font_families()[0] == "DejaVu Sans"
+    assert drawing.letters().issuperset(map(ord, "abcXYZäéß0189_[=]"))
+
+
+def test_many_classes_and_clients_are_maps_with_names():
+    """Bars of fifty clients could not be told apart; a map grows with its rows."""
+    few = {"histograms": [[1, 2]] * 3}
+    many = {"histograms": [[1] * 30] * 50}
+    assert not partition_figure(few, ["a", "b"]).axes[0].images
+    figure = partition_figure(many, [f"class {c}" for c in range(30)])
+    axes = figure.axes[0]
+    assert axes.images
+    assert [label.get_text() for label in axes.get_yticklabels()][-1] == "class 29"
+    assert figure.get_figheight() > 30 * 0.14, "a line of text per class"
+
+
+def test_long_names_are_numbered_below_the_confusion_matrix(run):
+    long = [f"a name of many letters, {name}" for name in run.class_names]
+    summary = {**run.summary, "confusion": [[1] * len(long)] * len(long)}
+    axes = run_figures(replace(run, summary=summary, class_names=long))["confusion"].axes[0]
+    assert axes.get_xlabel() == "predicted class, by number"
+    assert axes.get_yticklabels()[0].get_text().startswith("0 a name of")
