@@ -19,7 +19,9 @@ FLAGS = {
     "--rounds": "federation.rounds",
     "--local-epochs": "federation.local_epochs",
     "--batch-size": "federation.batch_size",
+    "--optimizer": "federation.optimizer",
     "--lr": "federation.learning_rate",
+    "--schedule": "federation.schedule",
     "--width": "model.width",
     "--anchors": "anchors.control",
     "--anchor-images": "anchors.images",
@@ -43,7 +45,7 @@ def to_flags(config: Config) -> list[str]:
     values, given, words = to_flat(config), {}, []
     flag_of = {name: flag for flag, name in FLAGS.items()}
     # First what presets depend on, then what differs from the presets.
-    for name in ("data.name", "diffusion.source", "federation.method"):
+    for name in ("data.name", "diffusion.source", "federation.optimizer", "federation.method"):
         if values[name] != to_flat(resolve(given))[name]:
             words += [flag_of[name], str(values[name])]
             given[name] = values[name]

@@ -20,6 +20,7 @@ from semanticfl_ref.config.anchor_settings import (  # noqa: F401  (also read fr
     DiffusionSettings,
 )
 from semanticfl_ref.config.registry import DATASETS, METHODS, MODELS, SCENARIOS
+from semanticfl_ref.config.schedule import SCHEDULES, check_schedule
 from semanticfl_ref.config.schema import Section, convert, option
 from semanticfl_ref.errors import UserError, unknown_setting
 
@@ -160,11 +161,42 @@ class FederationSettings(Section):
     clients_per_round: int = option(5, "clients sampled per round", low=1, source="N")
     local_epochs: int = option(10, "local epochs per round", low=1, source="N")
     batch_size: int = option(64, "batch size", low=1, source="S")
-    learning_rate: float = option(0.01, "SGD learning rate", above=0.0, source="N")
-    momentum: float = option(
-        0.9, "SGD momentum; starts from zero in every round", low=0.0, high=0.9999, source="N"
+    optimizer: str = option(
+        "sgd",
+        "client optimizer; starts afresh with every client and round",
+        choices=("sgd", "nesterov", "adam", "adamw"),
+        source="N",
     )
-    weight_decay: float = option(1e-5, "SGD weight decay", low=0.0, source="N")
+    learning_rate: float = option(
+        0.01, "client learning rate; adam and adamw: 0.001 by default", above=0.0, source="N"
+    )
+    schedule: str = option(
+        "constant", "learning rate over the rounds", choices=tuple(SCHEDULES), source="N"
+    )
+    decay: float = option(
+        0.0,
+        "factor on the learning rate, in every round (exponential) or every decay_rounds rounds "
+        "(step); 0: the schedule's default (exponential 0.998, step 0.1)",
+        low=0.0,
+        high=1.0,
+        source="exponential: Seo et al. 2024",
+    )
+    decay_rounds: int = option(
+        0, "rounds between two steps, or until a cosine ends at 0", low=0, unit="rounds"
+    )
+    momentum: float = option(
+        0.9,
+        "momentum of sgd and nesterov, beta_1 of adam and adamw",
+        low=0.0,
+        high=0.9999,
+        source="N",
+    )
+    beta_2: float = option(
+        0.999, "beta_2 of adam and adamw", low=0.0, high=0.999999, source="Kingma and Ba 2015"
+    )
+    weight_decay: float = option(
+        1e-5, "weight decay; part of the gradient except with adamw", low=0.0, source="N"
+    )
     aggregation: str = option(
         "mean",
         "aggregation of the clients' models: weighted mean, or the unweighted and robust median or "
@@ -183,6 +215,15 @@ class FederationSettings(Section):
         "the round",
         choices=("stop", "drop"),
     )
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_schedule(self)
+        if self.optimizer == "nesterov" and self.momentum == 0:
+            raise UserError(
+                "federation.optimizer = nesterov needs federation.momentum above 0; without "
+                "momentum use sgd"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,6 +294,13 @@ class Config:
     methods: Mapping[str, Section] = field(default_factory=_default_method_settings)
 
     def __post_init__(self):
+        optimizer, method = self.federation.optimizer, self.federation.method
+        allowed = METHODS.entries[method].optimizers
+        if allowed and optimizer not in allowed:
+            raise UserError(
+                f"federation.optimizer = {optimizer}: the arithmetic of {method} holds for "
+                f"{' and '.join(allowed)} only; choose it, or another method"
+            )
         sampled, clients = self.federation.clients_per_round, self.partition.clients
         if sampled > clients:
             raise UserError(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from semanticfl_ref.config.settings import setting_fields
 from semanticfl_ref.errors import MismatchError
 from semanticfl_ref.federated.context import RunContext
 from semanticfl_ref.federated.flat import flatten_params
@@ -95,9 +96,13 @@ def save_checkpoint(path: Path, state: FederatedState, identity: dict) -> None:
 def require_identity(path: Path, theirs: dict, ours: dict) -> None:
     """Check that a file belongs to this run.
 
+    A setting that the file does not know, since an earlier version wrote it, had its default.
+
     Raises:
         MismatchError: it does not; the differences are listed.
     """
+    defaults = {name: field.default for name, field in setting_fields().items()}
+    theirs = {name: defaults[name] for name in ours if name in defaults} | theirs
     differing = [
         f"{name}: {theirs.get(name)!r} there, {ours.get(name)!r} here"
         for name in sorted({*theirs, *ours})
