@@ -19,7 +19,7 @@ PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"]
 README = ROOT / "README.md"
 WITH_COMMANDS = {
     *("algorithm.md", "api.md", "backbone.md", "data.md", "kernels.md", "methods.md"),
-    "scenarios.md",
+    *("models.md", "scenarios.md"),
 }
 
 

@@ -30,7 +30,7 @@ data set         {dataset}: {images[train]} train, {images[validation]} validati
 clients          {clients} with {fewest} to {most} training images each
 rounds           {rounds} with {clients_per_round} clients each
 steps per round  {steps_per_round} on average
-model            {parameters} parameters and buffers, {bytes}
+model            {model}, {parameters} parameters and buffers, {bytes}
 communication    per round {down} to the clients, {up} back{anchors}"""
 
 

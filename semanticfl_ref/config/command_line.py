@@ -22,6 +22,7 @@ FLAGS = {
     "--optimizer": "federation.optimizer",
     "--lr": "federation.learning_rate",
     "--schedule": "federation.schedule",
+    "--model": "model.name",
     "--width": "model.width",
     "--anchors": "anchors.control",
     "--anchor-images": "anchors.images",

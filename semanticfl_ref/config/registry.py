@@ -126,11 +126,12 @@ def register_dataset(name: str, reader, preset: Mapping[str, object] = {}) -> No
 
 
 def register_model(name: str, build) -> None:
-    """Make a client model available as `--set model.name=NAME`.
+    """Make a client model available as `--model NAME`.
 
     Args:
         name: what the user writes.
-        build: a class or function with the arguments and the interface of `ResNet10`, or
+        build: a class that derives from `ClientModel` (see federated/model.py); or a class or
+            function with its arguments and interface, where norm and image_size may be missing; or
             "module:attribute".
 
     Raises:
@@ -154,6 +155,9 @@ def register_scenario(name: str, assign) -> None:
 
 
 register_model("resnet10", "semanticfl_ref.federated.model:ResNet10")
+register_model("resnet18", "semanticfl_ref.federated.networks:ResNet18")
+register_model("cnn", "semanticfl_ref.federated.networks:ConvNet")
+register_model("mobilenet", "semanticfl_ref.federated.networks:MobileNetV2")
 for _name in ("iid", "nid1", "nid2", "pathological", "quantity"):
     register_scenario(_name, f"semanticfl_ref.data.scenarios:{_name}")
 

@@ -65,7 +65,7 @@ class DataSettings(Section):
         if 0 < self.image_size < SMALLEST_IMAGE:
             raise UserError(
                 f"data.image_size = {self.image_size}: must be 0 or at least {SMALLEST_IMAGE}, "
-                f"since ResNet-10 halves the side three times and a single pixel has no variance"
+                f"since ResNets halve the side three times and a single pixel has no variance"
             )
 
 
@@ -125,7 +125,8 @@ class ModelSettings(Section):
     name: str = option("resnet10", "client model", choices=MODELS, source="S")
     width: int = option(
         64,
-        "channels of the first stage; features have 8 times as many",
+        "width of the client model: channels of a ResNet's first stage; features have 8 times as "
+        "many",
         low=1,
         high=256,
         source="N",
@@ -140,17 +141,17 @@ class ModelSettings(Section):
     norm: str = option(
         "batch",
         "normalisation layers: batch (BatchNorm), group (GroupNorm of two groups, which keeps no "
-        "running statistics)",
-        choices=("batch", "group"),
+        "running statistics), none",
+        choices=("batch", "group", "none"),
         source="O",
     )
 
     def __post_init__(self):
         super().__post_init__()
-        if self.norm == "group" and self.batch_norm == "local":
+        if self.norm != "batch" and self.batch_norm == "local":
             raise UserError(
-                "model.batch_norm = local: with model.norm = group there is no BatchNorm to keep; "
-                "leave one of the two out"
+                f"model.batch_norm = local: with model.norm = {self.norm} there is no BatchNorm to "
+                f"keep; leave one of the two out"
             )
 
 

@@ -44,6 +44,7 @@ def dry_run(config: Config) -> dict:
         "clients_per_round": federation.clients_per_round,
         "rounds": federation.rounds,
         "steps_per_round": round(steps, 1),
+        "model": config.model.name,
         "parameters": context.layout.size,
         "needs_anchors": context.method.needs_anchors,
         "checkpoint_bytes": sum(tensor.nbytes for tensor in state.tensors.values()),

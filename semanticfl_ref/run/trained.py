@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from semanticfl_ref.config.registry import MODELS
 from semanticfl_ref.data.batches import network_input
 from semanticfl_ref.errors import DataError, MismatchError, UserError
+from semanticfl_ref.federated.build_model import build_model
 from semanticfl_ref.federated.flat import ORDER, flat_layout, load_params
 from semanticfl_ref.run.folder import RunFolder
 from semanticfl_ref.storage import Damaged, load_tensors, write_atomic
@@ -81,7 +81,7 @@ def load_model(path: Path | str) -> TrainedModel:
             f"{folder.path}/partition.json has no {missing}: an earlier version wrote it; train "
             f"again"
         ) from None
-    network = MODELS[config.model.name](config.model.width, len(names))
+    network = build_model(config, len(names), side)
     size = flat_layout(network).size
     if len(params_P) < size:
         raise MismatchError(

@@ -69,7 +69,7 @@ def examine(config: Config, offline: bool) -> Iterator[Finding]:
     from semanticfl_ref.diffusion.model_files import fetch_command
     from semanticfl_ref.run.dry_run import dry_run
 
-    source, name = config.diffusion.source, config.data.name
+    source = config.diffusion.source
     sizes = cache(partial(dry_run, config))
     anchored = METHODS[config.federation.method].needs_anchors
     yield _check("device", partial(_device, config))
@@ -77,7 +77,7 @@ def examine(config: Config, offline: bool) -> Iterator[Finding]:
     yield _check("embedded data", _digits, needed=is_embedded(config))
     yield _check("embedded model", _tiny, needed=anchored and source == "tiny")
     show = shell_command("partition", "show", *to_flags(config))
-    downloads = [("data set", partial(_data, name, sizes), show)]
+    downloads = [("data set", partial(_data, config, sizes), show)]
     if anchored:
         downloads.append(("weights", partial(_weights, source), fetch_command(source)))
     found = [_check(*each, offline=offline) for each in downloads]
@@ -227,9 +227,12 @@ def _tiny() -> str:
     return "intact"
 
 
-def _data(name: str, sizes: Callable[[], dict]) -> str:
+def _data(config: Config, sizes: Callable[[], dict]) -> str:
     images = ", ".join(f"{count} {part}" for part, count in sizes()["images"].items())
-    return f"{name}: {images} images in {sizes()['classes']} classes"
+    return (
+        f"{config.data.name}: {images} images in {sizes()['classes']} classes; {config.model.name} "
+        f"of {sizes()['parameters']} parameters and buffers"
+    )
 
 
 def _weights(source: str) -> str:

@@ -245,6 +245,9 @@ VARIANTS = [
     ("semanticfl", {"federation__optimizer": "adamw", **HALVED}),
     ("fedavg", {"run__precision": "bf16"}),
     ("semanticfl", {"model__norm": "group"}),
+    ("fedrcl", {"model__name": "resnet18", "model__norm": "none"}),
+    ("semanticfl", {"model__name": "cnn", "model__norm": "group"}),
+    ("fedavg", {"model__name": "mobilenet"}),
 ]
 
 
