@@ -7,7 +7,7 @@ from semanticfl_ref.config.resolve import is_embedded, resolve
 from semanticfl_ref.config.settings import NOT_IDENTITY, Config, to_flat
 from semanticfl_ref.errors import MismatchError, UserError
 from semanticfl_ref.formatting import format_bytes
-from semanticfl_ref.run.folder import RunFolder, default_folder, refuse_existing
+from semanticfl_ref.run.folder import RunFolder, default_folder, refuse_existing, stopping_point
 from semanticfl_ref.run.summary import LAST
 from semanticfl_ref.storage import user_path
 
@@ -78,7 +78,7 @@ def _resume(arguments) -> int:
     folder = RunFolder(arguments.resume)
     saved = folder.config()
     config = _resumed_config(arguments, saved)
-    if folder.finished and config.federation.rounds == saved.federation.rounds:
+    if folder.finished and stopping_point(config) == stopping_point(saved):
         folder.verify()
         say(f"the run {folder.path} is finished; nothing is left to do")
         # Where it is now, since it may have been moved.

@@ -32,6 +32,8 @@ FLAGS = {
     "--threads": "run.threads",
     "--replicas": "run.replicas",
     "--seed": "run.seed",
+    "--patience": "run.patience",
+    "--init": "run.init",
 }
 
 

@@ -35,6 +35,7 @@ NOT_IDENTITY = frozenset(
         "anchors.images",
         "federation.rounds",
         "run.checkpoint_every",
+        "run.patience",
         "run.replicas",
     }
 )
@@ -273,6 +274,18 @@ class RunSettings(Section):
     replicas: int = option(0, "clients trained side by side; 0: as many as fit", low=0)
     device: str = option("auto", "device; auto: CUDA if available", choices=("auto", "cpu", "cuda"))
     checkpoint_every: int = option(1, "rounds between checkpoints", low=1)
+    evaluate_every: int = option(1, "rounds between evaluations; divides the rounds", low=1)
+    patience: int = option(
+        0,
+        "evaluations without a better validation accuracy after which a run stops; its best model "
+        "is kept; 0: never",
+        low=0,
+    )
+    init: str = option(
+        "",
+        "run folder, or file with a state dict (.safetensors, .pt), whose model the run starts "
+        "from; empty: random weights",
+    )
 
 
 def _default_method_settings() -> Mapping[str, Section]:
@@ -307,6 +320,12 @@ class Config:
             raise UserError(
                 f"federation.clients_per_round = {sampled} exceeds partition.clients = {clients}: "
                 f"lower --clients-per-round or raise --clients"
+            )
+        rounds, every = self.federation.rounds, self.run.evaluate_every
+        if rounds % every:
+            raise UserError(
+                f"federation.rounds = {rounds} is no multiple of run.evaluate_every = {every}: the "
+                f"last round would not be evaluated; use {rounds - rounds % every + every} rounds"
             )
         trims = self.federation.aggregation == "trimmed-mean"
         if trims and trimmed_clients(self.server.trim, sampled) < 1:

@@ -12,6 +12,17 @@ from semanticfl_ref.federated.context import RunContext
 BATCH = {"cpu": 500, "cuda": 2_000}  # images per forward pass
 
 
+# Entries of a round's line that are None in a round without an evaluation.
+EVALUATED = ("test_accuracy", "validation_accuracy", "class_accuracy", "client_accuracy")
+
+
+def evaluate_round(context: RunContext, round: int) -> dict:
+    """The accuracies of the global model after a round, if `run.evaluate_every` asks for them."""
+    if round % context.config.run.evaluate_every:
+        return dict.fromkeys(EVALUATED)
+    return evaluate(context.model, context)
+
+
 def evaluate(model: nn.Module, context: RunContext) -> dict:
     """Accuracies of `model`, 0 ... 1.
 

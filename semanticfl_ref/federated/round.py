@@ -12,7 +12,7 @@ import torch
 from semanticfl_ref.config.settings import Config
 from semanticfl_ref.federated.aggregate import average_selected, cohorts, robust_aggregate
 from semanticfl_ref.federated.context import RunContext
-from semanticfl_ref.federated.evaluate import evaluate
+from semanticfl_ref.federated.evaluate import evaluate_round
 from semanticfl_ref.federated.flat import load_params
 from semanticfl_ref.federated.local_optimizer import learning_rate
 from semanticfl_ref.federated.methods.method import LocalUpdate, SampledClients
@@ -85,7 +85,7 @@ def run_round(
     load_params(context.model, params_P)
     rate = learning_rate(config.federation, after.round)
     line = {"round": after.round, "clients": sampled_K, "learning_rate": rate}
-    line |= evaluate(context.model, context) | metrics.line()
+    line |= evaluate_round(context, after.round) | metrics.line()
     line["drift"] = {"update_norm": [norms.get(client) for client in sampled_K]}
     line["drift"] |= drift.summary(aggregate_P)
     after.anchors_sent[sampled_K] = True

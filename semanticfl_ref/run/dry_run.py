@@ -12,6 +12,7 @@ from semanticfl_ref.diffusion.model_files import TINY
 from semanticfl_ref.federated.context import make_context
 from semanticfl_ref.federated.metrics import communication_cost
 from semanticfl_ref.federated.state import initial_state
+from semanticfl_ref.run.initial import read_initial
 from semanticfl_ref.run.setup import load_data
 
 SD15_TEXT_WIDTH = 768
@@ -25,6 +26,7 @@ def dry_run(config: Config) -> dict:
     """
     data = load_data(config, offline=True)
     dataset, partition, federation = data.dataset, data.partition, config.federation
+    read_initial(config, dataset)  # checked here too
     anchors = placeholder_anchors(config, dataset.classes)
     context = make_context(config, dataset, partition, anchors)
     state, cost = initial_state(context), communication_cost(context)

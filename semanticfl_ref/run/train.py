@@ -11,6 +11,7 @@ from semanticfl_ref.config.command_line import shell_command
 from semanticfl_ref.config.resolve import is_embedded
 from semanticfl_ref.config.settings import Config
 from semanticfl_ref.diffusion.anchors import Anchors
+from semanticfl_ref.federated.build_model import feature_width
 from semanticfl_ref.federated.context import RunContext, make_context
 from semanticfl_ref.federated.evaluate import confusion
 from semanticfl_ref.federated.flat import load_params
@@ -24,7 +25,8 @@ from semanticfl_ref.federated.state import (
 )
 from semanticfl_ref.formatting import Say
 from semanticfl_ref.run.environment import changes, environment_of
-from semanticfl_ref.run.folder import RunFolder
+from semanticfl_ref.run.folder import RunFolder, stopping_point
+from semanticfl_ref.run.initial import read_initial
 from semanticfl_ref.run.setup import (
     RunData,
     build_anchors,
@@ -33,7 +35,8 @@ from semanticfl_ref.run.setup import (
     provenance_of,
     set_threads,
 )
-from semanticfl_ref.run.summary import summarise
+from semanticfl_ref.run.summary import best_round, out_of_patience, summarise
+from semanticfl_ref.storage import save_tensors, sha256_of
 
 OnRound = Callable[[dict], None]
 IDENTITY = "identity.json"
@@ -67,8 +70,11 @@ def train(
         UserError: and its kinds, see errors.py; before the first round nothing is left on disk.
         KeyboardInterrupt: after a checkpoint was saved.
     """
+    set_threads(config)
+    data = data or load_data(config, offline=offline)
+    read_initial(config, data.dataset)  # checked before any work
     context = _prepare(config, data, anchors, offline, say)
-    dataset = context.dataset
+    dataset, (state, identity) = context.dataset, _start(context)
     documents = {
         "environment.json": environment_of(context),
         "partition.json": {
@@ -78,11 +84,13 @@ def train(
             "image_size": dataset.image_size,
         },
         "anchors.json": provenance_of(context),
-        IDENTITY: identity_of(context),
+        IDENTITY: identity,
     }
     folder = RunFolder.create(out, config, documents)
     with folder.held():
-        return _finish(context, folder, initial_state(context), on_round, say)
+        if config.run.init:  # so that a resumed run does not need what it started from
+            save_checkpoint(folder.checkpoint, state, identity)
+        return _finish(context, folder, state, on_round, say)
 
 
 def resume(
@@ -106,15 +114,18 @@ def resume(
     """
     context, folder = _prepare(config, None, None, offline, say), RunFolder(path)
     with folder.held():
-        state, identity = initial_state(context), identity_of(context)
-        require_identity(folder.path / IDENTITY, folder.read(IDENTITY), identity)
+        recorded = folder.read(IDENTITY)
         if folder.checkpoint.exists():
+            identity = identity_of(context) | {k: recorded[k] for k in ["init"] if k in recorded}
             state = load_checkpoint(folder.checkpoint, identity).to(context.device)
+        else:
+            state, identity = _start(context)
+        require_identity(folder.path / IDENTITY, recorded, identity)
         now = environment_of(context)
         changed = changes(folder.read("environment.json"), now)
         if changed:
             say(f"note: {', '.join(changed)} changed; resumed results may differ in the last bits")
-        if config.federation.rounds != folder.config().federation.rounds:
+        if stopping_point(config) != stopping_point(folder.config()):
             folder.reopen(config)
         folder.truncate(state.round, state.seal)
         folder.add_environment(now, state.round)
@@ -128,6 +139,7 @@ def _prepare(
     """What both ways to start a run need."""
     set_threads(config)
     data = data or load_data(config, offline=offline)
+    feature_width(config, data.dataset.classes, data.dataset.image_size)  # checks the model
     partition = data.partition
     for note in data.dataset.notes:
         say(f"note: {note}")
@@ -137,6 +149,15 @@ def _prepare(
     )
     anchors = anchors or build_anchors(config, data, offline=offline, say=say)
     return make_context(config, data.dataset, partition, anchors)
+
+
+def _start(context: RunContext) -> tuple[FederatedState, dict]:
+    """The state before the first round, and the identity of the run."""
+    identity, initial = identity_of(context), read_initial(context.config, context.dataset)
+    if initial:
+        context.model.load_state_dict(initial, strict=False)
+        identity["init"] = sha256_of({}, initial)
+    return initial_state(context), identity
 
 
 def _finish(
@@ -166,19 +187,28 @@ def _run_rounds(
     """Each round is followed by its line of metrics and, as configured, a checkpoint."""
     sizes = context.partition.sizes
     context.replicas.fit(received(state, context, sizes.index(max(sizes))), say)
-    config, identity = context.config, identity_of(context)
-    rounds, method = config.federation.rounds, config.federation.method
+    config, identity, history = context.config, folder.read(IDENTITY), folder.rounds()
+    rounds, method, patience = (
+        config.federation.rounds,
+        config.federation.method,
+        config.run.patience,
+    )
     try:
         with tqdm(total=rounds, initial=state.round, desc=method, unit="round") as bar:
-            while state.round < rounds:
+            while state.round < rounds and not out_of_patience(history, patience):
                 started = time.perf_counter()
                 following, line = run_round(state, context)
                 seal = folder.append(line, time.perf_counter() - started, state.seal)
                 state = replace(following, seal=seal)
+                history.append(line)
+                if patience and best_round(history) is line:
+                    about = {"round": state.round, "identity": identity}
+                    save_tensors(folder.best, {"params": state.params}, about)
                 if state.round % config.run.checkpoint_every == 0 or state.round == rounds:
                     save_checkpoint(folder.checkpoint, state, identity)
-                numbers = f"accuracy={line['test_accuracy']:.1%}, loss={line['loss']:.3f}"
-                bar.set_postfix_str(numbers, refresh=False)
+                if line["test_accuracy"] is not None:
+                    numbers = f"accuracy={line['test_accuracy']:.1%}, loss={line['loss']:.3f}"
+                    bar.set_postfix_str(numbers, refresh=False)
                 bar.update()
                 on_round(line)
     except KeyboardInterrupt:
@@ -187,6 +217,12 @@ def _run_rounds(
             f"interrupted and saved after round {state.round} of {rounds}; continue with: "
             f"{shell_command('train', '--resume', str(folder.path))}"
         ) from None
+    if state.round < rounds:
+        save_checkpoint(folder.checkpoint, state, identity)
+        say(
+            f"stopped after round {state.round}: no better validation accuracy in {patience} "
+            f"evaluations; the best round is {best_round(history)['round']}"
+        )
     return state
 
 
