@@ -11,7 +11,7 @@ import signal
 import sys
 from pathlib import Path
 
-from semanticfl_ref import __version__
+from semanticfl_ref import __version__, formatting
 from semanticfl_ref.commands import (
     compare,
     config,
@@ -21,6 +21,7 @@ from semanticfl_ref.commands import (
     partition,
     report,
     reproduce,
+    runs,
     trace,
     train,
 )
@@ -36,6 +37,7 @@ COMMANDS = {
     "compare": compare,
     "reproduce": reproduce,
     "report": report,
+    "runs": runs,
     "export": export,
     "partition": partition,
     "config": config,
@@ -78,12 +80,13 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     try:
         arguments = parse(run_imports(argv))
+        formatting.quiet = arguments.quiet
         return COMMANDS[arguments.command].run(arguments)
     except UserError as error:
-        say(f"error: {' '.join(str(error).split())}")
+        say(f"error: {' '.join(str(error).split())}", always=True)
         return error.exit_code
     except KeyboardInterrupt as interrupt:
-        say(str(interrupt) or "interrupted")
+        say(str(interrupt) or "interrupted", always=True)
         return 130
 
 
@@ -148,6 +151,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
             module.add_flags(command, argv[1:])
             command.add_argument(
                 "--json", action="store_true", help="print one JSON object on stdout"
+            )
+            command.add_argument(
+                "--quiet", action="store_true", help="no progress on stderr, only errors"
             )
     arguments, extra = parser.parse_known_args(argv)
     if extra:

@@ -5,6 +5,8 @@ import os
 import sys
 from collections.abc import Callable
 
+from semanticfl_ref import formatting
+
 
 class Stream:
     """A text stream that is given up quietly when it fails: telling may fail, training may not.
@@ -41,8 +43,10 @@ def replace_streams() -> None:
     sys.stdout, sys.stderr = Stream(1), Stream(2)
 
 
-def say(text: str) -> None:
-    """Print a line of progress."""
+def say(text: str, always: bool = False) -> None:
+    """Print a line of progress, or with --quiet only what is `always` printed."""
+    if formatting.quiet and not always:
+        return
     print(f"semanticfl_ref: {text}", file=sys.stderr, flush=True)
 
 

@@ -6,7 +6,7 @@ from semanticfl_ref.config.command_line import shell_command, to_flags
 from semanticfl_ref.config.resolve import is_embedded, resolve
 from semanticfl_ref.config.settings import NOT_IDENTITY, Config, to_flat
 from semanticfl_ref.errors import MismatchError, UserError
-from semanticfl_ref.formatting import format_bytes
+from semanticfl_ref.formatting import format_bytes, format_percent
 from semanticfl_ref.run.folder import RunFolder, default_folder, refuse_existing, stopping_point
 from semanticfl_ref.run.summary import LAST
 from semanticfl_ref.storage import user_path
@@ -49,6 +49,7 @@ def add_flags(parser, argv: list[str]) -> None:
         help="run folder to continue from its last checkpoint, bitwise; with --rounds also beyond "
         "its last round",
     )
+    parser.add_argument("--verbose", action="store_true", help="a line on stderr for every round")
     parser.add_argument(
         "--dry-run", action="store_true", help="print sizes, steps and bytes; write nothing"
     )
@@ -68,7 +69,7 @@ def run(arguments) -> int:
     _announce(config)
     from semanticfl_ref.run.train import train
 
-    folder = train(config, out, offline=arguments.offline, say=say)
+    folder = train(config, out, offline=arguments.offline, say=say, on_round=_teller(arguments))
     return _show_result(folder, config, arguments.json)
 
 
@@ -86,7 +87,7 @@ def _resume(arguments) -> int:
     _announce(config)
     from semanticfl_ref.run.train import resume
 
-    resume(config, folder.path, offline=arguments.offline, say=say)
+    resume(config, folder.path, offline=arguments.offline, say=say, on_round=_teller(arguments))
     return _show_result(folder, config, arguments.json)
 
 
@@ -105,6 +106,16 @@ def _resumed_config(arguments, saved: Config) -> Config:
             f"Resume without these flags, or start a new run with --out"
         )
     return config
+
+
+def _teller(arguments):
+    """What is called with a round's line of metrics."""
+
+    def tell(line: dict) -> None:
+        accuracy = format_percent(line["test_accuracy"]) or "not evaluated"
+        say(f"round {line['round']}: test accuracy {accuracy}, loss {line['loss']:.3f}")
+
+    return tell if arguments.verbose else lambda line: None
 
 
 def _announce(config: Config) -> None:

@@ -11,7 +11,6 @@ from dataclasses import fields
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from semanticfl_ref.device import default_threads
 from semanticfl_ref.diffusion.backbone import Backbone, PassOptions, check_finite
@@ -26,7 +25,7 @@ from semanticfl_ref.diffusion.feature_cache import (
 from semanticfl_ref.diffusion.model_files import fingerprint
 from semanticfl_ref.diffusion.text import TextEncoder, captions
 from semanticfl_ref.errors import DataError
-from semanticfl_ref.formatting import Say, format_bytes
+from semanticfl_ref.formatting import Say, format_bytes, progress_bar
 from semanticfl_ref.storage import (
     Damaged,
     canonical_json,
@@ -154,7 +153,7 @@ def _extract(
     threads = default_threads() if backbone.batch == backbone.LARGE_PASS else nullcontext()
     with (
         threads,
-        tqdm(
+        progress_bar(
             total=len(plan.images), initial=done, desc="diffusion features", unit=" images"
         ) as bar,
     ):

@@ -39,7 +39,7 @@ def summarise(rounds: list[dict], seconds: float, about: dict) -> dict:
     return {
         **about,
         "rounds": rounds[-1]["round"],
-        "test_accuracy": last["test_accuracy"],
+        **{name: last.get(name) for name in ("test_accuracy", "test_loss", "macro_f1")},
         "test_accuracy_last_five": fmean(line["test_accuracy"] for line in tested[-LAST:]),
         "validation_accuracy": last["validation_accuracy"],
         "best_validation_round": best and best["round"],

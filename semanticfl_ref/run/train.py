@@ -5,8 +5,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from tqdm import tqdm
-
 from semanticfl_ref.config.command_line import shell_command
 from semanticfl_ref.config.resolve import is_embedded
 from semanticfl_ref.config.settings import Config
@@ -23,7 +21,7 @@ from semanticfl_ref.federated.state import (
     require_identity,
     save_checkpoint,
 )
-from semanticfl_ref.formatting import Say
+from semanticfl_ref.formatting import Say, progress_bar
 from semanticfl_ref.run.environment import changes, environment_of
 from semanticfl_ref.run.folder import RunFolder, stopping_point
 from semanticfl_ref.run.initial import read_initial
@@ -194,7 +192,7 @@ def _run_rounds(
         config.run.patience,
     )
     try:
-        with tqdm(total=rounds, initial=state.round, desc=method, unit="round") as bar:
+        with progress_bar(total=rounds, initial=state.round, desc=method, unit="round") as bar:
             while state.round < rounds and not out_of_patience(history, patience):
                 started = time.perf_counter()
                 following, line = run_round(state, context)

@@ -12,6 +12,7 @@ from semanticfl_ref.config.registry import DATASETS, register_dataset
 from semanticfl_ref.config.resolve import resolve
 from semanticfl_ref.data.dataset import Labelled, Parts
 from semanticfl_ref.errors import DataError, MismatchError, UserError
+from semanticfl_ref.federated.evaluate import EVALUATED
 from semanticfl_ref.run import train as train_module
 from semanticfl_ref.run.folder import RunFolder
 from semanticfl_ref.run.setup import load_data
@@ -68,8 +69,7 @@ def test_evaluation_every_two_rounds(tmp_path, job, unbroken_run):
     assert cli.main(command) == 0
     whole, lines = RunFolder(unbroken_run).rounds(), RunFolder(run).rounds()
     assert lines[1::2] == whole[1::2]
-    accuracies = ("test_accuracy", "validation_accuracy", "class_accuracy", "client_accuracy")
-    assert lines[::2] == [line | dict.fromkeys(accuracies) for line in whole[::2]]
+    assert lines[::2] == [line | dict.fromkeys(EVALUATED) for line in whole[::2]]
     params = [load_file(r / "checkpoint.safetensors")["params"] for r in (run, unbroken_run)]
     assert torch.equal(*params)
     summary, other = read_json(run / "summary.json"), read_json(unbroken_run / "summary.json")
