@@ -74,14 +74,14 @@ class DataSettings(Section):
 class PartitionSettings(Section):
     scenario: str = option(
         "nid1",
-        "how training images are partitioned across clients: iid; nid1, nid2, pathological (label "
-        "skew); quantity (size skew)",
+        "how training images are partitioned across clients: iid; nid1, nid2, pathological, "
+        "extended (label skew); quantity (size skew)",
         choices=SCENARIOS,
         source="S",
     )
     alpha: float = option(
         0.2,
-        "Dirichlet concentration of nid1 and quantity; small values are skewed",
+        "Dirichlet concentration of nid1, extended and quantity; small values are skewed",
         low=1e-6,
         high=1e6,
         source="S",
@@ -90,7 +90,13 @@ class PartitionSettings(Section):
         False, "nid1 with clients of equal size, as FedDifRC's code has them", source="N"
     )
     classes_per_client: int = option(
-        2, "classes per client of pathological", low=1, source="McMahan et al. 2017: 2"
+        2, "classes per client of pathological and extended", low=1, source="McMahan et al. 2017: 2"
+    )
+    minimum: int = option(
+        2,
+        "training images that every client gets at least; short ones get them from the largest",
+        low=2,
+        source="O",
     )
     imbalance: float = option(
         1.0,
