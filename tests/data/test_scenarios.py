@@ -80,7 +80,7 @@ def test_pathological_by_hand():
 
 
 def test_extended_is_dirichlet_among_the_holders_of_a_class():
-    """Two classes a client; a large alpha shares a class evenly, a small one does not, and a minimum
+    """Two classes a client; a large alpha shares a class evenly, a small one does not; a minimum
     is kept."""
     labels = torch.arange(3000) % 5
     options = {"clients": 5, "classes": 5}
