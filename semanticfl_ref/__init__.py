@@ -21,6 +21,7 @@ _MODULE_OF = {
     "Partition": "data.partition",
     "Anchors": "diffusion.anchors",
     "Method": "federated.methods.method",
+    "ClientModel": "federated.model",
     "RunData": "run.setup",
     "load_data": "run.setup",
     "build_anchors": "run.setup",

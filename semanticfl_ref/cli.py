@@ -13,7 +13,7 @@ import signal
 import sys
 from pathlib import Path
 
-from semanticfl_ref import __version__
+from semanticfl_ref import __version__, formatting
 from semanticfl_ref.commands import (
     anchors,
     compare,
@@ -24,6 +24,7 @@ from semanticfl_ref.commands import (
     partition,
     report,
     reproduce,
+    runs,
     search,
     trace,
     train,
@@ -31,7 +32,7 @@ from semanticfl_ref.commands import (
 from semanticfl_ref.commands.output import replace_streams, say
 from semanticfl_ref.config.registry import IMPORTED
 from semanticfl_ref.config.settings import setting_fields
-from semanticfl_ref.cores import ranks
+from semanticfl_ref.cores import rank, ranks
 from semanticfl_ref.errors import DataError, RankLost, UserError, unknown
 from semanticfl_ref.parent import end_with_parent
 
@@ -44,6 +45,7 @@ COMMANDS = {
     "search": search,
     "reproduce": reproduce,
     "report": report,
+    "runs": runs,
     "export": export,
     "partition": partition,
     "config": config,
@@ -93,9 +95,14 @@ def main(argv: list[str] | None = None) -> int:
                 f"torchrun cannot share the work of {arguments.command}: start it with python -m "
                 f"semanticfl_ref (compare runs side by side with --workers)"
             )
+        formatting.quiet = arguments.quiet or rank() > 0
         return COMMANDS[arguments.command].run(arguments)
     except UserError as error:
-        say(f"error: {' '.join(str(error).split())}", always=isinstance(error, RankLost))
+        # Of several ranks, the first tells; of one that is lost, whoever is left.
+        say(
+            f"error: {' '.join(str(error).split())}",
+            always=rank() == 0 or isinstance(error, RankLost),
+        )
         return error.exit_code
     except (MemoryError, RuntimeError, OSError) as error:
         if not _is_shortage(error):
@@ -107,7 +114,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         return DataError.exit_code
     except KeyboardInterrupt as interrupt:
-        say(str(interrupt) or "interrupted")
+        say(str(interrupt) or "interrupted", always=True)
         return 130
 
 
@@ -172,6 +179,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
             module.add_flags(command, argv[1:])
             command.add_argument(
                 "--json", action="store_true", help="print one JSON object on stdout"
+            )
+            command.add_argument(
+                "--quiet", action="store_true", help="no progress on stderr, only errors"
             )
     arguments, extra = parser.parse_known_args(argv)
     if extra:

@@ -5,6 +5,16 @@ from collections.abc import Callable
 Say = Callable[[str], None]  # takes one line of progress
 
 
+quiet = False  # whether progress is shown nowhere, as `--quiet` asks
+
+
+def progress_bar(**options):
+    """A bar of tqdm on stderr, if that is a terminal."""
+    from tqdm import tqdm
+
+    return tqdm(disable=quiet or None, **options)
+
+
 def format_bytes(count: float) -> str:
     """A number of bytes: 1536 is "1.5 KiB"."""
     for unit in ("B", "KiB", "MiB", "GiB"):

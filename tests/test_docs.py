@@ -18,13 +18,8 @@ from semanticfl_ref import cli
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"]
 README = ROOT / "README.md"
 WITH_COMMANDS = {
-    "api.md",
-    "backbone.md",
-    "data.md",
-    "kernels.md",
-    "methods.md",
-    "scale.md",
-    "scenarios.md",
+    *("algorithm.md", "api.md", "backbone.md", "data.md", "kernels.md", "methods.md"),
+    *("models.md", "scale.md", "scenarios.md"),
 }
 
 

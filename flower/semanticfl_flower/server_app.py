@@ -15,11 +15,10 @@ from semanticfl_ref.errors import UserError
 from semanticfl_ref.federated.context import RunContext
 from semanticfl_ref.federated.remote import Answer, sent_state, server_side
 from semanticfl_ref.federated.round import received, sample_clients
-from semanticfl_ref.federated.state import initial_state
+from semanticfl_ref.federated.state import FederatedState
 from semanticfl_ref.run.client_data import with_clients
 from semanticfl_ref.run.folder import RunFolder
-from semanticfl_ref.run.setup import identity_of
-from semanticfl_ref.run.train import documents_of, one_round, prepare, write_summary
+from semanticfl_ref.run.train import documents_of, one_round, prepare, start, write_summary
 
 app = ServerApp()
 
@@ -28,11 +27,14 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     settings = context.run_config
     config, timeout = config_of(settings), float(settings["timeout"])
+    if config.run.patience:
+        raise UserError("run.patience: stopping early is for `train` alone; leave it out here")
     run = prepare(config, offline=True, say=lambda text: log(INFO, "%s", text))
     nodes, run = introduced(grid, run, timeout)
-    folder = RunFolder.create(Path(str(settings["out"])), config, documents_of(run))
+    state, identity = start(run)
+    folder = RunFolder.create(Path(str(settings["out"])), config, documents_of(run, identity))
     with folder.held():
-        strategy = Rounds(run, folder, nodes)
+        strategy = Rounds(run, folder, nodes, state)
         params = arrays_of({"params": strategy.state.params})
         strategy.start(grid, params, config.federation.rounds, timeout)
         write_summary(strategy.context, folder, strategy.state)
@@ -45,11 +47,14 @@ class Rounds(Strategy):
         context: the run.
         folder: receives metrics and checkpoints.
         nodes: client -> its node.
+        state: before the first round.
     """
 
-    def __init__(self, context: RunContext, folder: RunFolder, nodes: dict[int, int]):
+    def __init__(
+        self, context: RunContext, folder: RunFolder, nodes: dict[int, int], state: FederatedState
+    ):
         self.context, self.folder, self.nodes = server_side(context), folder, nodes
-        self.state, self.identity = initial_state(self.context), identity_of(context)
+        self.state, self.history = state, []
         self.started, self.bytes_down = 0.0, 0
 
     def configure_train(
@@ -91,9 +96,8 @@ class Rounds(Strategy):
             log(WARNING, "dropped: %s", where)
             answers[client] = Answer.missing(self.context.layout.size)
         self.context.replicas.received = answers
-        self.state, line = one_round(
-            self.context, self.folder, self.state, self.identity, self.started
-        )
+        self.state = one_round(self.context, self.folder, self.state, self.history, self.started)
+        line = self.history[-1]
         metrics = {name: line[name] or 0.0 for name in ("test_accuracy", "loss")}
         metrics |= {"array_bytes_down": self.bytes_down, "array_bytes_up": bytes_up}
         metrics |= {name: line[name] for name in ("bytes_down", "bytes_up")}

@@ -15,11 +15,16 @@ def add_flags(parser, argv: list[str]) -> None:
         metavar="FILE",
         help="file to write: model.safetensors (named tensors) or model.pt2 (torch.export program)",
     )
+    parser.add_argument(
+        "--best",
+        action="store_true",
+        help="the model of the best validation round, which a run with run.patience keeps",
+    )
 
 
 def run(arguments) -> int:
     say(f"{arguments.run_folder}: loading torch ...")
     from semanticfl_ref.run.trained import export_model
 
-    file = export_model(arguments.run_folder, arguments.out)
+    file = export_model(arguments.run_folder, arguments.out, best=arguments.best)
     return show({"model": str(file)}, arguments.json, lambda document: document["model"])

@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from semanticfl_ref.cores import rank
+from semanticfl_ref import formatting
 
 
 class Stream:
@@ -44,9 +44,10 @@ def replace_streams() -> None:
 
 
 def say(text: str, always: bool = False) -> None:
-    """Print a line of progress; of several ranks, the first does."""
-    if rank() == 0 or always:
-        print(f"semanticfl_ref: {text}", file=sys.stderr, flush=True)
+    """Print a line of progress, or with --quiet only what is `always` printed."""
+    if formatting.quiet and not always:
+        return
+    print(f"semanticfl_ref: {text}", file=sys.stderr, flush=True)
 
 
 def show(document: dict, as_json: bool, to_text: Callable[[dict], str]) -> int:

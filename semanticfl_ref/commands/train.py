@@ -9,8 +9,14 @@ from semanticfl_ref.config.resolve import is_embedded, resolve
 from semanticfl_ref.config.settings import NOT_IDENTITY, Config, to_flat
 from semanticfl_ref.cores import rank
 from semanticfl_ref.errors import MismatchError, UserError
-from semanticfl_ref.formatting import format_bytes, format_seconds
-from semanticfl_ref.run.folder import RunFolder, default_folder, refuse_existing, reserve
+from semanticfl_ref.formatting import format_bytes, format_percent, format_seconds
+from semanticfl_ref.run.folder import (
+    RunFolder,
+    default_folder,
+    refuse_existing,
+    reserve,
+    stopping_point,
+)
 from semanticfl_ref.run.summary import LAST
 from semanticfl_ref.storage import user_path
 
@@ -33,7 +39,7 @@ data set         {dataset}: {images[train]} train, {images[validation]} validati
 clients          {clients} with {fewest} to {most} training images each
 rounds           {rounds} with {clients_per_round} clients each
 steps per round  {steps_per_round} on average
-model            {parameters} parameters and buffers, {bytes}
+model            {model}, {parameters} parameters and buffers, {bytes}
 {features}communication    per round {down} to the clients, {up} back{anchors}"""
 
 
@@ -52,6 +58,7 @@ def add_flags(parser, argv: list[str]) -> None:
         help="run folder to continue from its last checkpoint, bitwise; with --rounds also beyond "
         "its last round",
     )
+    parser.add_argument("--verbose", action="store_true", help="a line on stderr for every round")
     parser.add_argument(
         "--dry-run",
         action="store_true",
@@ -78,7 +85,7 @@ def run(arguments) -> int:
         _announce(config)
         from semanticfl_ref.run.train import train
 
-        folder = train(config, out, offline=arguments.offline, say=say)
+        folder = train(config, out, offline=arguments.offline, say=say, on_round=_teller(arguments))
     finally:
         if not arguments.out and rank() == 0:
             with suppress(OSError):  # what was reserved in vain; a run is not empty
@@ -92,7 +99,7 @@ def _resume(arguments) -> int:
     folder = RunFolder(arguments.resume)
     saved = folder.config()
     config = _resumed_config(arguments, saved)
-    if folder.finished and config.federation.rounds == saved.federation.rounds:
+    if folder.finished and stopping_point(config) == stopping_point(saved):
         folder.verify()
         say(f"the run {folder.path} is finished; nothing is left to do")
         # Where it is now, since it may have been moved.
@@ -100,7 +107,7 @@ def _resume(arguments) -> int:
     _announce(config)
     from semanticfl_ref.run.train import resume
 
-    resume(config, folder.path, offline=arguments.offline, say=say)
+    resume(config, folder.path, offline=arguments.offline, say=say, on_round=_teller(arguments))
     return _show_result(folder, config, arguments.json)
 
 
@@ -119,6 +126,16 @@ def _resumed_config(arguments, saved: Config) -> Config:
             f"Resume without these flags, or start a new run with --out"
         )
     return config
+
+
+def _teller(arguments):
+    """What is called with a round's line of metrics."""
+
+    def tell(line: dict) -> None:
+        accuracy = format_percent(line["test_accuracy"]) or "not evaluated"
+        say(f"round {line['round']}: test accuracy {accuracy}, loss {line['loss']:.3f}")
+
+    return tell if arguments.verbose else lambda line: None
 
 
 def _announce(config: Config) -> None:

@@ -19,7 +19,10 @@ FLAGS = {
     "--rounds": "federation.rounds",
     "--local-epochs": "federation.local_epochs",
     "--batch-size": "federation.batch_size",
+    "--optimizer": "federation.optimizer",
     "--lr": "federation.learning_rate",
+    "--schedule": "federation.schedule",
+    "--model": "model.name",
     "--width": "model.width",
     "--anchors": "anchors.control",
     "--anchor-images": "anchors.images",
@@ -29,6 +32,8 @@ FLAGS = {
     "--threads": "run.threads",
     "--replicas": "run.replicas",
     "--seed": "run.seed",
+    "--patience": "run.patience",
+    "--init": "run.init",
 }
 
 
@@ -43,7 +48,7 @@ def to_flags(config: Config) -> list[str]:
     values, given, words = to_flat(config), {}, []
     flag_of = {name: flag for flag, name in FLAGS.items()}
     # First what presets depend on, then what differs from the presets.
-    for name in ("data.name", "diffusion.source", "federation.method"):
+    for name in ("data.name", "diffusion.source", "federation.optimizer", "federation.method"):
         if values[name] != to_flat(resolve(given))[name]:
             words += [flag_of[name], str(values[name])]
             given[name] = values[name]

@@ -221,7 +221,8 @@ PACKAGE = "semanticfl_ref.federated.methods"
 register_method("fedavg", f"{PACKAGE}.fedavg:FEDAVG")
 register_method("semanticfl", f"{PACKAGE}.semanticfl:SEMANTICFL", SemanticFLSettings)
 register_method("fedprox", f"{PACKAGE}.fedprox:FEDPROX", FedProxSettings)
-register_method("scaffold", f"{PACKAGE}.scaffold:SCAFFOLD", ScaffoldSettings)
+# Control variates are gradients only where a step is the learning rate times a gradient.
+register_method("scaffold", f"{PACKAGE}.scaffold:SCAFFOLD", ScaffoldSettings, optimizers=("sgd",))
 register_method("moon", f"{PACKAGE}.moon:MOON", MoonSettings)
 register_method("fedrcl", f"{PACKAGE}.fedrcl:FEDRCL", FedRCLSettings)
 register_method("feddisco", f"{PACKAGE}.feddisco:FEDDISCO", FedDiscoSettings)

@@ -35,6 +35,9 @@ EMBEDDED = {
     "feddifrc.consistency": "kl",
 }
 
+# By client optimizer; the data sets' rates are those of SGD.
+OPTIMIZERS = {name: {"federation.learning_rate": 0.001} for name in ("adam", "adamw")}
+
 NID2_CLIENTS = 6  # five biased ones, which hold a fifth of the classes each, and one unbiased
 
 register_dataset("digit-scenes", "semanticfl_ref.data.digits:read", EMBEDDED)

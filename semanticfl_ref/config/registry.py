@@ -22,11 +22,13 @@ class Entry(NamedTuple):
         target: the object, or "module:attribute" to import it from.
         settings: section of the entry's own settings, which appear as `name.field`.
         preset: dotted name -> value of the settings whose default differs with this entry.
+        optimizers: admissible values of federation.optimizer; empty: any.
     """
 
     target: object
     settings: type[Section] | None = None
     preset: Mapping[str, object] = {}
+    optimizers: tuple[str, ...] = ()
 
 
 class Registry(Mapping):
@@ -82,6 +84,7 @@ def register_method(
     method,
     settings: type[Section] | None = None,
     preset: Mapping[str, object] = {},
+    optimizers: tuple[str, ...] = (),
 ) -> None:
     """Make a federated method available as `--method NAME`.
 
@@ -90,6 +93,7 @@ def register_method(
         method: a `Method`, or "module:attribute".
         settings: a frozen dataclass of `option` fields, derived from `Section`.
         preset: defaults of other settings that this method changes.
+        optimizers: the client optimizers for which its arithmetic holds; empty: any.
 
     Raises:
         UserError: the name is taken, or cannot be that of a section of settings; or the method or
@@ -103,7 +107,7 @@ def register_method(
     _check_method(name, method, settings)
     if settings:
         settings.section = name
-    METHODS.register(name, Entry(method, settings, preset))
+    METHODS.register(name, Entry(method, settings, preset, optimizers))
 
 
 def register_dataset(name: str, reader, preset: Mapping[str, object] = {}) -> None:
@@ -122,11 +126,12 @@ def register_dataset(name: str, reader, preset: Mapping[str, object] = {}) -> No
 
 
 def register_model(name: str, build) -> None:
-    """Make a client model available as `--set model.name=NAME`.
+    """Make a client model available as `--model NAME`.
 
     Args:
         name: what the user writes.
-        build: a class or function with the arguments and the interface of `ResNet10`, or
+        build: a class that derives from `ClientModel` (see federated/model.py); or a class or
+            function with its arguments and interface, where norm and image_size may be missing; or
             "module:attribute".
 
     Raises:
@@ -150,7 +155,10 @@ def register_scenario(name: str, assign) -> None:
 
 
 register_model("resnet10", "semanticfl_ref.federated.model:ResNet10")
-for _name in ("iid", "nid1", "nid2", "pathological", "quantity"):
+register_model("resnet18", "semanticfl_ref.federated.networks:ResNet18")
+register_model("cnn", "semanticfl_ref.federated.networks:ConvNet")
+register_model("mobilenet", "semanticfl_ref.federated.networks:MobileNetV2")
+for _name in ("iid", "nid1", "nid2", "pathological", "extended", "quantity"):
     register_scenario(_name, f"semanticfl_ref.data.scenarios:{_name}")
 
 

@@ -1,15 +1,16 @@
 """From what a user wrote to a `Config`, and back to TOML.
 
 Later sources override earlier ones: a field's default, the preset of the data set, that of the
-embedded diffusion model, that of the method, a TOML file, flags, `--set section.field=value`. A
-method's preset does not change the embedded model's layers, timestep and widths.
+embedded diffusion model, those of the client optimizer and of the method, a TOML file, flags,
+`--set section.field=value`. A method's preset does not change the embedded model's layers, timestep
+and widths.
 """
 
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from semanticfl_ref.config.presets import EMBEDDED, TINY_MODEL
+from semanticfl_ref.config.presets import EMBEDDED, OPTIMIZERS, TINY_MODEL
 from semanticfl_ref.config.registry import DATASETS, METHODS
 from semanticfl_ref.config.schema import convert, toml_value
 from semanticfl_ref.config.settings import Config, from_flat, setting_fields
@@ -38,18 +39,19 @@ def resolve(
     given.update(map(parse_assignment, assignments))
     fields = setting_fields()
 
-    def preset(registry, setting: str) -> Mapping[str, object]:
+    def preset(presets: Mapping, setting: str) -> Mapping[str, object]:
         name = convert(setting, fields[setting], given.get(setting, fields[setting].default))
         # A name of another type than str (from a TOML file) is refused by from_flat.
-        known = isinstance(name, str) and name in registry
-        return registry.entries[name].preset if known else {}
+        known = isinstance(name, str) and name in presets
+        return presets[name] if known else {}
 
-    dataset = preset(DATASETS, "data.name")
+    dataset = preset({name: e.preset for name, e in DATASETS.entries.items()}, "data.name")
+    optimizer = preset(OPTIMIZERS, "federation.optimizer")
     tiny = TINY_MODEL if given.get("diffusion.source") == "tiny" else {}
-    method = preset(METHODS, "federation.method")
+    method = preset({name: e.preset for name, e in METHODS.entries.items()}, "federation.method")
     if {**dataset, **given}.get("diffusion.source") == "tiny":
         method = {name: value for name, value in method.items() if name not in TINY_MODEL}
-    return from_flat({**dataset, **tiny, **method, **given})
+    return from_flat({**dataset, **tiny, **optimizer, **method, **given})
 
 
 def parse_assignment(text: str) -> tuple[str, str]:

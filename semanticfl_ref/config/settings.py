@@ -20,6 +20,7 @@ from semanticfl_ref.config.anchor_settings import (  # noqa: F401  (also read fr
     DiffusionSettings,
 )
 from semanticfl_ref.config.registry import DATASETS, METHODS, MODELS, SCENARIOS
+from semanticfl_ref.config.schedule import SCHEDULES, check_schedule
 from semanticfl_ref.config.schema import Section, convert, option
 from semanticfl_ref.errors import UserError, unknown_setting
 
@@ -35,6 +36,7 @@ NOT_IDENTITY = frozenset(
         "anchors.images",
         "federation.rounds",
         "run.checkpoint_every",
+        "run.patience",
         "run.replicas",
     }
 )
@@ -65,7 +67,7 @@ class DataSettings(Section):
         if 0 < self.image_size < SMALLEST_IMAGE:
             raise UserError(
                 f"data.image_size = {self.image_size}: must be 0 or at least {SMALLEST_IMAGE}, "
-                f"since ResNet-10 halves the side three times and a single pixel has no variance"
+                f"since ResNets halve the side three times and a single pixel has no variance"
             )
 
 
@@ -73,14 +75,14 @@ class DataSettings(Section):
 class PartitionSettings(Section):
     scenario: str = option(
         "nid1",
-        "how training images are partitioned across clients: iid; nid1, nid2, pathological (label "
-        "skew); quantity (size skew)",
+        "how training images are partitioned across clients: iid; nid1, nid2, pathological, "
+        "extended (label skew); quantity (size skew)",
         choices=SCENARIOS,
         source="S",
     )
     alpha: float = option(
         0.2,
-        "Dirichlet concentration of nid1 and quantity; small values are skewed",
+        "Dirichlet concentration of nid1, extended and quantity; small values are skewed",
         low=1e-6,
         high=1e6,
         source="S",
@@ -89,7 +91,13 @@ class PartitionSettings(Section):
         False, "nid1 with clients of equal size, as FedDifRC's code has them", source="N"
     )
     classes_per_client: int = option(
-        2, "classes per client of pathological", low=1, source="McMahan et al. 2017: 2"
+        2, "classes per client of pathological and extended", low=1, source="McMahan et al. 2017: 2"
+    )
+    minimum: int = option(
+        2,
+        "training images that every client gets at least; short ones get them from the largest",
+        low=2,
+        source="O",
     )
     imbalance: float = option(
         1.0,
@@ -125,7 +133,8 @@ class ModelSettings(Section):
     name: str = option("resnet10", "client model", choices=MODELS, source="S")
     width: int = option(
         64,
-        "channels of the first stage; features have 8 times as many",
+        "width of the client model: channels of a ResNet's first stage; features have 8 times as "
+        "many",
         low=1,
         high=256,
         source="N",
@@ -140,17 +149,17 @@ class ModelSettings(Section):
     norm: str = option(
         "batch",
         "normalisation layers: batch (BatchNorm), group (GroupNorm of two groups, which keeps no "
-        "running statistics)",
-        choices=("batch", "group"),
+        "running statistics), none",
+        choices=("batch", "group", "none"),
         source="O",
     )
 
     def __post_init__(self):
         super().__post_init__()
-        if self.norm == "group" and self.batch_norm == "local":
+        if self.norm != "batch" and self.batch_norm == "local":
             raise UserError(
-                "model.batch_norm = local: with model.norm = group there is no BatchNorm to keep; "
-                "leave one of the two out"
+                f"model.batch_norm = local: with model.norm = {self.norm} there is no BatchNorm to "
+                f"keep; leave one of the two out"
             )
 
 
@@ -161,11 +170,42 @@ class FederationSettings(Section):
     clients_per_round: int = option(5, "clients sampled per round", low=1, source="N")
     local_epochs: int = option(10, "local epochs per round", low=1, source="N")
     batch_size: int = option(64, "batch size", low=1, source="S")
-    learning_rate: float = option(0.01, "SGD learning rate", above=0.0, source="N")
-    momentum: float = option(
-        0.9, "SGD momentum; starts from zero in every round", low=0.0, high=0.9999, source="N"
+    optimizer: str = option(
+        "sgd",
+        "client optimizer; starts afresh with every client and round",
+        choices=("sgd", "nesterov", "adam", "adamw"),
+        source="N",
     )
-    weight_decay: float = option(1e-5, "SGD weight decay", low=0.0, source="N")
+    learning_rate: float = option(
+        0.01, "client learning rate; adam and adamw: 0.001 by default", above=0.0, source="N"
+    )
+    schedule: str = option(
+        "constant", "learning rate over the rounds", choices=tuple(SCHEDULES), source="N"
+    )
+    decay: float = option(
+        0.0,
+        "factor on the learning rate, in every round (exponential) or every decay_rounds rounds "
+        "(step); 0: the schedule's default (exponential 0.998, step 0.1)",
+        low=0.0,
+        high=1.0,
+        source="exponential: Seo et al. 2024",
+    )
+    decay_rounds: int = option(
+        0, "rounds between two steps, or until a cosine ends at 0", low=0, unit="rounds"
+    )
+    momentum: float = option(
+        0.9,
+        "momentum of sgd and nesterov, beta_1 of adam and adamw",
+        low=0.0,
+        high=0.9999,
+        source="N",
+    )
+    beta_2: float = option(
+        0.999, "beta_2 of adam and adamw", low=0.0, high=0.999999, source="Kingma and Ba 2015"
+    )
+    weight_decay: float = option(
+        1e-5, "weight decay; part of the gradient except with adamw", low=0.0, source="N"
+    )
     aggregation: str = option(
         "mean",
         "aggregation of the clients' models: weighted mean, or the unweighted and robust median or "
@@ -184,6 +224,15 @@ class FederationSettings(Section):
         "the round",
         choices=("stop", "drop"),
     )
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_schedule(self)
+        if self.optimizer == "nesterov" and self.momentum == 0:
+            raise UserError(
+                "federation.optimizer = nesterov needs federation.momentum above 0; without "
+                "momentum use sgd"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,6 +287,18 @@ class RunSettings(Section):
     replicas: int = option(0, "clients trained side by side; 0: as many as fit", low=0)
     device: str = option("auto", "device; auto: CUDA if available", choices=("auto", "cpu", "cuda"))
     checkpoint_every: int = option(1, "rounds between checkpoints", low=1)
+    evaluate_every: int = option(1, "rounds between evaluations; divides the rounds", low=1)
+    patience: int = option(
+        0,
+        "evaluations without a better validation accuracy after which a run stops; its best model "
+        "is kept; 0: never",
+        low=0,
+    )
+    init: str = option(
+        "",
+        "run folder, or file with a state dict (.safetensors, .pt), whose model the run starts "
+        "from; empty: random weights",
+    )
 
 
 def _default_method_settings() -> Mapping[str, Section]:
@@ -260,11 +321,24 @@ class Config:
     methods: Mapping[str, Section] = field(default_factory=_default_method_settings)
 
     def __post_init__(self):
+        optimizer, method = self.federation.optimizer, self.federation.method
+        allowed = METHODS.entries[method].optimizers
+        if allowed and optimizer not in allowed:
+            raise UserError(
+                f"federation.optimizer = {optimizer}: the arithmetic of {method} holds for "
+                f"{' and '.join(allowed)} only; choose it, or another method"
+            )
         sampled, clients = self.federation.clients_per_round, self.partition.clients
         if sampled > clients:
             raise UserError(
                 f"federation.clients_per_round = {sampled} exceeds partition.clients = {clients}: "
                 f"lower --clients-per-round or raise --clients"
+            )
+        rounds, every = self.federation.rounds, self.run.evaluate_every
+        if rounds % every:
+            raise UserError(
+                f"federation.rounds = {rounds} is no multiple of run.evaluate_every = {every}: the "
+                f"last round would not be evaluated; use {rounds - rounds % every + every} rounds"
             )
         trims = self.federation.aggregation == "trimmed-mean"
         if trims and trimmed_clients(self.server.trim, sampled) < 1:

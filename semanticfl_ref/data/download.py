@@ -17,10 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from tqdm import tqdm
-
 from semanticfl_ref.data.dataset import ReadOptions
 from semanticfl_ref.errors import DataError, DownloadError, UserError
+from semanticfl_ref.formatting import progress_bar
 from semanticfl_ref.locks import LOCK_EX, flock
 from semanticfl_ref.storage import PART, cache_folder, file_sha256, user_path
 
@@ -240,7 +239,7 @@ def _append(url: str, archive: Archive, file: BinaryIO, size: int, *, last: bool
     begun, resumed_at = time.monotonic(), size
     with (
         response,
-        tqdm(
+        progress_bar(
             total=archive.size,
             initial=size,
             desc=archive.filename,

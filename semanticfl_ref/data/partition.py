@@ -19,7 +19,6 @@ from semanticfl_ref.errors import DataError, UserError
 from semanticfl_ref.randomness import generator
 from semanticfl_ref.storage import user_path
 
-MINIMUM_IMAGES = 2  # per client: BatchNorm has no variance over one
 CORRUPTIONS = ("grey", "blur", "noise", "colour cast", "low resolution")
 MODALITIES = ("visual and text", "text", "visual", "neither")  # which anchors a client receives
 
@@ -97,17 +96,16 @@ def make_partition(
     classes: int,
     seed: int,
     data_sha256: str = "",
-    minimum: int = MINIMUM_IMAGES,
 ) -> Partition:
     """Partition the training images.
 
     Args:
         labels: int64 [N], 0 ... C - 1.
-        settings: the section `partition`.
+        settings: the section `partition`; every client gets at least `minimum` images, which the
+            largest clients give.
         classes: C.
         seed: the run's seed.
         data_sha256: of the data set; a partition file may record it.
-        minimum: images that every client gets at least; the largest clients give what is missing.
 
     Raises:
         UserError: too few images for so many clients, or what a scenario does not allow.
@@ -127,11 +125,11 @@ def make_partition(
             labels=labels[kept],
             classes=classes,
             settings=settings,
-            minimum=minimum,
+            minimum=settings.minimum,
             generator=generator(seed, f"partition-{settings.scenario}"),
         )
         client_N[kept] = _assign(assignment)
-    return _partition(client_N, labels, settings, classes=classes, seed=seed, minimum=minimum)
+    return _partition(client_N, labels, settings, classes=classes, seed=seed)
 
 
 def _assign(a: Assignment) -> torch.Tensor:
@@ -173,16 +171,15 @@ def _partition(
     *,
     classes: int,
     seed: int,
-    minimum: int,
 ) -> Partition:
     """The partition that gives every image to this client, or to none (-1)."""
     counts = torch.bincount(client_N + 1, minlength=settings.clients + 1).tolist()
     totals = counts[1:]
-    if min(totals) < minimum:  # by a file only, since scenarios are repaired
+    if min(totals) < settings.minimum:  # by a file only, since scenarios are repaired
         left = ", of those that partition.imbalance leaves" if settings.imbalance > 1 else ""
         raise DataError(
             f"partition.file = {settings.file}: client {totals.index(min(totals))} has "
-            f"{min(totals)} images{left}; at least {minimum} are needed"
+            f"{min(totals)} images{left}; at least {settings.minimum} are needed"
         )
     # A stable sort keeps the images of a client ascending.
     unused, *whole = client_N.argsort(stable=True).split(counts)
@@ -206,7 +203,7 @@ def _partition(
     return Partition(
         scenario=scenario,
         seed=seed,
-        alpha=settings.alpha if scenario in ("nid1", "quantity") else None,
+        alpha=settings.alpha if scenario in ("nid1", "extended", "quantity") else None,
         indices=indices,
         held_out=held_out,
         sizes=tuple(sizes_M.tolist()),

@@ -5,6 +5,7 @@
                   N / M images gets no more; or clients of equal size
     nid2          the extreme split of six clients: five hold a fifth of the classes each, one all
     pathological  every client holds k classes, in shards of about one size
+    extended      every client holds k classes, each by Dirichlet(alpha) over its holders
     quantity      size skew: sizes by Dirichlet(alpha), the same labels everywhere
 
 Each takes an `Assignment` and returns the client of every image, int64 [N], 0 ... M - 1. A long
@@ -133,6 +134,37 @@ def pathological(a: Assignment) -> torch.Tensor:
     Raises:
         UserError: fewer than M k shards are possible, or more than M k are needed.
     """
+    holds_MC = _holders(a)
+    client_N = torch.empty_like(a.labels)
+    for c in range(a.classes):
+        own, (holders,) = a.shuffled(c), torch.where(holds_MC[:, c])
+        client_N[own] = holders[torch.arange(len(own)) * len(holders) // max(len(own), 1)]
+    return client_N
+
+
+def extended(a: Assignment) -> torch.Tensor:
+    """Every client holds k classes, each distributed by Dirichlet proportions over its holders.
+
+    With a small alpha a client may get nothing of a class that it could hold.
+
+    Source: Li, Lyu: Convergence Analysis of Sequential Federated Learning on Heterogeneous Data.
+    NeurIPS 2023, arXiv 2311.03154 (the extended Dirichlet strategy). Choice: who holds which
+    classes is chosen as in `pathological`.
+
+    Raises:
+        UserError: as `pathological`.
+    """
+    client_N, holds_MC = torch.empty_like(a.labels), _holders(a)
+    for c in range(a.classes):
+        own, (holders,) = a.shuffled(c), torch.where(holds_MC[:, c])
+        if len(own):
+            log_share = _log_gamma_samples(a.settings.alpha, len(holders), a.generator)
+            client_N[own] = holders.repeat_interleave(_sizes(log_share, len(own)))
+    return client_N
+
+
+def _holders(a: Assignment) -> torch.Tensor:
+    """Which client holds which class, bool [M, C]: k classes each."""
     left_C = _shards_per_class(a)
     holds_MC = torch.zeros(a.clients, a.classes, dtype=torch.bool)
     for m in range(a.clients):
@@ -141,11 +173,7 @@ def pathological(a: Assignment) -> torch.Tensor:
         chosen = (left_C + ties_C).topk(a.settings.classes_per_client).indices
         left_C[chosen] -= 1
         holds_MC[m, chosen] = True
-    client_N = torch.empty_like(a.labels)
-    for c in range(a.classes):
-        own, (holders,) = a.shuffled(c), torch.where(holds_MC[:, c])
-        client_N[own] = holders[torch.arange(len(own)) * len(holders) // max(len(own), 1)]
-    return client_N
+    return holds_MC
 
 
 def _shards_per_class(a: Assignment) -> torch.Tensor:
@@ -158,9 +186,9 @@ def _shards_per_class(a: Assignment) -> torch.Tensor:
     fewest, most = int(pieces_C.sum()), int(most_C.sum())
     if not fewest <= clients * k <= most:
         raise UserError(
-            f"scenario pathological needs {clients * k} shards, {k} classes for each of {clients} "
-            f"clients; these {len(a.labels)} images of {fewest} classes allow {fewest} ... {most}: "
-            f"change --clients or partition.classes_per_client"
+            f"scenario {a.settings.scenario} needs {clients * k} shards, {k} classes for each of "
+            f"{clients} clients; these {len(a.labels)} images of {fewest} classes allow {fewest} "
+            f"... {most}: change --clients or partition.classes_per_client"
         )
     for _ in range(clients * k - fewest):
         size_C = torch.where(pieces_C < most_C, counts_C / pieces_C, 0)

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import IO
 
 import torch
-from tqdm import tqdm
 
 from semanticfl_ref.diffusion.backbone import Backbone, Reduce, check_finite
 from semanticfl_ref.diffusion.cache_lock import LOCK, lock
@@ -38,7 +37,7 @@ from semanticfl_ref.diffusion.model_files import fingerprint
 from semanticfl_ref.diffusion.position_norm import FITTED, fit_basis, position_norm
 from semanticfl_ref.diffusion.text import TextEncoder, captions
 from semanticfl_ref.errors import DataError
-from semanticfl_ref.formatting import Say, format_bytes, format_seconds
+from semanticfl_ref.formatting import Say, format_bytes, format_seconds, progress_bar
 from semanticfl_ref.storage import (
     Damaged,
     canonical_json,
@@ -192,7 +191,7 @@ def _extract(
             reduce = position_norm(basis, plan.device)
         done = len(plan.images) - sum(map(len, missing.values()))
         _announce(plan, backbone, done, say)
-        with tqdm(
+        with progress_bar(
             total=len(plan.images), initial=done, desc="diffusion features", unit=" images"
         ) as bar:
             shards = _Shards(plan, backbone, hidden, reduce, bar.update)

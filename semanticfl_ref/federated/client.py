@@ -1,4 +1,4 @@
-"""The only local-training loop: a client's epochs of SGD on cross-entropy plus the method's terms.
+"""The only local-training loop: a client's epochs on cross-entropy plus the method's terms.
 
 Letters: B batch, D feature width, C classes, P size of a flat vector.
 """
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 def train_client(update: LocalUpdate, replica: "Replica") -> ClientReport:
     """Train a replica on the client's images for the configured local epochs.
 
-    Momentum starts from zero: it never crosses rounds or clients. Batches depend on (seed, round,
-    client, epoch) only.
+    The optimizer starts afresh: nothing of it crosses rounds or clients. Batches depend on (seed,
+    round, client, epoch) only.
     """
     context, settings = update.context, update.config.federation
     # On the device: indexing with a CPU tensor would hold it up at every batch.
@@ -56,7 +56,7 @@ def local_step(
     crop_3B: torch.Tensor | None,
     is_first: bool,
 ) -> FirstBatch | None:
-    """One SGD step of a client's local update.
+    """One step of a client's local update; below, that of SGD (see `make_optimizer`).
 
     No operation in it waits for the device, and no shape depends on a value.
 
@@ -92,7 +92,7 @@ def local_step(
     replica.optimizer.step()
     if after_momentum:
         for parameter, correction in replica.corrections:
-            parameter.data.add_(correction, alpha=-update.config.federation.learning_rate)
+            parameter.data.addcmul_(correction, replica.rate, value=-1)
     replica.loss += loss.detach()
     replica.epoch_loss += loss.detach()
     for name, (_, value) in terms.items():

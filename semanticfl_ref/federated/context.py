@@ -4,12 +4,11 @@ Letters: B batch, C classes, D width of an anchor, P size of a flat vector.
 """
 
 from dataclasses import dataclass, replace
-from inspect import signature
 
 import torch
 from torch import nn
 
-from semanticfl_ref.config.registry import METHODS, MODELS
+from semanticfl_ref.config.registry import METHODS
 from semanticfl_ref.config.settings import Config
 from semanticfl_ref.data.dataset import Dataset
 from semanticfl_ref.data.partition import Partition
@@ -19,7 +18,7 @@ from semanticfl_ref.device import (
     use_deterministic_kernels,
 )
 from semanticfl_ref.diffusion.anchors import Anchors
-from semanticfl_ref.errors import UserError
+from semanticfl_ref.federated.build_model import build_model, feature_width
 from semanticfl_ref.federated.flat import FlatLayout, flat_layout
 from semanticfl_ref.federated.methods.method import Method
 from semanticfl_ref.federated.replicas import Replicas
@@ -80,7 +79,7 @@ def make_context(
 
     Raises:
         UserError: CUDA is asked for and not available, anchors whose width the model cannot meet,
-            or normalisation layers that it does not offer.
+            or what `build_model` refuses.
     """
     use_deterministic_kernels()
     device = resolve_device(config.run.device)
@@ -91,16 +90,9 @@ def make_context(
         anchors = replace(anchors, visual=visual, text=text)
     else:
         anchors = None
-    width, build = config.model.width, MODELS[config.model.name]
-    options = method.heads(config, anchors, 8 * width)
-    if config.model.norm != "batch":
-        if "norm" not in signature(build).parameters:
-            raise UserError(
-                f"model.norm = {config.model.norm}: the model {config.model.name!r} takes no "
-                f"argument norm; leave model.norm out, or add the argument"
-            )
-        options["norm"] = config.model.norm
-    model = build(width, dataset.classes, **options, seed=config.run.seed)
+    shape = dataset.classes, dataset.image_size
+    heads = method.heads(config, anchors, feature_width(config, *shape))
+    model = build_model(config, *shape, **heads)
     model = model.to(device, memory_format=torch.channels_last)
     tensors = {name: tensor.to(device) for name, tensor in dataset.tensors.items()}
     return RunContext(

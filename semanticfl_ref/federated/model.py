@@ -1,11 +1,13 @@
-"""ResNet-10: the clients' light model, with projection heads towards the anchors' spaces.
+"""The clients' model: a backbone, a classifier, and projection heads towards the anchors' spaces.
+
+ResNet-10 is here, other backbones are in networks.py.
 
 Letters: B batch, C classes, D width of a feature (8 times the first stage's channels: 512 at the
 paper's width).
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -22,14 +24,16 @@ def group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(math.gcd(GROUPS, channels), channels)
 
 
-NORMS = {"batch": nn.BatchNorm2d, "group": group_norm}
+NORMS = {"batch": nn.BatchNorm2d, "group": group_norm, "none": lambda channels: nn.Identity()}
 
 
-class ResNet10(nn.Module):
-    """Four stages of one basic block each, for small images: a 3x3 stem without pooling.
+class ClientModel(nn.Module):
+    """A classifier of a backbone's features, with projection heads.
+
+    A backbone derives from this class and has two functions: `layers` and `levels`.
 
     Args:
-        width: channels of the first stage.
+        width: scales the backbone; features have `feature_width(width)` entries.
         classes: C.
         visual_width, text_width: width of the anchors' spaces, to which `visual_head` and
             `text_head` map features; 0: no head towards that space, and the map is the identity.
@@ -37,11 +41,11 @@ class ResNet10(nn.Module):
             models; 0: the identity.
         seed: the initial weights come from (seed, "model"), those of the heads from (seed,
             "heads"): a method with heads and one without start from the same backbone, bitwise.
-        norm: "batch" (BatchNorm) or "group" (GroupNorm).
-
-    Source: He et al. 2016 (basic blocks); ten layers and 512-d features as in FedDifRC (arXiv
-    2507.06482).
+        norm: a name of NORMS.
+        image_size: pixels per side.
     """
+
+    activation = staticmethod(F.relu)  # between the last level and the features
 
     def __init__(
         self,
@@ -52,19 +56,13 @@ class ResNet10(nn.Module):
         projection_width: int = 0,
         seed: int = 0,
         norm: str = "batch",
+        image_size: int = 32,
     ):
         super().__init__()
-        features = 8 * width
+        features = self.feature_width(width)
         # Layers draw from torch's global generator when they are made: it must not move.
         with torch.random.fork_rng(devices=[]):
-            self.stem = nn.Conv2d(3, width, 3, padding=1, bias=False)
-            self.stem_norm = NORMS[norm](width)
-            self.stages = nn.Sequential(
-                BasicBlock(width, width, stride=1, norm=NORMS[norm]),
-                BasicBlock(width, 2 * width, stride=2, norm=NORMS[norm]),
-                BasicBlock(2 * width, 4 * width, stride=2, norm=NORMS[norm]),
-                BasicBlock(4 * width, features, stride=2, norm=NORMS[norm]),
-            )
+            self.layers(width, NORMS[norm], image_size)
             self.classifier = nn.Linear(features, classes)
             self.visual_head = nn.Linear(features, visual_width) if visual_width else nn.Identity()
             self.text_head = nn.Linear(features, text_width) if text_width else nn.Identity()
@@ -77,26 +75,69 @@ class ResNet10(nn.Module):
         for name, module in self.named_modules():
             _initialise(module, heads if name.startswith(HEADS) else backbone)
 
+    @staticmethod
+    def feature_width(width: int) -> int:
+        """D."""
+        return 8 * width
+
+    def layers(self, width: int, norm: Callable[[int], nn.Module], image_size: int) -> None:
+        """Make the backbone's layers, as attributes; `norm` makes one for a number of channels."""
+        raise NotImplementedError
+
+    def levels(self, images: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Images float [B, 3, H, W] -> the output of every level, before its activation.
+
+        Each is [B, channels, height, width] or [B, channels]. The features are the last one after
+        `activation`, averaged over the image.
+        """
+        raise NotImplementedError
+
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Images float [B, 3, H, W] -> logits float32 [B, C], features float32 [B, D]."""
-        return self._classify(self.stages(F.relu(self.stem_norm(self.stem(images)))))
+        *_, last = self.levels(images)
+        return self._classify(last)
 
     def forward_with_levels(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The same logits and features, then the outputs of the stem and of every stage.
+        """The same logits and features, then every level averaged over the image, float32."""
+        levels = list(self.levels(images))
+        return *self._classify(levels[-1]), *map(_averaged, levels)
 
-        Each of these is float32 [B, width]: before the last ReLU, averaged over the image.
-        """
-        before = self.stem_norm(self.stem(images))
-        levels = [before.float().mean((2, 3))]
-        for stage in self.stages:
-            before = stage.before_relu(F.relu(before))
-            levels.append(before.float().mean((2, 3)))
-        return *self._classify(F.relu(before)), *levels
-
-    def _classify(self, maps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        features_BD = maps.float().mean((2, 3))
-        with torch.autocast(maps.device.type, enabled=False):
+    def _classify(self, last: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        features_BD = _averaged(self.activation(last))
+        with torch.autocast(last.device.type, enabled=False):
             return self.classifier(features_BD), features_BD
+
+
+class ResNet10(ClientModel):
+    """Four stages of basic blocks, for small images: a 3x3 stem without pooling.
+
+    The levels are the stem and the stages, each before its last ReLU.
+
+    Source: He et al. 2016 (basic blocks); ten layers and 512-d features as in FedDifRC (arXiv
+    2507.06482).
+    """
+
+    blocks = 1  # per stage
+
+    def layers(self, width, norm, image_size):
+        self.stem = nn.Conv2d(3, width, 3, padding=1, bias=False)
+        self.stem_norm = norm(width)
+        stages, inputs = [], width
+        for stage in range(4):
+            outputs = 2**stage * width
+            for block in range(self.blocks):
+                stride = 2 if stage > 0 and block == 0 else 1
+                stages.append(BasicBlock(inputs, outputs, stride, norm))
+                inputs = outputs
+        self.stages = nn.Sequential(*stages)
+
+    def levels(self, images):
+        before = self.stem_norm(self.stem(images))
+        yield before
+        for number, block in enumerate(self.stages, start=1):
+            before = block.before_relu(F.relu(before))
+            if number % self.blocks == 0:
+                yield before
 
 
 class BasicBlock(nn.Module):
@@ -127,12 +168,19 @@ class BasicBlock(nn.Module):
         return self.norm2(self.conv2(y)) + skipped
 
 
+def _averaged(maps: torch.Tensor) -> torch.Tensor:
+    """Maps [B, channels, height, width] averaged over the image; [B, channels] stays; float32."""
+    return maps.float().mean((2, 3)) if maps.ndim == 4 else maps.float()
+
+
 def _initialise(module: nn.Module, source: torch.Generator) -> None:
     """Kaiming normal for a convolution, uniform in 1 / sqrt(D) for a linear layer."""
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(
             module.weight, mode="fan_out", nonlinearity="relu", generator=source
         )
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
     elif isinstance(module, nn.Linear):
         bound = 1 / math.sqrt(module.in_features)
         nn.init.uniform_(module.weight, -bound, bound, generator=source)

@@ -27,6 +27,7 @@ from semanticfl_ref.data.batches import batch_sizes
 from semanticfl_ref.errors import UserError
 from semanticfl_ref.federated.client import local_step, train_client
 from semanticfl_ref.federated.flat import bind_params, flatten_params, load_params, with_parameters
+from semanticfl_ref.federated.local_optimizer import learning_rate, make_optimizer, reset_optimizer
 from semanticfl_ref.federated.methods.method import LocalUpdate
 from semanticfl_ref.federated.report import ClientReport, FirstBatch
 from semanticfl_ref.formatting import Say
@@ -68,7 +69,8 @@ class Replica:
 
     Attributes:
         model: its parameters and floating buffers are views of the row.
-        optimizer: SGD; its momentum starts from zero with every client.
+        optimizer: starts afresh with every client.
+        rate: learning rate of the round, scalar tensor.
         parameters: the model's parameters, each with the value received.
         corrections: the model's parameters, each with what is added to its gradient, or to its
             step after momentum; or empty.
@@ -80,16 +82,10 @@ class Replica:
     def __init__(
         self, model: nn.Module, row_P: torch.Tensor, config: Config, stopped: threading.Event
     ):
-        settings = config.federation
         self.model, self.row_P, self.stopped = copy.deepcopy(model), row_P, stopped
         bind_params(self.model, row_P)
-        self.optimizer = torch.optim.SGD(
-            self.model.parameters(),
-            settings.learning_rate,
-            momentum=settings.momentum,
-            weight_decay=settings.weight_decay,
-            foreach=True,
-        )
+        self.rate = row_P.new_zeros(())
+        self.optimizer = make_optimizer(self.model.parameters(), config.federation, self.rate)
         self._start_P, self._correction_P = torch.zeros_like(row_P), torch.zeros_like(row_P)
         self.parameters = with_parameters(self.model, self._start_P)
         self._corrections = with_parameters(self.model, self._correction_P)
@@ -133,8 +129,9 @@ class Replica:
         if correction_P is not None:
             self._correction_P.copy_(correction_P)
             self.corrections = self._corrections
-        momenta = (state["momentum_buffer"] for state in self.optimizer.state.values())
-        for tensor in (self.loss, *self.terms.values(), *filter(torch.is_tensor, momenta)):
+        self.rate.fill_(learning_rate(update.config.federation, update.round))
+        reset_optimizer(self.optimizer)
+        for tensor in (self.loss, *self.terms.values()):
             tensor.zero_()
 
     def add_term(self, name: str, value: torch.Tensor) -> None:

@@ -17,8 +17,9 @@ from semanticfl_ref.federated.aggregate import (
     robust_aggregate,
 )
 from semanticfl_ref.federated.context import RunContext
-from semanticfl_ref.federated.evaluate import evaluate
+from semanticfl_ref.federated.evaluate import evaluate_round
 from semanticfl_ref.federated.flat import load_params
+from semanticfl_ref.federated.local_optimizer import learning_rate
 from semanticfl_ref.federated.methods.method import LocalUpdate, SampledClients
 from semanticfl_ref.federated.metrics import Drift, RoundMetrics
 from semanticfl_ref.federated.report import ClientReport
@@ -91,8 +92,9 @@ def run_round(
 
     # 4. Server: evaluate the new global model, and record one line of metrics.
     load_params(context.model, params_P)
-    line = {"round": after.round, "clients": sampled_K}
-    line |= evaluate(context.model, context) | metrics.line()
+    rate = learning_rate(config.federation, after.round)
+    line = {"round": after.round, "clients": sampled_K, "learning_rate": rate}
+    line |= evaluate_round(context, after.round) | metrics.line()
     line["drift"] = {"update_norm": [norms.get(client) for client in sampled_K]}
     line["drift"] |= drift.summary(aggregate_P)
     after.anchors_sent[sampled_K] = True

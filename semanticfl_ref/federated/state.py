@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from semanticfl_ref.config.settings import setting_fields
 from semanticfl_ref.errors import MismatchError
 from semanticfl_ref.federated.context import RunContext
 from semanticfl_ref.federated.flat import flatten_params
@@ -100,9 +101,13 @@ def require_identity(where: Path | str, theirs: dict, ours: dict, remedy: str = 
         theirs, ours: what has to be equal.
         remedy: ends the error message.
 
+    A setting that the file does not know, since an earlier version wrote it, had its default.
+
     Raises:
         MismatchError: it does not; the differences are listed.
     """
+    defaults = {name: field.default for name, field in setting_fields().items()}
+    theirs = {name: defaults[name] for name in ours if name in defaults} | theirs
     differing = [
         f"{name}: {theirs.get(name)!r} there, {ours.get(name)!r} here"
         for name in sorted({*theirs, *ours})

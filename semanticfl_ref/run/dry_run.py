@@ -18,6 +18,7 @@ from semanticfl_ref.errors import DownloadError
 from semanticfl_ref.federated.context import RunContext, make_context
 from semanticfl_ref.federated.metrics import communication_cost
 from semanticfl_ref.federated.state import initial_state
+from semanticfl_ref.run.initial import read_initial
 from semanticfl_ref.run.preconditions import check_anchors
 from semanticfl_ref.run.setup import RunData, anchor_images, cache_plans, load_data
 
@@ -44,6 +45,7 @@ def dry_run(
     if METHODS[config.federation.method].needs_anchors:
         check_anchors(config, anchor_images(config, data))
     dataset, partition, federation = data.dataset, data.partition, config.federation
+    read_initial(config, dataset)  # checked here too
     context = rehearse(config, data)
     state, cost = initial_state(context), communication_cost(context)
     batches = [len(batch_sizes(size, federation.batch_size)) for size in partition.sizes]
@@ -62,6 +64,7 @@ def dry_run(
         "clients_per_round": federation.clients_per_round,
         "rounds": federation.rounds,
         "steps_per_round": round(steps, 1),
+        "model": config.model.name,
         "parameters": context.layout.size,
         "needs_anchors": context.method.needs_anchors,
         "features": features_to_make(config, data) if measure else [],

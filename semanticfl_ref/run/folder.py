@@ -81,6 +81,11 @@ def refuse_existing(folder: Path) -> None:
         raise UserError(f"cannot make the run folder {folder}: {problem}; choose another --out")
 
 
+def stopping_point(config: Config) -> tuple[int, int]:
+    """What decides after which round a run ends: the number of rounds, and the patience."""
+    return config.federation.rounds, config.run.patience
+
+
 class RunFolder:
     """The files of one run.
 
@@ -121,6 +126,11 @@ class RunFolder:
     @property
     def checkpoint(self) -> Path:
         return self.path / "checkpoint.safetensors"
+
+    @property
+    def best(self) -> Path:
+        """The model of the best validation round, with `run.patience`."""
+        return self.path / "best.safetensors"
 
     @property
     def finished(self) -> bool:
@@ -177,7 +187,7 @@ class RunFolder:
             os.close(descriptor)
 
     def reopen(self, config: Config) -> None:
-        """Give a run another number of rounds; it is not finished until it has them.
+        """Give a run another stopping point; it is not finished until it is there.
 
         Raises:
             UserError: the run has more rounds already.

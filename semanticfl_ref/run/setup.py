@@ -77,6 +77,11 @@ def load_data(config: Config, *, offline: bool = False) -> RunData:
         UserError: and its kinds, see errors.py.
     """
     dataset, held_out = load_images(config, offline=offline)
+    if config.run.patience and not len(dataset.validation_labels):
+        raise UserError(
+            f"run.patience needs validation images, {dataset.name} has none: set training images "
+            f"aside with --set data.validation_share=0.1"
+        )
     partition = partition_images(config, dataset)
     dataset, partition = apply_partition(dataset, partition, config.run.seed)
     return RunData(dataset=dataset, partition=partition, held_out=held_out)

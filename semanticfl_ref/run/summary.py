@@ -20,7 +20,7 @@ def summarise(rounds: list[dict], seconds: float, about: dict) -> dict:
     """The summary of a run.
 
     Args:
-        rounds: lines of metrics.jsonl, rounds 1 to R in order, R >= 1.
+        rounds: lines of metrics.jsonl, rounds 1 to R in order, at least one evaluated.
         seconds: wall time of the rounds.
         about: further entries; a list under "warnings" is extended.
 
@@ -30,19 +30,18 @@ def summarise(rounds: list[dict], seconds: float, about: dict) -> dict:
         the round that was best on the validation images (None without); never of the round that was
         best on the test images.
     """
-    last = rounds[-1]
+    tested = evaluated(rounds)
+    last, best = tested[-1], best_round(rounds)
     accuracies = last["client_accuracy"]
     worst = min(accuracies)
-    validated = [line for line in rounds if line["validation_accuracy"] is not None]
-    best = max(validated, key=lambda line: line["validation_accuracy"], default=None)
     gradients = {name: mean_by_name([line[name] for line in rounds]) for name in GRADIENTS}
     drifts = (line["drift"] for line in rounds)
     drift = [{**drift, "update_norm": mean(drift["update_norm"])} for drift in drifts]
     return {
         **about,
-        "rounds": last["round"],
-        "test_accuracy": last["test_accuracy"],
-        "test_accuracy_last_five": fmean(line["test_accuracy"] for line in rounds[-LAST:]),
+        "rounds": rounds[-1]["round"],
+        **{name: last.get(name) for name in ("test_accuracy", "test_loss", "macro_f1")},
+        "test_accuracy_last_five": fmean(line["test_accuracy"] for line in tested[-LAST:]),
         "validation_accuracy": last["validation_accuracy"],
         "best_validation_round": best and best["round"],
         "test_accuracy_at_best_validation": best and best["test_accuracy"],
@@ -50,8 +49,8 @@ def summarise(rounds: list[dict], seconds: float, about: dict) -> dict:
         **{name: distribution(last[name]) for name in DISTRIBUTIONS if name in last},
         "worst_client": accuracies.index(worst),
         "worst_client_accuracy": worst,
-        "cost_to_accuracy": cost_to_accuracy(rounds),
-        "loss": last["loss"],
+        "cost_to_accuracy": cost_to_accuracy(tested),
+        "loss": rounds[-1]["loss"],
         "seconds": round(seconds, 3),
         **{name: sum(line[name] for line in rounds) for name in TOTALS},
         "bytes": {
@@ -66,6 +65,31 @@ def summarise(rounds: list[dict], seconds: float, about: dict) -> dict:
             *dominant_update(rounds),
         ],
     }
+
+
+def evaluated(rounds: list[dict]) -> list[dict]:
+    """The rounds with an evaluation; each has the totals of those since the one before it."""
+    kept, totals = [], dict.fromkeys(TOTALS, 0)
+    for line in rounds:
+        totals = {name: total + line[name] for name, total in totals.items()}
+        if line["test_accuracy"] is not None:
+            kept.append({**line, **totals})
+            totals = dict.fromkeys(TOTALS, 0)
+    return kept
+
+
+def best_round(rounds: list[dict]) -> dict | None:
+    """The first round with the highest validation accuracy; None without."""
+    validated = [line for line in rounds if line["validation_accuracy"] is not None]
+    return max(validated, key=lambda line: line["validation_accuracy"], default=None)
+
+
+def out_of_patience(rounds: list[dict], patience: int) -> bool:
+    """Whether the last `patience` evaluations were no better than one before them; 0: never."""
+    best = best_round(rounds)
+    if not patience or best is None:
+        return False
+    return len(evaluated(rounds[best["round"] :])) >= patience
 
 
 def distribution(accuracies: list[float | None]) -> dict[str, float]:

@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from torch.distributed import Store
-from tqdm import tqdm
 
 from semanticfl_ref.config.command_line import shell_command
 from semanticfl_ref.config.resolve import is_embedded
@@ -14,11 +13,13 @@ from semanticfl_ref.config.settings import Config
 from semanticfl_ref.cores import memory, rank, ranks
 from semanticfl_ref.diffusion.anchors import Anchors
 from semanticfl_ref.errors import RankLost, UserError
+from semanticfl_ref.federated.build_model import feature_width
 from semanticfl_ref.federated.context import RunContext, make_context
 from semanticfl_ref.federated.evaluate import confusion
 from semanticfl_ref.federated.flat import load_params
 from semanticfl_ref.federated.ranks import (
     AcrossRanks,
+    gathered,
     joined,
     require_agreement,
     state_of_first,
@@ -32,10 +33,11 @@ from semanticfl_ref.federated.state import (
     require_shapes,
     save_checkpoint,
 )
-from semanticfl_ref.formatting import Say, format_bytes
+from semanticfl_ref.formatting import Say, format_bytes, progress_bar
 from semanticfl_ref.run.dry_run import rehearse
 from semanticfl_ref.run.environment import changes, environment_of
-from semanticfl_ref.run.folder import RunFolder
+from semanticfl_ref.run.folder import RunFolder, stopping_point
+from semanticfl_ref.run.initial import read_initial
 from semanticfl_ref.run.setup import (
     RunData,
     build_anchors,
@@ -44,7 +46,8 @@ from semanticfl_ref.run.setup import (
     provenance_of,
     set_up_torch,
 )
-from semanticfl_ref.run.summary import summarise
+from semanticfl_ref.run.summary import best_round, out_of_patience, summarise
+from semanticfl_ref.storage import save_tensors, sha256_of
 
 OnRound = Callable[[dict], None]
 IDENTITY = "identity.json"
@@ -81,19 +84,24 @@ def train(
         KeyboardInterrupt: after a checkpoint was saved.
     """
     with joined(config) as store:
+        set_up_torch(config)
+        data = data or load_data(config, offline=offline)
+        read_initial(config, data.dataset)  # checked before any work
         context = prepare(config, data=data, anchors=anchors, offline=offline, say=say)
         context = _shared(context, store)
         if rank() > 0:
             return _follow(context, RunFolder(out), say)
-        state = _initial_state(context, say)
-        folder = RunFolder.create(out, config, documents_of(context))
+        state, identity = start(context, say)
+        folder = RunFolder.create(out, config, documents_of(context, identity))
         with folder.held():
+            if config.run.init:  # so that a resumed run does not need what it started from
+                save_checkpoint(folder.checkpoint, state, identity)
             return _finish(context, folder, state, on_round, say)
 
 
-def documents_of(context: RunContext) -> dict[str, dict]:
+def documents_of(context: RunContext, identity: dict) -> dict[str, dict]:
     """The documents of a new run folder: file name -> JSON document."""
-    documents = {"environment.json": environment_of(context), IDENTITY: identity_of(context)}
+    documents = {"environment.json": environment_of(context), IDENTITY: identity}
     return documents | _descriptions(context)
 
 
@@ -137,6 +145,7 @@ def prepare(
     """The constants of a run. Arguments and errors as of `train`."""
     set_up_torch(config)
     data = data or load_data(config, offline=offline)
+    feature_width(config, data.dataset.classes, data.dataset.image_size)  # checks the model
     partition = data.partition
     for note in data.dataset.notes:
         say(f"note: {note}")
@@ -150,21 +159,42 @@ def prepare(
     return make_context(config, data.dataset, partition, anchors)
 
 
+def start(context: RunContext, say: Say = lambda text: None) -> tuple[FederatedState, dict]:
+    """The state before the first round, and the identity of the run.
+
+    Raises:
+        UserError: the machine has not the memory for the state.
+    """
+    identity, initial = identity_of(context), read_initial(context.config, context.dataset)
+    if initial:
+        context.model.load_state_dict(initial, strict=False)
+        identity["init"] = sha256_of({}, initial)
+    return _initial_state(context, say), identity
+
+
 def one_round(
-    context: RunContext, folder: RunFolder, state: FederatedState, identity: dict, started: float
-) -> tuple[FederatedState, dict]:
+    context: RunContext, folder: RunFolder, state: FederatedState, history: list[dict], began: float
+) -> FederatedState:
     """A round, its line of metrics in the folder and, as configured, a checkpoint.
 
     Args:
-        started: when it began, by `time.perf_counter`.
+        context: the run.
+        folder: its folder.
+        state: before the round.
+        history: the lines of metrics so far; the round's is added.
+        began: when the round began, by `time.perf_counter`.
     """
     following, line = run_round(state, context)
-    seal = folder.append(line, time.perf_counter() - started, state.seal)
+    seal = folder.append(line, time.perf_counter() - began, state.seal)
     state, config = replace(following, seal=seal), context.config
+    history.append(line)
+    if config.run.patience and best_round(history) is line:
+        about = {"round": state.round, "identity": folder.read(IDENTITY)}
+        save_tensors(folder.best, {"params": state.params}, about)
     is_last = state.round == config.federation.rounds
     if state.round % config.run.checkpoint_every == 0 or is_last:
-        save_checkpoint(folder.checkpoint, state, identity)
-    return state, line
+        save_checkpoint(folder.checkpoint, state, folder.read(IDENTITY))
+    return state
 
 
 def write_summary(context: RunContext, folder: RunFolder, state: FederatedState) -> None:
@@ -186,25 +216,30 @@ def write_summary(context: RunContext, folder: RunFolder, state: FederatedState)
 
 def shared_facts(context: RunContext) -> dict:
     """What all processes of a run must have in common; JSON values."""
-    environment, rounds = environment_of(context), context.config.federation.rounds
-    return identity_of(context) | {key: environment[key] for key in AGREED} | {"rounds": rounds}
+    environment, end = environment_of(context), list(stopping_point(context.config))
+    return identity_of(context) | {key: environment[key] for key in AGREED} | {"end": end}
 
 
 def _last_state(context: RunContext, folder: RunFolder, say: Say) -> FederatedState:
     """The state of the last checkpoint; the folder is truncated to it."""
-    initial, identity = _initial_state(context, say), identity_of(context)
-    require_identity(folder.path / IDENTITY, folder.read(IDENTITY), identity)
+    recorded, saved = folder.read(IDENTITY), folder.checkpoint.exists()
+    if saved:
+        state = initial = _initial_state(context, say)
+        # What the run started from is in the checkpoint, and need not be there any more.
+        identity = identity_of(context) | {k: recorded[k] for k in ["init"] if k in recorded}
+    else:
+        state, identity = start(context, say)
+    require_identity(folder.path / IDENTITY, recorded, identity)
     folder.verify()
-    config, state = context.config, initial
-    if folder.checkpoint.exists():
+    if saved:
         state = load_checkpoint(folder.checkpoint, identity).to(context.device)
         require_shapes(folder.checkpoint, state, initial)
     now = environment_of(context)
     changed = changes(folder.environment(), now)
     if changed:
         say(f"note: {', '.join(changed)} changed; resumed results may differ in the last bits")
-    if config.federation.rounds != folder.config().federation.rounds:
-        folder.reopen(config)
+    if stopping_point(context.config) != stopping_point(folder.config()):
+        folder.reopen(context.config)
     folder.truncate(state.round)
     folder.write_again(_descriptions(context))
     folder.add_environment(now, state.round)
@@ -254,10 +289,14 @@ def _shared(context: RunContext, store: Store | None) -> RunContext:
 
 def _follow(context: RunContext, folder: RunFolder, say: Say) -> RunFolder:
     """What all ranks but the first do: their share of every round; nothing is written."""
-    state = state_of_first(initial_state(context))
+    config, state = context.config, state_of_first(initial_state(context))
     _fit(context, state, say)
-    while state.round < context.config.federation.rounds:
-        state, _ = run_round(state, context)
+    history = gathered([])[0]  # of the first rank
+    while state.round < config.federation.rounds and not out_of_patience(
+        history, config.run.patience
+    ):
+        state, line = run_round(state, context)
+        history.append(line)
     load_params(context.model, state.params)
     confusion(context.model, context)  # computed by all ranks together
     return folder
@@ -270,31 +309,43 @@ def _finish(
     if ranks() > 1:
         state = state_of_first(state)
     _fit(context, state, say)
-    state = _run_rounds(context, folder, state, on_round)
+    state = _run_rounds(context, folder, state, on_round, say)
     write_summary(context, folder, state)
     return folder
 
 
 def _run_rounds(
-    context: RunContext, folder: RunFolder, state: FederatedState, on_round: OnRound
+    context: RunContext, folder: RunFolder, state: FederatedState, on_round: OnRound, say: Say
 ) -> FederatedState:
     """Each round is followed by its line of metrics and, as configured, a checkpoint."""
-    config, identity = context.config, identity_of(context)
-    rounds, method = config.federation.rounds, config.federation.method
+    config, history = context.config, folder.rounds()
+    if ranks() > 1:
+        history = gathered(history)[0]  # the others stop with this one
+    rounds, patience = config.federation.rounds, config.run.patience
     try:
-        with tqdm(total=rounds, initial=state.round, desc=method, unit="round") as bar:
-            while state.round < rounds:
-                state, line = one_round(context, folder, state, identity, time.perf_counter())
-                numbers = f"accuracy={line['test_accuracy']:.1%}, loss={line['loss']:.3f}"
-                bar.set_postfix_str(numbers, refresh=False)
+        with progress_bar(
+            total=rounds, initial=state.round, desc=config.federation.method, unit="round"
+        ) as bar:
+            while state.round < rounds and not out_of_patience(history, patience):
+                state = one_round(context, folder, state, history, time.perf_counter())
+                line = history[-1]
+                if line["test_accuracy"] is not None:
+                    numbers = f"accuracy={line['test_accuracy']:.1%}, loss={line['loss']:.3f}"
+                    bar.set_postfix_str(numbers, refresh=False)
                 bar.update()
                 on_round(line)
     except (KeyboardInterrupt, RankLost) as stop:
-        save_checkpoint(folder.checkpoint, state, identity)
+        save_checkpoint(folder.checkpoint, state, folder.read(IDENTITY))
         raise type(stop)(
             f"interrupted and saved after round {state.round} of {rounds}; continue with: "
             f"{shell_command('train', '--resume', str(folder.path))}"
         ) from None
+    if state.round < rounds:
+        save_checkpoint(folder.checkpoint, state, folder.read(IDENTITY))
+        say(
+            f"stopped after round {state.round}: no better validation accuracy in {patience} "
+            f"evaluations; the best round is {best_round(history)['round']}"
+        )
     return state
 
 

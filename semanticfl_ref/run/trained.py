@@ -10,11 +10,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from semanticfl_ref.config.registry import MODELS
 from semanticfl_ref.data.batches import network_input
 from semanticfl_ref.errors import DataError, MismatchError, UserError
+from semanticfl_ref.federated.build_model import build_model
 from semanticfl_ref.federated.flat import ORDER, flat_layout, load_params
 from semanticfl_ref.run.folder import RunFolder
+from semanticfl_ref.run.summary import best_round
 from semanticfl_ref.storage import Damaged, load_tensors, write_atomic
 
 SUFFIXES = (".safetensors", ".pt2")
@@ -49,10 +50,14 @@ class TrainedModel(nn.Module):
         return logits_NC
 
 
-def load_model(path: Path | str) -> TrainedModel:
+def load_model(path: Path | str, *, best: bool = False) -> TrainedModel:
     """Rebuild the global model of a run folder, in evaluation mode on the CPU.
 
     Of an unfinished run, it is the model of the last checkpoint.
+
+    Args:
+        path: the run folder.
+        best: the model of the best validation round, which a run with `run.patience` keeps.
 
     Raises:
         DataError: not a run folder, one of an earlier version, or there is no checkpoint yet.
@@ -61,18 +66,22 @@ def load_model(path: Path | str) -> TrainedModel:
     folder = RunFolder(path)
     config, partition = folder.config("the model of"), folder.read("partition.json")
     folder.verify()
-    if not folder.checkpoint.is_file():
+    checkpoint = folder.best if best else folder.checkpoint
+    if not checkpoint.is_file():
+        kept = "only a run with run.patience keeps it" if best else "wait for the first round"
         raise DataError(
-            f"{folder.path} has no checkpoint.safetensors: wait for the first round, or, if the "
-            f"run is finished, put the file back"
+            f"{folder.path} has no {checkpoint.name}: {kept}, or, if the run is finished, put the "
+            f"file back"
         )
     try:
-        tensors, about, _ = load_tensors(folder.checkpoint)
+        tensors, about, _ = load_tensors(checkpoint)
         params_P, order = tensors["params"], about["identity"].get("order")
     except (Damaged, KeyError):
-        raise MismatchError(f"the checkpoint {folder.checkpoint} is damaged") from None
+        raise MismatchError(f"the checkpoint {checkpoint} is damaged") from None
+    if best and about["round"] != best_round(folder.rounds())["round"]:
+        raise MismatchError(f"{checkpoint} is ahead of the run's metrics: continue with --resume")
     if order != ORDER:
-        raise MismatchError(f"{folder.checkpoint} was written by an earlier version: train again")
+        raise MismatchError(f"{checkpoint} was written by an earlier version: train again")
     try:
         names, side = partition["class_names"], partition["image_size"]
     except KeyError as missing:
@@ -80,18 +89,18 @@ def load_model(path: Path | str) -> TrainedModel:
             f"{folder.path}/partition.json has no {missing}: an earlier version wrote it; train "
             f"again"
         ) from None
-    network = MODELS[config.model.name](config.model.width, len(names))
+    network = build_model(config, len(names), side)
     size = flat_layout(network).size
     if len(params_P) < size:
         raise MismatchError(
-            f"{folder.checkpoint} holds {len(params_P)} parameters, model.name = "
+            f"{checkpoint} holds {len(params_P)} parameters, model.name = "
             f"{config.model.name} has {size}: it was trained with another model"
         )
     load_params(network, params_P[:size])  # heads come last
     return TrainedModel(network, names, side).eval()
 
 
-def export_model(path: Path | str, out: Path | str) -> Path:
+def export_model(path: Path | str, out: Path | str, *, best: bool = False) -> Path:
     """Write the trained model of a run to a file.
 
     Args:
@@ -99,6 +108,7 @@ def export_model(path: Path | str, out: Path | str) -> Path:
         out: `.safetensors`: named tensors, with class names and preprocessing as metadata; `.pt2`:
             a program of torch.export, uint8 [N, H, W, 3] -> logits [N, C] for any N >= 1, which
             needs torch alone to run.
+        best: as in `load_model`.
 
     Returns:
         The file.
@@ -110,7 +120,7 @@ def export_model(path: Path | str, out: Path | str) -> Path:
     out = Path(out)
     if out.suffix not in SUFFIXES:
         raise UserError(f"--out {out}: expected a name that ends in {' or '.join(SUFFIXES)}")
-    model = load_model(path)
+    model = load_model(path, best=best)
     about = {
         "class_names": model.class_names,
         "image_size": model.image_size,

@@ -19,9 +19,8 @@ def split(
     """`make_partition` with these settings."""
     return make_partition(
         labels,
-        PartitionSettings(scenario=scenario, **settings),
+        PartitionSettings(scenario=scenario, minimum=minimum, **settings),
         classes=classes,
         seed=seed,
-        minimum=minimum,
         data_sha256=data_sha256,
     )

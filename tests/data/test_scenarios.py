@@ -26,7 +26,11 @@ GRID = [
         for alpha in (1e-3, 1e3)
         for clients in COUNTS
     ),
-    *((scenario, 1.0, clients) for scenario in ("iid", "pathological") for clients in COUNTS),
+    *(
+        (scenario, 1.0, clients)
+        for scenario in ("iid", "pathological", "extended")
+        for clients in COUNTS
+    ),
     ("nid2", 1.0, 6),
 ]
 
@@ -73,6 +77,25 @@ def test_pathological_by_hand():
         for seed in range(8)
     }
     assert len(pairs) > 4, "the seed decides who holds which classes"
+
+
+def test_extended_is_dirichlet_among_the_holders_of_a_class():
+    """Two classes a client; a large alpha shares a class evenly, a small one does not; a minimum
+    is kept."""
+    labels = torch.arange(3000) % 5
+    options = {"clients": 5, "classes": 5}
+    even = split("extended", labels, alpha=1e6, **options)
+    assert [sorted(row)[:3] for row in even.histograms] == [[0, 0, 0]] * 5
+    assert all(295 <= n <= 305 for row in even.histograms for n in row if n)
+    skewed = split("extended", labels, alpha=0.5, **options)
+    assert torch.tensor(skewed.histograms).sum(0).tolist() == [600] * 5
+    assert max(sum(n > 0 for n in row) for row in skewed.histograms) == 2
+    shares = [n / 600 for row in skewed.histograms for n in row if n]
+    assert max(shares) - min(shares) > 0.2
+    assert skewed.alpha == 0.5
+    assert min(split("extended", labels, alpha=0.01, minimum=250, **options).sizes) >= 250
+    with pytest.raises(UserError, match="scenario extended needs 3000 shards"):
+        split("extended", labels[:10], classes=5, clients=3, classes_per_client=1000)
 
 
 def test_pathological_cuts_large_classes_into_more_shards():

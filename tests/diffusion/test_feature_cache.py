@@ -156,7 +156,9 @@ def test_unknown_names(plan_for, tmp_path):
         open_or_build(plan_for(tmp_path, prompt="a photo"))
 
 
-def test_size_progress_and_speed_are_shown(plan_for, tmp_path, capsys):
+def test_size_progress_and_speed_are_shown(plan_for, tmp_path, capsys, monkeypatch):
+    """At a terminal."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     said = []
     open_or_build(plan_for(tmp_path / "a"), said.append)
     assert "feature cache of 12 images: 5.2 KiB at" in said[0]

@@ -11,6 +11,7 @@ from semanticfl_ref.data.dataset import Dataset
 from semanticfl_ref.data.partition import Partition, make_partition
 from semanticfl_ref.diffusion.anchors import Anchors
 from semanticfl_ref.federated import client as client_module
+from semanticfl_ref.federated import evaluate as evaluate_module
 from semanticfl_ref.federated import replicas as replicas_module
 from semanticfl_ref.federated.context import RunContext, make_context
 from semanticfl_ref.federated.flat import flat_layout
@@ -77,7 +78,8 @@ def quadratic_context(monkeypatch):
     t_k is `TARGETS[k]`; each client holds `images[k]` copies of it, one batch per epoch unless the
     batch size is set. Learning rate 1/2, two epochs, no momentum.
     """
-    monkeypatch.setattr(client_module, "cross_entropy", lambda logits, labels: logits.mean())
+    for module in (client_module, evaluate_module):
+        monkeypatch.setattr(module, "cross_entropy", lambda logits, labels: logits.mean())
 
     def make(images=(4, 4, 4), **settings):
         defaults = {

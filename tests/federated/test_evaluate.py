@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import pytest
 import torch
 
 from semanticfl_ref.config.settings import PartitionSettings
@@ -53,6 +54,10 @@ def test_classes_and_their_confusion_on_numbers(small_context):
     line = evaluate(ByBrightness(), context)
     assert line["class_accuracy"] == [2 / 4, 2 / 3, None]
     assert line["test_accuracy"] == 4 / 7
+    assert line["macro_f1"] == pytest.approx((2 * 2 / (4 + 3) + 2 * 2 / (3 + 3)) / 2)
+    logits_NC = ByBrightness()(images.permute(0, 3, 1, 2) / 127.5 - 1)[0]
+    loss = logits_NC.logsumexp(1).mean() - logits_NC[torch.arange(7), labels_N].mean()
+    assert line["test_loss"] == pytest.approx(loss.item())
     torch.testing.assert_close(line["client_accuracy"], [(3 * 2 / 4 + 2 / 3) / 4, 2 / 3, 0.0])
 
 

@@ -13,6 +13,7 @@ import torch
 from quadratic import MEAN, TARGETS, assert_near, run_rounds
 
 from semanticfl_ref.config.methods import FedCDASettings, FedDiscoSettings, ScaffoldSettings
+from semanticfl_ref.config.settings import FederationSettings
 from semanticfl_ref.federated.methods.fedcda import FEDCDA, batches, least_divergent
 from semanticfl_ref.federated.methods.feddisco import discrepancy, discrepancy_weights
 from semanticfl_ref.federated.methods.fedprox import proximal
@@ -111,11 +112,12 @@ def test_scaffold_under_momentum(steps, control):
     update = SimpleNamespace(
         settings=ScaffoldSettings(steps=steps),
         config=SimpleNamespace(
-            federation=SimpleNamespace(learning_rate=0.1, momentum=0.5),
+            federation=FederationSettings(learning_rate=0.1, momentum=0.5),
             partition=SimpleNamespace(clients=3),
         ),
         context=SimpleNamespace(layout=SimpleNamespace(buffers=torch.tensor([2]))),
         client=1,
+        round=1,
         start_P=torch.zeros(3),
         method_state={name: value.clone() for name, value in state.items()},
     )

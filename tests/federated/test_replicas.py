@@ -226,6 +226,8 @@ def emulated(monkeypatch):
     return capture
 
 
+# In the second of two rounds the rate is another one than when the step was captured.
+HALVED = {"federation__schedule": "exponential", "federation__decay": 0.5}
 VARIANTS = [
     *((name, {}) for name in METHODS),
     ("semanticfl", {"semanticfl__consistency": "cosine"}),
@@ -234,8 +236,18 @@ VARIANTS = [
     ("feddifrc", {"feddifrc__keys": "per-image", "feddifrc__consistency": "l2"}),
     ("scaffold", {"scaffold__place": "step"}),
     ("scaffold", {"scaffold__place": "step", "federation__momentum": 0.0}),
+    ("scaffold", {"scaffold__place": "step", **HALVED}),
+    ("scaffold", HALVED),
+    ("fedavg", HALVED),
+    ("fedavg", {"federation__optimizer": "nesterov"}),
+    ("fedavg", {"federation__optimizer": "nesterov", **HALVED}),
+    ("moon", {"federation__optimizer": "adam"}),
+    ("semanticfl", {"federation__optimizer": "adamw", **HALVED}),
     ("fedavg", {"run__precision": "bf16"}),
     ("semanticfl", {"model__norm": "group"}),
+    ("fedrcl", {"model__name": "resnet18", "model__norm": "none"}),
+    ("semanticfl", {"model__name": "cnn", "model__norm": "group"}),
+    ("fedavg", {"model__name": "mobilenet"}),
 ]
 
 

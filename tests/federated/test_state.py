@@ -57,3 +57,12 @@ def test_disk_full_keeps_the_last_checkpoint(small_context, tmp_path, monkeypatc
         save_checkpoint(path, replace(state, round=7), {})
     assert path.read_bytes() == content
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_setting_that_a_file_does_not_know_had_its_default(small_context, tmp_path):
+    """An earlier version wrote it; another value than the default is another run."""
+    save_checkpoint(tmp_path / "c", initial_state(small_context()), {"run.seed": 3})
+    ours = {"run.seed": 3, "federation.schedule": "constant"}
+    assert load_checkpoint(tmp_path / "c", ours).round == 0
+    with pytest.raises(MismatchError, match="schedule: 'constant' there, 'step' here"):
+        load_checkpoint(tmp_path / "c", {**ours, "federation.schedule": "step"})

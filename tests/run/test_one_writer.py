@@ -33,9 +33,8 @@ def test_another_configuration_before_the_first_checkpoint(unfinished, capsys):
     """The identity is compared from the first moment on."""
     (unfinished / "checkpoint.safetensors").unlink()
     config = unfinished / "config.toml"
-    config.write_text(
-        config.read_text().replace("momentum = 0.9\nweight", "momentum = 0.5\nweight")
-    )
+    # The first one is that of the section federation.
+    config.write_text(config.read_text().replace("momentum = 0.9\n", "momentum = 0.5\n", 1))
     assert cli.main(["train", "--resume", str(unfinished)]) == 4
     error = capsys.readouterr().err
     assert "identity.json belongs to another run" in error

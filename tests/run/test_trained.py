@@ -183,3 +183,26 @@ def test_a_model_of_another_checkpoint_is_refused(trained, tmp_path):
         DataError, match=r"has no checkpoint\.safetensors: wait for the first round, or"
     ):
         semanticfl_ref.load_model(copy)
+
+
+def test_the_model_is_rebuilt_with_its_normalisation_and_image_size(tmp_path):
+    """The export's test accuracy is the run's."""
+    config = semanticfl_ref.resolve(
+        {
+            "data.name": "digits",
+            "data.image_size": 20,
+            "model.name": "cnn",
+            "model.norm": "group",
+            "model.width": 4,
+            "federation.method": "fedavg",
+            "federation.rounds": 1,
+            "federation.local_epochs": 1,
+            "run.precision": "fp32",
+        }
+    )
+    data = semanticfl_ref.load_data(config, offline=True)
+    run = semanticfl_ref.train(config, tmp_path / "run", data=data, offline=True)
+    model = semanticfl_ref.load_model(run.path)
+    assert any(isinstance(module, torch.nn.GroupNorm) for module in model.modules())
+    right = model(data.dataset.test_images).argmax(1) == data.dataset.test_labels
+    assert right.double().mean().item() == run.summary()["test_accuracy"]

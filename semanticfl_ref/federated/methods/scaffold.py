@@ -8,12 +8,13 @@ Source: Karimireddy, Kale, Mohri, Reddi, Stich, Suresh: SCAFFOLD: Stochastic Con
 for Federated Learning. ICML 2020, Eqs. 3-5, Algorithm 1. Control variates start at zero; K is the
 number of steps made, a last short batch included.
 
-The paper has plain SGD. With momentum beta, a constant gradient g moves the model by
-eta_l g sum_t (1 - beta^t) / (1 - beta) in K steps, up to 1 / (1 - beta) times as far; control
-variates by the formula above then come out that much too large, so that corrections overshoot and
-the run may diverge. Choice: scaffold.steps = effective divides by that sum instead of K: exact for
-a constant gradient, the paper's own formula without momentum. scaffold.steps = made is the literal
-K: right without momentum, and with it the formula outside of what it was derived for.
+The paper has plain SGD, so client optimizers other than `sgd` are refused. With momentum beta, a
+constant gradient g moves the model by eta_l g sum_t (1 - beta^t) / (1 - beta) in K steps, up to
+1 / (1 - beta) times as far; control variates by the formula above then come out that much too
+large, so that corrections overshoot and the run may diverge. Choice: scaffold.steps = effective
+divides by that sum instead of K: exact for a constant gradient, the paper's own formula without
+momentum. scaffold.steps = made is the literal K: right without momentum, and with it the formula
+outside of what it was derived for.
 
 scaffold.place = step adds the correction after momentum, w <- w - eta_l (v + c - c_i), as in
 FedDisco's code and NIID-Bench. There K steps move the model by eta_l (sum_t v_t + K (c - c_i)), so
@@ -33,6 +34,7 @@ Letters: M clients in all, P size of a flat vector.
 import torch
 
 from semanticfl_ref.config.settings import Config
+from semanticfl_ref.federated.local_optimizer import learning_rate
 from semanticfl_ref.federated.methods.method import LocalUpdate, Method, MethodState, Payload
 
 CLIENTS, SERVER = "scaffold.clients", "scaffold.server"
@@ -72,7 +74,8 @@ def update_controls(
     federation, steps = update.config.federation, report.steps
     if update.settings.place == "gradient" and update.settings.steps == "effective":
         steps = effective_steps(steps, federation.momentum)
-    moved_P = (update.start_P - params_P) / (steps * federation.learning_rate)
+    rate = learning_rate(federation, update.round)
+    moved_P = (update.start_P - params_P) / (steps * rate)
     moved_P[update.context.layout.buffers] = 0
     change_P = moved_P.cpu() - update.method_state[SERVER]
     state[CLIENTS][update.client] += change_P

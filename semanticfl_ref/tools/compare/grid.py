@@ -178,6 +178,10 @@ def scenario_settings(entry: str) -> dict[str, object]:
 def _check_reported(grid: Grid, config: Config) -> None:
     """Refuse, before anything is trained, to report what the run will not have."""
     data, rounds = config.data, config.federation.rounds
+    if config.run.patience or config.run.evaluate_every > 1:
+        raise UserError(
+            "compare needs every round of every run: leave out run.patience and run.evaluate_every"
+        )
     if grid.part == "validation" and data.validation_share == 0 and not is_embedded(config):
         raise UserError(
             f"--part validation: {data.name} has no validation part; set training images aside "

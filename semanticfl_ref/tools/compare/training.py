@@ -9,12 +9,11 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from tqdm import tqdm
-
 from semanticfl_ref.config.command_line import to_flags
 from semanticfl_ref.config.registry import IMPORTED
 from semanticfl_ref.config.settings import NOT_IDENTITY, to_flat
 from semanticfl_ref.errors import MismatchError, UserError
+from semanticfl_ref.formatting import progress_bar
 from semanticfl_ref.parent import child_environment, lifeline
 from semanticfl_ref.run.folder import RunFolder
 from semanticfl_ref.tools.compare.grid import Grid, Run
@@ -29,7 +28,7 @@ def train_all(runs: Sequence[Run], grid: Grid) -> None:
         KeyboardInterrupt: after all runs have saved a checkpoint.
     """
     waiting = [run for run in runs if not is_finished(run)]
-    bar = tqdm(total=len(runs), initial=len(runs) - len(waiting), desc="runs", unit="run")
+    bar = progress_bar(total=len(runs), initial=len(runs) - len(waiting), desc="runs", unit="run")
     processes: list[subprocess.Popen] = []
     failures: dict[str, int] = {}  # message -> exit code
     stop = threading.Event()

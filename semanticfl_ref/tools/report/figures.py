@@ -128,7 +128,7 @@ def _accuracies(up: str, lines: list[tuple], across: str = "round", band=None):
     if not methods:
         return None
     if band is not None:
-        _band(axes, "worst to best client", band)
+        _band(axes, lines[0][1].rounds, "worst to best client", band)
     _percent_axis(axes)
     for classes in sorted({len(run.class_names) for _, run, _ in lines}):
         label = f"chance level, 1/{classes}"
@@ -166,7 +166,7 @@ def _drift_figures(run: Run) -> dict:
     moved = _panel("round", "norm of the update")
     moved.plot(run.rounds, norms_RK.mean(axis=1), label="mean over clients")
     moved.plot(run.rounds, [d["mean_update_norm"] for d in drift], label="their average")
-    _band(moved, "smallest to largest", norms_RK)
+    _band(moved, run.rounds, "smallest to largest", norms_RK)
     moved.set_ylim(0, None)
     aligned = _panel("round", "update alignment")
     alignment = [d["update_alignment"] for d in drift]
@@ -178,7 +178,7 @@ def _drift_figures(run: Run) -> dict:
 def _accuracy_map(run: Run, what: str, names: Sequence):
     """Accuracies of classes or clients, one per row, over the rounds."""
     accuracies = np.array([row[f"{what}_accuracy"] for row in run.rows], dtype=float).T
-    extent = (0.5, len(run.rows) + 0.5, len(accuracies) - 0.5, -0.5)  # rounds count from 1
+    extent = (0.5, run.rounds[-1] + 0.5, len(accuracies) - 0.5, -0.5)  # rounds count from 1
     axes = _panel("round", what)
     return _map(axes, accuracies, f"{what} accuracy", names, extent=extent, **SHARES)
 
@@ -220,10 +220,10 @@ def _panel(across: str, up: str):
     return axes
 
 
-def _band(axes, label: str, values: np.ndarray) -> None:
+def _band(axes, rounds: list[int], label: str, values: np.ndarray) -> None:
     """From the smallest to the largest value of every round; a row per round."""
     axes.fill_between(
-        range(1, len(values) + 1),
+        rounds,
         values.min(axis=1),
         values.max(axis=1),
         color=COLOURS[7],

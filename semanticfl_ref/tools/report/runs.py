@@ -7,7 +7,7 @@ from pathlib import Path
 from semanticfl_ref.config.settings import Config
 from semanticfl_ref.errors import DataError, UserError
 from semanticfl_ref.run.folder import METRICS, RunFolder
-from semanticfl_ref.run.summary import summarise
+from semanticfl_ref.run.summary import evaluated, summarise
 
 # What every line of metrics.jsonl has; own_accuracy is recorded with held-out images only.
 RECORDED = {
@@ -39,7 +39,7 @@ class Run:
         path: the run folder.
         config: the configuration.
         environment, partition, anchors: the JSON documents of these names.
-        rows: the lines of metrics.jsonl, at least one.
+        rows: the evaluated lines of metrics.jsonl, at least one, see `evaluated`.
         summary: summary of these rounds.
         finished: whether all rounds are done.
         class_names: C printable names.
@@ -86,9 +86,10 @@ def read_run(path: Path) -> Run:
             f"{path / METRICS} does not hold a run's rounds, one per line, from 1 on: it was "
             f"changed or damaged"
         )
-    if not rows:
+    tested = evaluated(rows)
+    if not tested:
         raise UserError(
-            f"{path} has no finished round, so there is nothing to report: wait for the first, or "
+            f"{path} has no evaluated round, so there is nothing to report: wait for the first, or "
             f"continue the run with train --resume {path}"
         )
     partition = folder.read("partition.json")
@@ -104,7 +105,7 @@ def read_run(path: Path) -> Run:
         environment=folder.environment(),
         partition=partition,
         anchors=folder.read("anchors.json"),
-        rows=rows,
+        rows=tested,
         summary=folder.summary() if folder.finished else summarise(rows, seconds, {}),
         finished=folder.finished,
         class_names=names,
