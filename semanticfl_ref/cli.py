@@ -55,7 +55,7 @@ COMMANDS = {
 ELSEWHERE = {
     "--learning-rate": "did you mean --lr?",
     "--num-clients": "did you mean --clients?",
-    "--gpus": "a process uses one GPU; for several: torchrun --nproc-per-node N -m semanticfl_ref",
+    "--gpus": "use --device cuda for one; for several, torchrun --nproc-per-node N (docs/scale.md)",
     "--gpu": "use --device cuda; select the GPU with CUDA_VISIBLE_DEVICES",
     "--num-workers": "data stay in memory, without worker processes",
 }
