@@ -42,6 +42,7 @@ NID2_CLIENTS = 6  # five biased ones, which hold a fifth of the classes each, an
 
 register_dataset("digit-scenes", "semanticfl_ref.data.digits:read", EMBEDDED)
 register_dataset("digits", "semanticfl_ref.data.digits:read", EMBEDDED)
+register_dataset("synthetic", "semanticfl_ref.data.synthetic:read")
 register_dataset("cifar10", "semanticfl_ref.data.cifar:read")
 register_dataset("cifar100", "semanticfl_ref.data.cifar:read", {"federation.weight_decay": 1e-4})
 register_dataset(

@@ -3,6 +3,7 @@
     digit-scenes  the digits below, each rotated, scaled, shifted and coloured; embedded
     digits        1 797 handwritten digits as grey 32x32 images; embedded
     cifar10, cifar100, tinyimagenet   the published archives, downloaded or local
+    synthetic     random patterns of CIFAR-10's shape, computed
     image_folder  a folder of class folders of images
 
 Letters: N images, C classes.
