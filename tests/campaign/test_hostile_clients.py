@@ -74,7 +74,7 @@ def test_a_hostile_fifth(tmp_path, tally, defence):
 
 
 def judged(done: Done, path: Path, honest: float) -> str:
-    """Of a run: "harmless" if most is learned; else "named" by an error or a warning, or "silent"."""
+    """Of a run: "harmless", "named" by an error or a warning, or "silent"."""
     if done.code != 0:
         return classified(done, False, "round ")
     if accuracy(path) >= KEPT * honest:
