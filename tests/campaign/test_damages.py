@@ -105,7 +105,7 @@ def test_a_feature_cache(tmp_path, tally, scale, chance, monkeypatch):
             file.write_bytes(bad)
             out = tmp_path / f"{file.name}-{k}"
             done = run([*command, "--out", str(out)])
-            kind = classified(done, same_files(out, expected), str(cache))
+            kind = classified(done, same_files(out, expected), str(cache.parent))
             row.add(kind, f"{file.name}, {what}: {done.told[-200:]}")
         file.write_bytes(good)
     row.check(40)
