@@ -19,6 +19,20 @@ from semanticfl_ref.errors import DataError, UserError
 if TYPE_CHECKING:
     import torch
 
+# Locks on files and folders are those of Linux and macOS. On Windows nothing is locked: there, one
+# process at a time may write into a run folder or a cache.
+try:
+    from fcntl import LOCK_EX, LOCK_NB, flock
+
+    LOCKS = True
+except ImportError:
+    LOCK_EX = LOCK_NB = 0
+    LOCKS = False
+
+    def flock(file, kind: int) -> None:
+        """Lock nothing."""
+
+
 METADATA_KEY = "semanticfl_ref"  # a single key: safetensors writes several in random order
 PART = ".part"  # suffix of a file that is still being written
 REMEDY = "free some disk space"

@@ -26,10 +26,12 @@ from semanticfl_ref.diffusion.model_files import fingerprint
 from semanticfl_ref.diffusion.text import TextEncoder, captions
 from semanticfl_ref.errors import DataError
 from semanticfl_ref.formatting import Say, format_bytes
-from semanticfl_ref.locks import LOCK_EX, LOCK_NB, flock
 from semanticfl_ref.storage import (
+    LOCK_EX,
+    LOCK_NB,
     Damaged,
     canonical_json,
+    flock,
     load_tensors,
     remove_parts,
     save_tensors,
