@@ -20,6 +20,20 @@ from semanticfl_ref.errors import DataError, UserError
 if TYPE_CHECKING:
     import torch
 
+# Locks on files and folders are those of Linux and macOS. On Windows nothing is locked: there, one
+# process at a time may write into a run folder or a cache.
+try:
+    from fcntl import LOCK_EX, LOCK_NB, LOCK_SH, flock
+
+    LOCKS = True
+except ImportError:
+    LOCK_EX = LOCK_NB = LOCK_SH = 0
+    LOCKS = False
+
+    def flock(file, kind: int) -> None:
+        """Lock nothing."""
+
+
 METADATA_KEY = "semanticfl_ref"  # a single key: safetensors writes several in random order
 PART = ".part"  # suffix of a file that is still being written
 HEADER_BYTES = 100 << 20  # of a tensor file, at most; as safetensors has it

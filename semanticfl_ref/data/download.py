@@ -20,8 +20,14 @@ from typing import BinaryIO
 from semanticfl_ref.data.dataset import ReadOptions
 from semanticfl_ref.errors import DataError, DownloadError, UserError
 from semanticfl_ref.formatting import progress_bar
-from semanticfl_ref.locks import LOCK_EX, flock
-from semanticfl_ref.storage import PART, cache_folder, file_sha256, user_path
+from semanticfl_ref.storage import (
+    LOCK_EX,
+    PART,
+    cache_folder,
+    file_sha256,
+    flock,
+    user_path,
+)
 
 TIMEOUT_SECONDS = 30.0  # without a byte
 ATTEMPTS = 8  # per mirror; each resumes the one before

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import IO
 
-from semanticfl_ref.locks import LOCK_EX, LOCK_NB, LOCK_SH, flock
+from semanticfl_ref.storage import LOCK_EX, LOCK_NB, LOCK_SH, flock
 
 LOCK = ".lock"  # shared by those who build or read a cache; alone: who exchanges its files
 

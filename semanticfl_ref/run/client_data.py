@@ -23,7 +23,7 @@ from semanticfl_ref.errors import MismatchError, UserError
 from semanticfl_ref.federated.context import RunContext, make_context
 from semanticfl_ref.federated.state import require_identity
 from semanticfl_ref.formatting import Say
-from semanticfl_ref.run.setup import build_anchors, load_data, set_threads
+from semanticfl_ref.run.setup import build_anchors, load_data, set_up_torch
 from semanticfl_ref.run.train import prepare, shared_facts
 from semanticfl_ref.storage import Damaged, load_tensors, save_tensors, write_atomic
 
@@ -101,7 +101,7 @@ def client_context(config: Config, own: OwnData | None) -> RunContext:
     config = replace(config, run=replace(config.run, replicas=1))
     if own is None:
         return prepare(config, offline=True)
-    set_threads(config)
+    set_up_torch(config)
     if (config.partition.feature_shift, config.partition.modality) != ("none", "none"):
         raise UserError("partition.feature_shift and modality simulate clients: leave them out")
     dataset, anchors = _own_dataset(own), None

@@ -18,11 +18,14 @@ from pathlib import Path
 from semanticfl_ref.config.resolve import read_toml, resolve, to_toml
 from semanticfl_ref.config.settings import Config
 from semanticfl_ref.errors import DataError, MismatchError, UserError
-from semanticfl_ref.locks import LOCK_EX, LOCK_NB, LOCKS, flock
 from semanticfl_ref.storage import (
+    LOCK_EX,
+    LOCK_NB,
+    LOCKS,
     canonical_json,
     described,
     file_sha256,
+    flock,
     remove_parts,
     write_atomic,
     write_errors,

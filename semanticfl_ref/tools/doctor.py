@@ -28,8 +28,10 @@ from semanticfl_ref.config.settings import Config, DataSettings
 from semanticfl_ref.cores import cores
 from semanticfl_ref.errors import DataError, DownloadError, MismatchError, UserError
 from semanticfl_ref.formatting import format_bytes
-from semanticfl_ref.locks import LOCKS
-from semanticfl_ref.storage import cache_folder
+from semanticfl_ref.storage import (
+    LOCKS,
+    cache_folder,
+)
 
 if TYPE_CHECKING:
     from semanticfl_ref.run.setup import RunData

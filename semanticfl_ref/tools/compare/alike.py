@@ -12,9 +12,9 @@ from semanticfl_ref.run.environment import environment_here
 from semanticfl_ref.run.folder import RunFolder
 from semanticfl_ref.tools.compare.grid import Run
 
-# Settings with these prefixes decide what a run's data are, and which features make its anchors.
+# Settings with these prefixes decide what a run's data are, and how it is computed.
 DATA = ("data.", "partition.", "anchors.images", "run.seed")
-FEATURES = (*DATA, "diffusion.", "anchors.", "run.")
+CHOSEN = ("run.device", "run.precision", "run.threads")
 
 
 def require_alike(runs: Sequence[Run]) -> None:
@@ -40,38 +40,23 @@ def require_alike(runs: Sequence[Run]) -> None:
 
 def _numeric(run: Run) -> Iterator[tuple[str, object, str, object]]:
     """Name, settings that decide it, place, and value of all that a run's numbers depend on."""
+    folder, environments = RunFolder(run.folder), []
+    if not folder.finished:
+        environments.append(("this environment", environment_here(run.config)))
     if run.folder.exists():
-        folder = RunFolder(run.folder)
-        now = folder.read("environment.json")
-        earlier = [each for each in now.get("earlier", []) if each["last_round"]]
-        for environment in (*earlier, now):
-            yield from _of_environment(environment, run.config, str(run.folder))
-        identity = folder.read("identity.json")
-        for name, prefixes in (("data", DATA), ("partition", DATA), ("anchors", FEATURES)):
-            value = identity[name]
-            if name == "anchors":  # none, or the features that they are made from
-                value = value and value["cache"]
-            if value:
-                yield name, _settings(run.config, prefixes), str(run.folder), str(value)[:16]
-    if not run.folder.exists() or not RunFolder(run.folder).finished:
-        yield from _of_environment(environment_here(run.config), run.config, "this environment")
-
-
-def _of_environment(
-    environment: dict, config: Config, where: str
-) -> Iterator[tuple[str, object, str, object]]:
-    # The name of a processor is the kind of a CPU.
-    on_cpu = environment["device"] == "cpu"
-    chosen = {
-        "device": environment["processor"] if on_cpu else environment["device"],
-        "precision": environment["precision"],
-        "threads": environment["threads"],
-    }
-    for name, value in chosen.items():
-        yield name, _settings(config, ("run.device", "run.precision", "run.threads")), where, value
-    versions = {**environment["versions"], "semanticfl_ref": environment["semanticfl_ref"]}
-    for name, value in versions.items():
-        yield name, None, where, value
+        now, identity = folder.read("environment.json"), folder.read("identity.json")
+        earlier = (each for each in now.get("earlier", []) if each["last_round"])
+        environments += [(str(run.folder), each) for each in (now, *earlier)]
+        for name in ("data", "partition"):
+            yield name, _settings(run.config, DATA), str(run.folder), identity[name][:16]
+    for where, environment in environments:
+        if environment["device"] == "cpu":  # then the processor's name is its kind
+            environment = {**environment, "device": environment["processor"]}
+        for name in ("device", "precision", "threads"):
+            yield name, _settings(run.config, CHOSEN), where, environment[name]
+        versions = {**environment["versions"], "semanticfl_ref": environment["semanticfl_ref"]}
+        for name, value in versions.items():
+            yield name, None, where, value
 
 
 def _settings(config: Config, prefixes: tuple[str, ...]) -> tuple:
