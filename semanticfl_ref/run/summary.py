@@ -8,7 +8,7 @@ from statistics import fmean, median, pstdev
 
 LAST = 5  # rounds whose mean accuracy is reported
 NEGLIGIBLE = 0.01  # share of the gradient norm below which a term gets a warning
-DOMINANT = 100  # times the median of all updates' norms, from which on an update gets a warning
+DOMINANT = 100  # times the median norm of updates, from which on an update gets a warning
 TARGETS = tuple(tenths / 10 for tenths in range(1, 10))  # accuracies whose cost is reported
 # Entries of a round, by what the summary makes of them.
 DISTRIBUTIONS = ("client_accuracy", "own_accuracy")
@@ -144,18 +144,18 @@ def negligible_terms(shares: dict[str, float | None]) -> list[str]:
 
 
 def dominant_update(rounds: list[dict]) -> list[str]:
-    """A warning for the largest update of a run, if it is far larger than others are."""
-    norms = {
-        (norm, line["round"], client)
-        for line in rounds
-        for client, norm in zip(line["clients"], line["drift"]["update_norm"], strict=True)
-        if norm is not None
-    }
-    largest, round, client = max(norms, default=(0.0, 0, 0))
-    usual = median(norm for norm, _, _ in norms) if norms else 0.0
-    if largest <= DOMINANT * usual:
-        return []
-    return [
-        f"round {round}, client {client}: the norm of the update is {largest:.2g}, that of a usual "
-        f"one {usual:.2g}; bound it with server.clip_norm, or use federation.aggregation=median"
-    ]
+    """A warning for the first update far larger than those until then: it may ruin later ones."""
+    norms = []
+    for line in rounds:
+        found = zip(line["drift"]["update_norm"], line["clients"], strict=True)
+        own = [(norm, client) for norm, client in found if norm is not None]
+        norms += [norm for norm, _ in own]
+        largest, client = max(own, default=(0.0, 0))
+        usual = median(norms) if norms else 0.0
+        if largest > DOMINANT * usual:
+            return [
+                f"round {line['round']}, client {client}: the norm of the update is {largest:.2g}, "
+                f"that of a usual one {usual:.2g}; bound it with server.clip_norm, or use "
+                f"federation.aggregation=median"
+            ]
+    return []
