@@ -90,6 +90,7 @@ def run(arguments) -> int:
         if not arguments.out and rank() == 0:
             with suppress(OSError):  # what was reserved in vain; a run is not empty
                 out.rmdir()
+                out.parent.rmdir()
     return _show_result(folder, config, arguments.json)
 
 

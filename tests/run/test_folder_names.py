@@ -34,6 +34,6 @@ def test_a_run_takes_the_next_name(capsys, tmp_path, monkeypatch):
     assert cli.main([*flags, "--set", "run.device=cuda"]) in (0, 2)
     for path in Path("runs").glob("*"):  # with a GPU, it was trained
         path.rename(tmp_path / path.name)
-    Path("runs/digits-fedavg-seed0-now").mkdir()
+    Path("runs/digits-fedavg-seed0-now").mkdir(parents=True)
     assert cli.main(flags) == 0, capsys.readouterr().err
     assert Path("runs/digits-fedavg-seed0-now-2/summary.json").is_file()

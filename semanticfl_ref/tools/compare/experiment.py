@@ -6,10 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from semanticfl_ref.config.registry import METHODS
-from semanticfl_ref.diffusion.model_files import locate
 from semanticfl_ref.errors import UserError
 from semanticfl_ref.formatting import Say
-from semanticfl_ref.run.dry_run import dry_run
 from semanticfl_ref.run.environment import command_line
 from semanticfl_ref.run.folder import RunFolder
 from semanticfl_ref.storage import write_atomic, write_errors
@@ -60,7 +58,14 @@ def check_first(runs: Sequence[Run], grid: Grid) -> None:
     """
     started = {(run.method, run.scenario) for run in runs if run.folder.exists()}
     first = {(run.method, run.scenario): run for run in reversed(runs)}
-    for key in sorted(first.keys() - started):
+    new = sorted(first.keys() - started)
+    if not new:
+        return
+    # Here, since they import torch.
+    from semanticfl_ref.diffusion.model_files import locate
+    from semanticfl_ref.run.dry_run import dry_run
+
+    for key in new:
         config = first[key].config
         try:
             dry_run(config, offline=grid.offline)
