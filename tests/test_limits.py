@@ -47,4 +47,4 @@ def test_a_configuration_that_no_parser_takes(tmp_path, capsys, text):
 
 def test_a_setting_that_is_no_unicode(capsys):
     assert cli.main(["config", "show", "--data-dir", "a\udcff"]) == 2
-    assert "data.dir = 'a\\udcff': not Unicode" in capsys.readouterr().err
+    assert "data.dir = 'a\\udcff' is not UTF-8" in capsys.readouterr().err

@@ -63,7 +63,7 @@ def test_cifar100(tmp_path, protocol):
     members = {"cifar-100-python/meta": pickle.dumps({"fine_label_names": names}, protocol)}
     for part, n in (("train", 200), ("test", 100)):
         content = {
-            "data": np.zeros((n, 3072), np.uint8),
+            "data": np.resize(np.arange(251, dtype=np.uint8), (n, 3072)),
             "fine_labels": [i % 100 for i in range(n)],
             "coarse_labels": [0] * n,
         }

@@ -133,6 +133,7 @@ def test_the_best_model_is_kept_and_exported(tmp_path, job, monkeypatch, interru
     (run / "summary.json").unlink()  # as if killed between the best model and its checkpoint
     metrics = run / "metrics.jsonl"
     metrics.write_text(metrics.read_text().splitlines(keepends=True)[0])
+    RunFolder(run).checkpoint.unlink()
     with pytest.raises(MismatchError, match="ahead of the run's metrics: continue with --resume"):
         load_model(run, best=True)
     RunFolder(run).best.unlink()
@@ -142,7 +143,7 @@ def test_the_best_model_is_kept_and_exported(tmp_path, job, monkeypatch, interru
 
 def test_patience_without_validation_images_is_refused_at_once(monkeypatch):
     monkeypatch.setattr(DATASETS, "entries", dict(DATASETS.entries))
-    part = Labelled(torch.zeros(40, 12, 12, 3, dtype=torch.uint8), torch.arange(40) % 2)
+    part = Labelled(torch.arange(40 * 432).to(torch.uint8).view(40, 12, 12, 3), torch.arange(40) % 2)
     register_dataset("plain", lambda options: Parts(class_names=("a", "b"), train=part, test=part))
     settings = {"data.name": "plain", "run.patience": 3, "federation.method": "fedavg"}
     with pytest.raises(UserError, match=r"run\.patience needs validation images"):
