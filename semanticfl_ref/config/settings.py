@@ -322,8 +322,7 @@ class Config:
 
     def __post_init__(self):
         optimizer, method = self.federation.optimizer, self.federation.method
-        allowed = METHODS.entries[method].optimizers
-        if allowed and optimizer not in allowed:
+        if (allowed := METHODS.entries[method].optimizers) and optimizer not in allowed:
             raise UserError(
                 f"federation.optimizer = {optimizer}: the arithmetic of {method} holds for "
                 f"{' and '.join(allowed)} only; choose it, or another method"

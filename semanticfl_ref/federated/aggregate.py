@@ -1,20 +1,17 @@
-"""Beside the weighted average (`kernels/weighted_average.py`): robust rules and selected models.
+"""Cohorts of clients, and the average of models that a method selects; beside the weighted average
+(`kernels/weighted_average.py`) and robust rules (robust.py).
 
-Letters: S clients of a cohort, K clients of the round, P size of a flat vector.
+Letters: S clients of a cohort, P size of a flat vector.
 """
 
 from collections.abc import Iterator, Sequence
 
 import torch
 
-from semanticfl_ref.config.settings import ServerSettings, trimmed_clients
-from semanticfl_ref.errors import unknown
 from semanticfl_ref.federated.methods.method import SelectedModel
 from semanticfl_ref.federated.metrics import Drift
 from semanticfl_ref.federated.replicas import COHORT
 from semanticfl_ref.kernels.weighted_average import weighted_average
-
-CHUNK = 2**20  # entries of each client that are sorted at a time
 
 
 def cohorts(count: int, size: int = COHORT) -> Iterator[slice]:
@@ -43,78 +40,3 @@ def average_selected(
         for model, params_P, norm in zip(models, params_SP, average.squared_norm_S, strict=True):
             drift.add(model.client, params_P, norm, model.weight)
     return average.values_P, drift
-
-
-def clip_update(
-    params_P: torch.Tensor, start_P: torch.Tensor, excluded: torch.Tensor, bound: float
-) -> None:
-    """Scale a client's update down to the norm `bound`, in place; a shorter one keeps its bits.
-
-    Equation (clip-update) [Sun et al. 2019, norm thresholding]:
-        w_k <- w + (w_k - w) / max(1, |w_k - w| / bound)
-    Test: tests/federated/test_aggregate.py::test_clipping_on_numbers
-
-    Args:
-        params_P: float32 [P], what the client returned; NaN and infinity end as NaN.
-        start_P: float32 [P], what it had received.
-        excluded: as in `Drift`; these entries have a norm of their own.
-        bound: the setting `server.clip_norm`.
-
-    Source: Sun, Kairouz, Suresh, McMahan: Can You Really Backdoor Federated Learning? arXiv
-    1911.07963. Choice: the bound holds for what descends from the global model and for what does
-    not (running statistics; with model.batch_norm = local all of BatchNorm), each by itself.
-    """
-    apart_P = torch.zeros_like(params_P, dtype=torch.bool)
-    apart_P[excluded] = True
-    for part in (apart_P, ~apart_P):
-        change = params_P[part].double() - start_P[part]
-        norm = change.norm()
-        if norm > bound:
-            params_P[part] = (start_P[part] + change * (bound / norm)).float()
-
-
-def robust_aggregate(
-    params_KP: torch.Tensor, rule: str, settings: ServerSettings, sampled: int
-) -> torch.Tensor:
-    """The median or trimmed mean of every entry, float32 [P]; each client counts once.
-
-    BatchNorm's running statistics are treated alike. The rules tolerate fewer hostile clients than
-    half, or than the share `server.trim`. Under label skew an honest client is an outlier too, and
-    is lost with them.
-
-    Args:
-        params_KP: float32 [K, P], the clients that returned finite parameters.
-        rule: "median" or "trimmed-mean".
-        settings: the section `server`.
-        sampled: clients of the round. `server.trim` is a share of these, so that a client which
-            returns NaN does not reduce the trimming; at most, the median is left.
-
-    Raises:
-        UserError: an unknown rule.
-
-    Source: Yin, Chen, Ramchandran, Bartlett: Byzantine-Robust Distributed Learning. ICML 2018,
-    Definitions 1 and 2.
-    """
-    median = (len(params_KP) - 1) // 2
-    cuts = {"median": median, "trimmed-mean": min(trimmed_clients(settings.trim, sampled), median)}
-    if rule not in cuts:
-        raise unknown("federation.aggregation", rule, ("mean", *cuts))
-    return trimmed_mean(params_KP, cuts[rule])
-
-
-def trimmed_mean(params_KP: torch.Tensor, cut: int) -> torch.Tensor:
-    """The mean of every entry without its `cut` smallest and largest values, float32 [P].
-
-    With all but one or two values cut, it is the median.
-
-    Equation (trimmed-mean) [Yin et al. 2018, Definitions 1 and 2]:
-        w_p = mean of the sorted w_1p ... w_Kp without the `cut` first and last
-    Test: tests/federated/test_aggregate.py::test_median_and_trimmed_mean_on_numbers
-
-    Args:
-        params_KP: float32 [K, P], K > 2 cut.
-        cut: clients cut at each end.
-    """
-    kept = slice(cut, len(params_KP) - cut)
-    chunks = params_KP.split(CHUNK, dim=1)
-    return torch.cat([c.sort(0).values[kept].double().mean(0).float() for c in chunks])

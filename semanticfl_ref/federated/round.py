@@ -10,12 +10,7 @@ from dataclasses import replace
 import torch
 
 from semanticfl_ref.config.settings import Config
-from semanticfl_ref.federated.aggregate import (
-    average_selected,
-    clip_update,
-    cohorts,
-    robust_aggregate,
-)
+from semanticfl_ref.federated.aggregate import average_selected, cohorts
 from semanticfl_ref.federated.context import RunContext
 from semanticfl_ref.federated.evaluate import evaluate_round
 from semanticfl_ref.federated.flat import load_params
@@ -23,6 +18,7 @@ from semanticfl_ref.federated.local_optimizer import learning_rate
 from semanticfl_ref.federated.methods.method import LocalUpdate, SampledClients
 from semanticfl_ref.federated.metrics import Drift, RoundMetrics
 from semanticfl_ref.federated.report import ClientReport
+from semanticfl_ref.federated.robust import clip_update, robust_aggregate
 from semanticfl_ref.federated.server_optimizer import server_step
 from semanticfl_ref.federated.state import FederatedState
 from semanticfl_ref.kernels.weighted_average import weighted_average

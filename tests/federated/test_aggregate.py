@@ -10,9 +10,9 @@ from semanticfl_ref.config.registry import METHODS, Entry
 from semanticfl_ref.config.resolve import resolve
 from semanticfl_ref.config.settings import ServerSettings, trimmed_clients
 from semanticfl_ref.errors import NonFiniteError, UserError
-from semanticfl_ref.federated.aggregate import clip_update, robust_aggregate, trimmed_mean
 from semanticfl_ref.federated.flat import flatten_params, load_params
 from semanticfl_ref.federated.metrics import Drift
+from semanticfl_ref.federated.robust import clip_update, robust_aggregate, trimmed_mean
 from semanticfl_ref.federated.round import run_round
 from semanticfl_ref.federated.state import initial_state
 
@@ -131,7 +131,7 @@ def test_each_client_counts_once(quadratic_context):
 def test_trimmed_mean_in_chunks(monkeypatch):
     params_KP = torch.randn(7, 1000, generator=torch.Generator().manual_seed(0))
     whole = trimmed_mean(params_KP, 2)
-    monkeypatch.setattr("semanticfl_ref.federated.aggregate.CHUNK", 64)
+    monkeypatch.setattr("semanticfl_ref.federated.robust.CHUNK", 64)
     assert torch.equal(trimmed_mean(params_KP, 2), whole)
     assert_near(trimmed_mean(params_KP, 3), params_KP.median(0).values)
 

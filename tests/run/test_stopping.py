@@ -143,7 +143,9 @@ def test_the_best_model_is_kept_and_exported(tmp_path, job, monkeypatch, interru
 
 def test_patience_without_validation_images_is_refused_at_once(monkeypatch):
     monkeypatch.setattr(DATASETS, "entries", dict(DATASETS.entries))
-    part = Labelled(torch.arange(40 * 432).to(torch.uint8).view(40, 12, 12, 3), torch.arange(40) % 2)
+    part = Labelled(
+        torch.arange(40 * 432).to(torch.uint8).view(40, 12, 12, 3), torch.arange(40) % 2
+    )
     register_dataset("plain", lambda options: Parts(class_names=("a", "b"), train=part, test=part))
     settings = {"data.name": "plain", "run.patience": 3, "federation.method": "fedavg"}
     with pytest.raises(UserError, match=r"run\.patience needs validation images"):

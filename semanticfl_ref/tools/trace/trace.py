@@ -32,6 +32,7 @@ FILES = (
     "federated/client.py",
     "federated/losses.py",
     "federated/aggregate.py",
+    "federated/robust.py",
     "federated/metrics.py",
     "federated/server_optimizer.py",
     "diffusion/anchors.py",

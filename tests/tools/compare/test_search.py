@@ -18,6 +18,10 @@ ENVIRONMENT = {
     ),
     "versions": {},
 }
+DOCUMENTS = {
+    "environment.json": ENVIRONMENT,
+    "identity.json": {"data": "the same", "partition": "the same"},
+}
 RATES = {"federation.learning_rate": ["0.05", "0.1", "0.2", "0.4"]}
 
 
@@ -52,7 +56,7 @@ def trained_by_formula(monkeypatch):
             if run.folder.exists():
                 continue
             rate = run.config.federation.learning_rate
-            folder = RunFolder.create(run.folder, run.config, {"environment.json": ENVIRONMENT})
+            folder = RunFolder.create(run.folder, run.config, DOCUMENTS)
             folder.append(line_of(rate, run.seed), 1.0)
             folder.finish({"warnings": []})
 

@@ -8,6 +8,7 @@ from semanticfl_ref import cli
 
 def test_a_run_without_a_round(folder, capsys):
     (folder / "summary.json").unlink()
+    (folder / "checkpoint.safetensors").unlink()
     write_rows(folder, [])
     assert "--resume" in refused(capsys, 2, str(folder))
     assert not (folder / "report.html").exists()
@@ -22,7 +23,6 @@ def test_a_run_without_a_round(folder, capsys):
         ("partition.json", "[]", "partition.json"),
         ("partition.json", '{"histograms": []}', "partition.json"),
         ("anchors.json", "nothing", "anchors.json"),
-        ("environment.json", "nothing", "environment.json"),
         ("summary.json", "{", "summary.json"),
     ],
 )
@@ -54,5 +54,5 @@ def test_what_is_not_a_run(capsys, tmp_path):
 
 def test_a_run_of_a_method_that_is_not_imported(capsys, tmp_path):
     (tmp_path / "config.toml").write_text('[federation]\nmethod = "fedhalf"\n[fedhalf]\nnu = 0.5\n')
-    said = refused(capsys, 2, str(tmp_path))
+    said = refused(capsys, 3, str(tmp_path))
     assert "'fedhalf.nu'" in said and "--import" in said
