@@ -65,23 +65,6 @@ def test_killed_at_several_moments(tmp_path, job, unbroken_run):
     assert_same_results(unbroken_run, run)
 
 
-@pytest.mark.heavy
-def test_killed_at_random_moments(tmp_path, job, unbroken_run):
-    """Twenty-five runs, each killed at a random moment after loading, then resumed to its end."""
-    moments = random.Random(1)
-    for trial in range(25):
-        (tmp_path / str(trial)).mkdir()
-        run = tmp_path / str(trial) / "run"
-        process = start_cli(*start_or_resume(run, job))
-        while process.poll() is None and not run.exists():
-            time.sleep(0.001)
-        time.sleep(moments.random() * 1.5)
-        process.kill()
-        process.communicate()
-        assert cli.main(start_or_resume(run, job)) == 0
-        assert_same_results(unbroken_run, run)
-
-
 class Killed(BaseException):
     """Stands for the end of the machine: no code catches it."""
 
