@@ -83,7 +83,7 @@ def test_texts_are_in_the_basis_of_the_images(plan_for, tmp_path):
     assert torch.equal(anchors.visual, expected.float()), "the norms themselves, not centred"
     assert anchors.text.shape == (12, 3, 24) and (anchors.text >= 0).all()
     too_wide = AnchorsSettings(width=1000, aggregation="500-500", whiten=False)
-    with pytest.raises(UserError, match="channels, 500 components requested"):
+    with pytest.raises(UserError, match="layer mid has 112 PCA components"):
         make_anchors(sources[0], too_wide, classes=3, seed=0)
 
 
