@@ -1,18 +1,25 @@
 """A run folder to be changed, and pages without figures."""
 
+import json
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
-from run_files import change
+
+from semanticfl_ref.run.folder import SEAL
 
 
 @pytest.fixture
 def folder(unbroken_run, tmp_path) -> Path:
-    """A copy of the small run, to be changed: its end does not seal it."""
+    """A copy of the small run, to be changed: nothing seals it, as in an earlier version."""
     copy = Path(shutil.copytree(unbroken_run, tmp_path / "run"))
-    change(copy / "summary.json", sealed={})
+    summary = json.loads((copy / "summary.json").read_text())
+    del summary["sealed"], summary["sha256"]
+    (copy / "summary.json").write_text(json.dumps(summary))
+    config = copy / "config.toml"
+    config.write_text(config.read_text().partition(SEAL)[0])
+    (copy / "checkpoint.safetensors").unlink()
     return copy
 
 

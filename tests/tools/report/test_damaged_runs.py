@@ -22,7 +22,6 @@ def test_a_run_without_a_round(folder, capsys):
         ("partition.json", "[]", "partition.json"),
         ("partition.json", '{"histograms": []}', "partition.json"),
         ("anchors.json", "nothing", "anchors.json"),
-        ("environment.json", "nothing", "environment.json"),
         ("summary.json", "{", "summary.json"),
     ],
 )
@@ -30,6 +29,14 @@ def test_a_damaged_folder_is_one_line(folder, capsys, name, content, words):
     (folder / name).write_text(content)
     assert words in refused(capsys, 3, str(folder))
     assert not (folder / "report.html").exists()
+
+
+def test_what_only_informs_does_not_stop_a_report(folder, undrawn):
+    """Where nothing seals it: a damaged environment.json, and timings."""
+    (folder / "environment.json").write_text("nothing")
+    (folder / "timings.jsonl").write_text("{")
+    assert cli.main(["report", str(folder)]) == 0
+    assert (folder / "report.html").exists()
 
 
 def test_rounds_that_are_missing_are_not_drawn_over(folder, capsys):
@@ -54,5 +61,5 @@ def test_what_is_not_a_run(capsys, tmp_path):
 
 def test_a_run_of_a_method_that_is_not_imported(capsys, tmp_path):
     (tmp_path / "config.toml").write_text('[federation]\nmethod = "fedhalf"\n[fedhalf]\nnu = 0.5\n')
-    said = refused(capsys, 2, str(tmp_path))
+    said = refused(capsys, 3, str(tmp_path))
     assert "'fedhalf.nu'" in said and "--import" in said
