@@ -262,7 +262,7 @@ def test_a_tenth_method_is_one_file(tmp_path):
     assert again.returncode == 0, again.stderr
     assert "finished" in again.stderr
     without = run_cli("train", "--resume", run)
-    assert without.returncode == 2
+    assert without.returncode == 3
     assert "--import" in without.stderr
 
 
