@@ -15,7 +15,7 @@ from semanticfl_ref.errors import UserError
 from semanticfl_ref.federated.context import RunContext
 from semanticfl_ref.federated.remote import Answer, sent_state, server_side
 from semanticfl_ref.federated.round import received, sample_clients
-from semanticfl_ref.federated.state import FederatedState
+from semanticfl_ref.federated.state import initial_state
 from semanticfl_ref.run.client_data import with_clients
 from semanticfl_ref.run.folder import RunFolder
 from semanticfl_ref.run.train import documents_of, one_round, prepare, start, write_summary
@@ -31,10 +31,10 @@ def main(grid: Grid, context: Context) -> None:
         raise UserError("run.patience: stopping early is for `train` alone; leave it out here")
     run = prepare(config, offline=True, say=lambda text: log(INFO, "%s", text))
     nodes, run = introduced(grid, run, timeout)
-    state, identity = start(run)
+    _, identity = start(run)  # the model has the parameters of run.init now
     folder = RunFolder.create(Path(str(settings["out"])), config, documents_of(run, identity))
     with folder.held():
-        strategy = Rounds(run, folder, nodes, state)
+        strategy = Rounds(run, folder, nodes)
         params = arrays_of({"params": strategy.state.params})
         strategy.start(grid, params, config.federation.rounds, timeout)
         write_summary(strategy.context, folder, strategy.state)
@@ -47,14 +47,11 @@ class Rounds(Strategy):
         context: the run.
         folder: receives metrics and checkpoints.
         nodes: client -> its node.
-        state: before the first round.
     """
 
-    def __init__(
-        self, context: RunContext, folder: RunFolder, nodes: dict[int, int], state: FederatedState
-    ):
+    def __init__(self, context: RunContext, folder: RunFolder, nodes: dict[int, int]):
         self.context, self.folder, self.nodes = server_side(context), folder, nodes
-        self.state, self.history = state, []
+        self.state, self.history = initial_state(self.context), []
         self.started, self.bytes_down = 0.0, 0
 
     def configure_train(

@@ -7,14 +7,19 @@ from pathlib import Path
 
 import pytest
 
+from semanticfl_ref.run.folder import SEAL
+
 
 @pytest.fixture
 def folder(unbroken_run, tmp_path) -> Path:
-    """A copy of the small run, to be changed: its end does not seal it."""
+    """A copy of the small run, to be changed: nothing seals it, as in an earlier version."""
     copy = Path(shutil.copytree(unbroken_run, tmp_path / "run"))
     summary = json.loads((copy / "summary.json").read_text())
-    unsealed = {key: value for key, value in summary.items() if key not in ("sealed", "sha256")}
-    (copy / "summary.json").write_text(json.dumps(unsealed))
+    del summary["sealed"], summary["sha256"]
+    (copy / "summary.json").write_text(json.dumps(summary))
+    config = copy / "config.toml"
+    config.write_text(config.read_text().partition(SEAL)[0])
+    (copy / "checkpoint.safetensors").unlink()
     return copy
 
 

@@ -8,7 +8,6 @@ from semanticfl_ref import cli
 
 def test_a_run_without_a_round(folder, capsys):
     (folder / "summary.json").unlink()
-    (folder / "checkpoint.safetensors").unlink()
     write_rows(folder, [])
     assert "--resume" in refused(capsys, 2, str(folder))
     assert not (folder / "report.html").exists()
@@ -30,6 +29,14 @@ def test_a_damaged_folder_is_one_line(folder, capsys, name, content, words):
     (folder / name).write_text(content)
     assert words in refused(capsys, 3, str(folder))
     assert not (folder / "report.html").exists()
+
+
+def test_what_only_informs_does_not_stop_a_report(folder, undrawn):
+    """Where nothing seals it: a damaged environment.json, and timings."""
+    (folder / "environment.json").write_text("nothing")
+    (folder / "timings.jsonl").write_text("{")
+    assert cli.main(["report", str(folder)]) == 0
+    assert (folder / "report.html").exists()
 
 
 def test_rounds_that_are_missing_are_not_drawn_over(folder, capsys):

@@ -149,7 +149,6 @@ def test_a_page_loads_nothing(drawn):
 
 def test_an_interrupted_run(folder, capsys, undrawn):
     (folder / "summary.json").unlink()
-    (folder / "checkpoint.safetensors").unlink()
     rows = rows_of(folder)
     write_rows(folder, rows[:2], ending='{"round": 3, "test_acc')  # killed while it wrote
     page = reported(folder, "--json")
