@@ -1,7 +1,7 @@
 """The flags for settings that every command with a configuration shares."""
 
 import argparse
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 from semanticfl_ref.config.command_line import FLAGS
 from semanticfl_ref.config.resolve import parse_assignment, read_toml, resolve
@@ -70,18 +70,20 @@ def _add_sources(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def positive(text: str) -> int:
-    """The value of a flag that is a positive integer."""
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, not {text!r}")
-    return int(text)
+def at_least(least: int) -> Callable[[str], int]:
+    """A function: the text of a flag -> its value, an integer of at least `least`."""
+
+    def convert(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(
+                f"expected an integer of at least {least}, not {text!r}"
+            )
+        return int(text)
+
+    return convert
 
 
-def natural(text: str) -> int:
-    """The value of a flag that is an integer of at least 0."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected an integer of at least 0, not {text!r}")
-    return int(text)
+positive, natural = at_least(1), at_least(0)
 
 
 def integers(text: str) -> list[int]:

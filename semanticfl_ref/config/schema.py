@@ -126,8 +126,3 @@ def toml_value(value) -> str:
 
 def _folded(name: str) -> str:
     return re.sub(r"[-_ ]", "", name).lower()
-
-
-def _is_unicode(text: str) -> bool:
-    """Whether a text is more than the undecodable bytes of a file's name."""
-    return text == text.encode("utf-8", "replace").decode()

@@ -8,12 +8,12 @@ from pathlib import Path
 from torch.distributed import Store
 
 from semanticfl_ref.config.command_line import shell_command
+from semanticfl_ref.config.registry import METHODS
 from semanticfl_ref.config.resolve import is_embedded
 from semanticfl_ref.config.settings import Config
 from semanticfl_ref.cores import memory, rank, ranks
 from semanticfl_ref.diffusion.anchors import Anchors
 from semanticfl_ref.errors import RankLost, UserError
-from semanticfl_ref.federated.build_model import feature_width
 from semanticfl_ref.federated.context import RunContext, make_context
 from semanticfl_ref.federated.evaluate import confusion
 from semanticfl_ref.federated.flat import load_params
@@ -145,7 +145,6 @@ def prepare(
     """The constants of a run. Arguments and errors as of `train`."""
     set_up_torch(config)
     data = data or load_data(config, offline=offline)
-    feature_width(config, data.dataset.classes, data.dataset.image_size)  # checks the model
     partition = data.partition
     for note in data.dataset.notes:
         say(f"note: {note}")
@@ -153,8 +152,8 @@ def prepare(
         f"{len(data.dataset.train_labels)} training images, {len(partition.sizes)} clients with "
         f"{min(partition.sizes)} to {max(partition.sizes)} each, skew {partition.skew:.2f}"
     )
-    if anchors is None:
-        rehearse(config, data)
+    if anchors is None and METHODS[config.federation.method].needs_anchors:
+        rehearse(config, data)  # what does not fit is known before features are extracted
         anchors = build_anchors(config, data, offline=offline, say=say)
     return make_context(config, data.dataset, partition, anchors)
 

@@ -1,8 +1,12 @@
 """Where the kernels' tests run: natively on a GPU, through Triton's interpreter elsewhere; guards
-around their buffers; and the check that a call can be captured in a CUDA graph.
+around their buffers; and the checks that a call can be captured in a CUDA graph, and that torch
+takes over where the compiler refuses.
 """
 
+import warnings
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from types import ModuleType
 
 import pytest
 import torch
@@ -111,3 +115,30 @@ def check_capture() -> Callable[..., None]:
             assert torch.equal(replayed, expected)
 
     return check
+
+
+@pytest.fixture
+def refused_by_the_compiler(monkeypatch) -> Callable[[ModuleType], AbstractContextManager]:
+    """A function: a kernel's module -> a context in which its launches are chosen, and refused as
+    the compiler does; one warning has to come of it.
+    """
+    from triton.runtime.errors import OutOfResources
+
+    from semanticfl_ref.kernels import dispatch
+
+    def refuse(*arguments):
+        raise OutOfResources(300, 227, "shared memory")
+
+    @contextmanager
+    def refused(module: ModuleType) -> Iterator[None]:
+        monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+        for name, value in {"_unusable": None, "_examined": True}.items():
+            monkeypatch.setattr(dispatch, name, value)
+        monkeypatch.setattr(module, "implementation", lambda *given, **_: "triton")
+        monkeypatch.setattr(module, "launch", refuse)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield
+        assert len(caught) == 1 and "shared memory" in str(caught[0].message)
+
+    return refused

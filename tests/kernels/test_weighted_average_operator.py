@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
@@ -90,25 +89,13 @@ def test_in_a_cuda_graph_without_waiting(device, check_capture):
 
 
 @needs_triton
-def test_a_kernel_that_cannot_be_compiled_is_replaced(device, monkeypatch):
+def test_a_kernel_that_cannot_be_compiled_is_replaced(device, refused_by_the_compiler):
     """The compiler refuses: calls go on in torch, after one warning."""
-    from triton.runtime.errors import OutOfResources
-
-    def refuse(*arguments):
-        raise OutOfResources(300, 227, "shared memory")
-
     params, weights = torch.randn(3, 50, device=device), torch.arange(1.0, 4.0, device=device)
     expected = weighted_average(params, weights, impl="torch").values_P
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    for name, value in {"_unusable": None, "_examined": True}.items():
-        monkeypatch.setattr(dispatch, name, value)
-    monkeypatch.setattr(module, "implementation", lambda *given, **_: "triton")
-    monkeypatch.setattr(module, "launch", refuse)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with refused_by_the_compiler(module):
         for _ in range(2):
             assert torch.equal(weighted_average(params, weights).values_P, expected)
-    assert len(caught) == 1 and "shared memory" in str(caught[0].message)
 
 
 @needs_triton
