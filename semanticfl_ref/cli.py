@@ -11,6 +11,7 @@ import re
 import runpy
 import signal
 import sys
+import time
 from pathlib import Path
 
 from semanticfl_ref import __version__, formatting
@@ -51,6 +52,7 @@ COMMANDS = {
     "config": config,
     "doctor": doctor,
 }
+PATIENCE = 5.0  # seconds that another rank gives the first one to tell its error
 # Flags of other tools -> what to do here.
 ELSEWHERE = {
     "--learning-rate": "did you mean --lr?",
@@ -88,6 +90,7 @@ def program() -> int:
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit code. A user's mistake is one line on stderr."""
     argv = sys.argv[1:] if argv is None else argv
+    formatting.quiet = rank() > 0
     try:
         arguments = parse(run_imports(argv))
         if ranks() > 1 and arguments.command not in ("train", "features"):
@@ -98,11 +101,9 @@ def main(argv: list[str] | None = None) -> int:
         formatting.quiet = arguments.quiet or rank() > 0
         return COMMANDS[arguments.command].run(arguments)
     except UserError as error:
-        # Of several ranks, the first tells; of one that is lost, whoever is left.
-        say(
-            f"error: {' '.join(str(error).split())}",
-            always=rank() == 0 or isinstance(error, RankLost),
-        )
+        if rank() > 0 and not isinstance(error, RankLost):
+            _let_first_tell()
+        say(f"error: {' '.join(str(error).split())}", always=True)
         return error.exit_code
     except (MemoryError, RuntimeError, OSError) as error:
         if not _is_shortage(error):
@@ -116,6 +117,12 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt as interrupt:
         say(str(interrupt) or "interrupted", always=True)
         return 130
+
+
+def _let_first_tell() -> None:
+    """Wait for the first rank, which most often has the same error: torchrun then ends this one."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(PATIENCE)
 
 
 def run_imports(argv: list[str]) -> list[str]:

@@ -155,6 +155,12 @@ def test_mistakes_are_one_line(tmp_path):
     assert "3 ranks for 2 clients per round" in error and "--nproc-per-node 2" in error
     error = ended_at_once(2, "compare", *out)
     assert "--workers" in error
+    alone = tmp_path / "alone.py"
+    alone.write_text(
+        "import os\nif os.environ['RANK'] == '1':\n    raise ValueError('only here')\n"
+    )
+    error = ended_at_once(2, "train", "--import", str(alone), *flags("fedavg"), *out)
+    assert "only here" in error
     differing = tmp_path / "differing.py"
     differing.write_text(
         "import os\n"
