@@ -63,6 +63,9 @@ setup(
         "test": ["pytest", "pytest-benchmark"],
         # Figures; intervals and p values of `compare`.
         "plots": ["matplotlib", "scipy"],
+        # Tables of images from Hugging Face; metrics for TensorBoard.
+        "parquet": ["pyarrow"],
+        "tensorboard": ["tensorboard"],
         # The app in flower/: its simulation engine, and deployments.
         "flower": ["flwr[simulation]>=1.42,<2"],
         # Pinned: another version may format otherwise.

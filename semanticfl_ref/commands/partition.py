@@ -1,8 +1,10 @@
 """`partition show`: which client holds what; drawn or saved on request."""
 
+import json
+
 from semanticfl_ref.commands.output import say, show
 from semanticfl_ref.commands.settings_flags import add_settings, settings_of
-from semanticfl_ref.storage import user_path
+from semanticfl_ref.storage import user_path, write_atomic
 from semanticfl_ref.tools.report.drawing import need_matplotlib, save_figure
 
 HELP = "show: how training images are partitioned across clients"
@@ -22,6 +24,12 @@ def add_flags(parser, argv: list[str]) -> None:
         type=user_path,
         metavar="FILE",
         help="JSON file for each client's image indices, for --set partition.file=FILE",
+    )
+    parser.add_argument(
+        "--map",
+        type=user_path,
+        metavar="FILE",
+        help='JSON file for other tools, {"0": [indices], ...}: what each client trains on',
     )
 
 
@@ -45,6 +53,10 @@ def run(arguments) -> int:
     if arguments.figure:
         save_figure(partition_figure(manifest, list(dataset.class_names)), arguments.figure)
         say(f"figure: {arguments.figure}")
+    if arguments.map:
+        lists = {str(client): own.tolist() for client, own in enumerate(partition.indices)}
+        write_atomic(arguments.map, json.dumps(lists) + "\n", "choose another --map")
+        say(f"saved: {arguments.map}")
     return show(manifest, arguments.json, lambda it: partition_table(it, dataset.class_names))
 
 

@@ -37,7 +37,7 @@ def run(arguments) -> int:
     if arguments.what == "list":
         rows = [_described(each) for each in found]
         return show({"runs": rows}, arguments.json, lambda document: _table(document["runs"]))
-    lines = [{"run": str(each.path), **_flat(line)} for each in found for line in _rounds(each)]
+    lines = [{"run": str(each.path), **flat(line)} for each in found for line in _rounds(each)]
     if arguments.json:
         return show({"rounds": lines}, True, str)
     writer = csv.DictWriter(sys.stdout, list(dict.fromkeys(key for line in lines for key in line)))
@@ -85,12 +85,12 @@ def _table(rows: list[dict]) -> str:
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in texts)
 
 
-def _flat(line: dict, prefix: str = "") -> dict:
+def flat(line: dict, prefix: str = "") -> dict:
     """The values of a line by dotted name; lists as JSON."""
-    flat = {}
+    values = {}
     for key, value in line.items():
         if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
+            values |= flat(value, f"{prefix}{key}.")
         else:
-            flat[prefix + key] = json.dumps(value) if isinstance(value, list) else value
-    return flat
+            values[prefix + key] = json.dumps(value) if isinstance(value, list) else value
+    return values

@@ -1,8 +1,11 @@
 """`train`: train from end to end, or continue a run."""
 
+from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 
 from semanticfl_ref.commands.output import say, show
+from semanticfl_ref.commands.runs import flat
 from semanticfl_ref.commands.settings_flags import add_settings, settings_of
 from semanticfl_ref.config.command_line import shell_command, to_flags
 from semanticfl_ref.config.resolve import is_embedded, resolve
@@ -60,6 +63,11 @@ def add_flags(parser, argv: list[str]) -> None:
     )
     parser.add_argument("--verbose", action="store_true", help="a line on stderr for every round")
     parser.add_argument(
+        "--tensorboard",
+        action="store_true",
+        help="write every number of metrics.jsonl to RUN/tensorboard too",
+    )
+    parser.add_argument(
         "--dry-run",
         action="store_true",
         help="print sizes, steps, bytes, and the time that diffusion features will take; train "
@@ -85,7 +93,8 @@ def run(arguments) -> int:
         _announce(config)
         from semanticfl_ref.run.train import train
 
-        folder = train(config, out, offline=arguments.offline, say=say, on_round=_teller(arguments))
+        on_round = _teller(arguments, out)
+        folder = train(config, out, offline=arguments.offline, say=say, on_round=on_round)
     finally:
         if not arguments.out and rank() == 0:
             with suppress(OSError):  # what was reserved in vain; a run is not empty
@@ -108,7 +117,8 @@ def _resume(arguments) -> int:
     _announce(config)
     from semanticfl_ref.run.train import resume
 
-    resume(config, folder.path, offline=arguments.offline, say=say, on_round=_teller(arguments))
+    on_round = _teller(arguments, folder.path)
+    resume(config, folder.path, offline=arguments.offline, say=say, on_round=on_round)
     return _show_result(folder, config, arguments.json)
 
 
@@ -129,14 +139,40 @@ def _resumed_config(arguments, saved: Config) -> Config:
     return config
 
 
-def _teller(arguments):
+def _teller(arguments, folder: Path) -> Callable[[dict], None]:
     """What is called with a round's line of metrics."""
+    write = _tensorboard(folder / "tensorboard") if arguments.tensorboard else lambda line: None
 
     def tell(line: dict) -> None:
-        accuracy = format_percent(line["test_accuracy"]) or "not evaluated"
-        say(f"round {line['round']}: test accuracy {accuracy}, loss {line['loss']:.3f}")
+        write(line)
+        if arguments.verbose:
+            accuracy = format_percent(line["test_accuracy"]) or "not evaluated"
+            say(f"round {line['round']}: test accuracy {accuracy}, loss {line['loss']:.3f}")
 
-    return tell if arguments.verbose else lambda line: None
+    return tell
+
+
+def _tensorboard(folder: Path) -> Callable[[dict], None]:
+    """A function that writes a round's numbers for TensorBoard.
+
+    Raises:
+        UserError: the package is missing.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError('--tensorboard needs its package: pip install ".[tensorboard]"') from None
+    writers = []
+
+    def write(line: dict) -> None:
+        if not writers:  # of a resumed run, the rounds after its checkpoint are written anew
+            writers.append(SummaryWriter(folder, purge_step=line["round"]))
+        for name, value in flat(line).items():
+            if isinstance(value, int | float):
+                writers[0].add_scalar(name.replace(".", "/"), value, line["round"])
+        writers[0].flush()
+
+    return write
 
 
 def _announce(config: Config) -> None:

@@ -50,14 +50,11 @@ register_dataset(
     "semanticfl_ref.data.tinyimagenet:read",
     {"federation.weight_decay": 1e-4},
 )
-register_dataset(
-    "image_folder",
-    "semanticfl_ref.data.image_folder:read",
-    # The weights that the embedded data sets' validation images chose.
-    {
-        "data.image_size": 32,
-        "semanticfl.consistency": "cosine",
-        "semanticfl.lambda_kd": 20.0,
-        "semanticfl.lambda_con": 0.1,
-    },
-)
+# The user's own: with the weights that the embedded data sets' validation images chose.
+_OWN = {name: value for name, value in EMBEDDED.items() if name.startswith("semanticfl.")}
+_SCALED = {"data.image_size": 32, **_OWN}
+register_dataset("image_folder", "semanticfl_ref.data.image_folder:read", _SCALED)
+register_dataset("parquet", "semanticfl_ref.data.parquet:read", _SCALED)
+register_dataset("npz", "semanticfl_ref.data.arrays:read_npz", _OWN)
+# MNIST and its like: digits, letters and clothes, which flips would change.
+register_dataset("idx", "semanticfl_ref.data.arrays:read_idx", {"data.augment": False, **_OWN})

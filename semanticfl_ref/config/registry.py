@@ -158,7 +158,7 @@ register_model("resnet10", "semanticfl_ref.federated.model:ResNet10")
 register_model("resnet18", "semanticfl_ref.federated.networks:ResNet18")
 register_model("cnn", "semanticfl_ref.federated.networks:ConvNet")
 register_model("mobilenet", "semanticfl_ref.federated.networks:MobileNetV2")
-for _name in ("iid", "nid1", "nid2", "pathological", "extended", "quantity"):
+for _name in ("iid", "nid1", "nid2", "pathological", "extended", "quantity", "natural"):
     register_scenario(_name, f"semanticfl_ref.data.scenarios:{_name}")
 
 

@@ -9,6 +9,7 @@ import io
 import re
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 
@@ -25,6 +26,7 @@ ZIP_MEMBER_BYTES = 16 << 20
 ZIP_ENTRIES = 200_000
 CHUNK_BYTES = 1 << 20  # read at a time
 
+NAMED = 20  # unreadable images that a message names
 IMAGE_PIXELS = 64 << 20
 IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
 
@@ -66,6 +68,19 @@ def members(path: Path, wanted: Callable[[str], bool]) -> Members:
         ) from None
 
 
+def read_gzip(path: Path) -> bytes:
+    """The content of a file that gzip packed.
+
+    Raises:
+        DataError: it is damaged or too large.
+    """
+    try:
+        with _Bounded(path) as stream:
+            return b"".join(iter(lambda: stream.read(CHUNK_BYTES), b""))
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} is damaged or incomplete ({error}): download it again") from None
+
+
 def decode_image(content: bytes, where: str, size: int) -> np.ndarray:
     """The pixels of an image file.
 
@@ -96,6 +111,13 @@ def decode_image(content: bytes, where: str, size: int) -> np.ndarray:
             f"{where} is not a readable image ({reason}): replace or remove it"
         ) from None
     return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC))
+
+
+def raise_problems(problems: list[str]) -> None:
+    """Raise a DataError that names the first of them, if there are any."""
+    if problems:
+        more = f"; and {len(problems) - NAMED} more" if len(problems) > NAMED else ""
+        raise DataError("; ".join(problems[:NAMED]) + more)
 
 
 def _to_rgb(image: Image.Image, where: str) -> Image.Image:

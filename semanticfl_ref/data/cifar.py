@@ -45,7 +45,7 @@ def read(options: ReadOptions) -> Parts:
     missing = ", ".join(sorted(set(files.values()) - set(found)))
     if missing:
         raise DataError(f"{path} lacks {missing}: download it again")
-    images, labels = zip(*(found[file] for file in layout.train), strict=True)
+    images, labels, _ = zip(*(found[file] for file in layout.train), strict=True)
     train = Labelled(torch.cat(images), torch.cat(labels))
     return Parts(class_names=found[layout.names], train=train, test=found[layout.test])
 

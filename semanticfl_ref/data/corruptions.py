@@ -38,9 +38,11 @@ def apply_partition(dataset: Dataset, partition: Partition, seed: int) -> tuple[
         # "camera" is an earlier name: another one would change published results.
         source = generator(seed, "camera", client=client)
         images[own] = corrupted(corruption, images[own], source)
-    tensors = dataset.tensors | {"train_images": images, "train_labels": labels}
-    sha256 = content_sha256(dataset.class_names, tensors)
-    return replace(dataset, **tensors, sha256=sha256), partition
+    changed = {"train_images": images, "train_labels": labels}
+    if dataset.train_clients is not None:
+        changed["train_clients"] = dataset.train_clients[used]
+    sha256 = content_sha256(dataset.class_names, dataset.tensors | changed)
+    return replace(dataset, **changed, sha256=sha256), partition
 
 
 def corrupted(corruption: str, images: torch.Tensor, source: torch.Generator) -> torch.Tensor:

@@ -4,14 +4,15 @@
     digits        1 797 handwritten digits as grey 32x32 images; embedded
     cifar10, cifar100, tinyimagenet   the published archives, downloaded or local
     synthetic     random patterns of CIFAR-10's shape, computed
-    image_folder  a folder of class folders of images
+    image_folder, parquet, idx, npz   the user's own files
 
 Letters: N images, C classes.
 """
 
 import hashlib
+import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -19,22 +20,25 @@ import torch.nn.functional as F
 
 from semanticfl_ref.config.registry import DATASETS
 from semanticfl_ref.config.settings import DataSettings
-from semanticfl_ref.errors import DataError
+from semanticfl_ref.errors import DataError, UserError
 from semanticfl_ref.randomness import generator
+from semanticfl_ref.storage import user_path
 
 SHARED = 0.1  # share of the test images that also train, from which on a user is told
 CHUNK = 1000  # images transformed at a time
 
 
 class Labelled(NamedTuple):
-    """Images uint8 [N, H, W, 3] and their labels int64 [N]."""
+    """Images uint8 [N, H, W, 3], their labels int64 [N], and the numbers of their clients, int64
+    [N], or None."""
 
     images: torch.Tensor
     labels: torch.Tensor
+    clients: torch.Tensor | None = None
 
     def subset(self, indices: torch.Tensor) -> "Labelled":
         """The images with these indices, in their order."""
-        return Labelled(self.images[indices], self.labels[indices])
+        return Labelled(*(None if field is None else field[indices] for field in self))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,13 +54,15 @@ class ReadOptions:
 class Parts:
     """What a reader returns. Without `validation`, it is a share of the training images.
 
-    `notes` are lines about what was read, for the user.
+    `client_names` are those of `train.clients`. `notes` are lines about what was read, for the
+    user.
     """
 
     class_names: tuple[str, ...]
     train: Labelled
     test: Labelled
     validation: Labelled | None = None
+    client_names: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -64,7 +70,9 @@ class Parts:
 class Dataset:
     """Three parts, each images uint8 [N, H, W, 3] and labels int64 [N]; validation may be empty.
 
-    `sha256` covers class names, images and labels. `notes` are lines about what was read.
+    `train_clients`, int64 [N], are the data's own clients, which the scenario "natural" takes;
+    None without. `sha256` covers class names, images and labels. `notes` are lines about what was
+    read.
     """
 
     name: str
@@ -76,6 +84,8 @@ class Dataset:
     test_images: torch.Tensor
     test_labels: torch.Tensor
     sha256: str
+    train_clients: torch.Tensor | None = None
+    client_names: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
     @property
@@ -90,7 +100,7 @@ class Dataset:
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Field name -> tensor, of all six."""
+        """Field name -> tensor, of all that are there."""
         return {name: value for name, value in vars(self).items() if torch.is_tensor(value)}
 
 
@@ -110,6 +120,13 @@ def load_dataset(settings: DataSettings, *, seed: int = 0, offline: bool = False
     """
     options = ReadOptions(settings=settings, seed=seed, offline=offline)
     parts: Parts = DATASETS[settings.name](options)
+    if settings.class_names:
+        parts = replace(parts, class_names=_read_names(settings.class_names, parts.class_names))
+    if settings.clients_from and parts.train.clients is None:
+        raise UserError(
+            f"data.clients_from: {settings.name} does not say which client has an image: leave it "
+            f"out"
+        )
     train, validation = parts.train, parts.validation
     if validation is None:
         share = settings.validation_share
@@ -125,6 +142,8 @@ def load_dataset(settings: DataSettings, *, seed: int = 0, offline: bool = False
         name=settings.name,
         class_names=parts.class_names,
         sha256=sha256,
+        train_clients=train.clients,
+        client_names=parts.client_names,
         notes=notes,
         **tensors,
     )
@@ -211,7 +230,7 @@ def readable(name: str) -> str:
 
 def _check(part: Labelled, classes: int, name: str) -> None:
     """Raise DataError unless a part has the shapes and types that `Dataset` promises."""
-    images, labels = part
+    images, labels, _ = part
     found = (images.dtype, images.shape[3:], labels.dtype, labels.shape)
     expected = (torch.uint8, (3,), torch.int64, images.shape[:1])
     if found != expected or ((labels < 0) | (labels >= classes)).any():
@@ -220,10 +239,35 @@ def _check(part: Labelled, classes: int, name: str) -> None:
             f"{list(labels.shape)}; its reader must return images uint8 [N, H, W, 3] and labels "
             f"int64 [N], 0 ... {classes - 1}"
         )
+    if images.shape[1] != images.shape[2]:
+        height, width = images.shape[1:3]
+        raise DataError(f"{name}: images of {height} x {width} pixels; they must be square")
+
+
+def _read_names(file: str, found: tuple[str, ...]) -> tuple[str, ...]:
+    """The lines of a text file, as many as there are classes.
+
+    Raises:
+        DataError: it cannot be read, or has another number of lines, or one twice.
+    """
+    path = user_path(file)
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, ValueError) as error:
+        raise DataError(f"data.class_names = {path} cannot be read as text: {error}") from None
+    names = tuple(line.strip() for line in lines if line.strip())
+    if len(names) != len(found) or len(set(names)) != len(names):
+        raise DataError(
+            f"data.class_names = {path} has {len(set(names))} different names, the data set has "
+            f"{len(found)} classes ({', '.join(found[:5])}{', ...' if len(found) > 5 else ''}): "
+            f"write one name per line, in this order"
+        )
+    return names
 
 
 def _doubts(name: str, parts: Parts) -> list[str]:
-    """A line for a test part that many training images are in, pixel by pixel.
+    """Lines for a test part that many training images are in, pixel by pixel, and for classes
+    whose names tell a text encoder nothing.
 
     Raises:
         DataError: all training images are alike.
@@ -238,7 +282,12 @@ def _doubts(name: str, parts: Parts) -> list[str]:
             f"the {len(parts.train.images)} training images of {name} are all alike, as read: look "
             f"at one and correct or replace them"
         )
-    shared = sum(key in known for key in tested)
-    if shared <= SHARED * len(tested):
-        return []
-    return [f"{shared} of {len(tested)} test images are training images too"]
+    lines, shared = [], sum(key in known for key in tested)
+    if shared > SHARED * len(tested):
+        lines.append(f"{shared} of {len(tested)} test images are training images too")
+    if all(re.fullmatch(r"n\d{8}|\d+", name) for name in parts.class_names):
+        lines.append(
+            f"classes are called {parts.class_names[0]} and the like, so captions say nothing of "
+            f"them: name them in a file, a line each, for --set data.class_names=FILE"
+        )
+    return lines

@@ -10,53 +10,44 @@ import numpy as np
 import torch
 
 from semanticfl_ref.config.schema import is_unicode
-from semanticfl_ref.data.archives import decode_image
-from semanticfl_ref.data.dataset import Labelled, Parts, ReadOptions, hold_out, readable
+from semanticfl_ref.data.archives import decode_image, raise_problems
+from semanticfl_ref.data.dataset import Labelled, Parts, ReadOptions, readable
+from semanticfl_ref.data.own_data import PART_OF, SIDE, assemble, own_path
 from semanticfl_ref.errors import DataError, UserError
-from semanticfl_ref.randomness import generator
-from semanticfl_ref.storage import user_path
 
-SIDE = 32  # pixels per side, without data.image_size
-TEST_SHARE = 0.2  # of each class, without a test part
 SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif"}
 SUFFIXES |= {".tiff", ".webp"}
-# Word in a folder's name -> the part that it holds.
-PART_OF = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("val", "valid", "validation", "dev"), "validation"),
-    **dict.fromkeys(("test", "testing"), "test"),
-}
 BESIDE = {"", "set", "data", "images", "seg"}  # words that may stand beside it: seg_train, test set
 # What systems and programs leave in folders.
 LITTER = {"__MACOSX", "@eaDir", "__pycache__", "lost+found", "$RECYCLE.BIN"}
-NAMED = 20  # unreadable images that a message names
 
 
 def read(options: ReadOptions) -> Parts:
     """The images of data.dir, in the order of the class folders' names, then of their paths.
 
     It holds folders of parts (train, test, validation, in usual spellings), each with the same
-    class folders; or only class folders. Without a test part the validation part serves as one, or
-    else a share of each class that the seed chooses.
+    class folders; or only class folders. With data.clients_from = folder, each holds a folder for
+    every client, and this the class folders.
 
     Raises:
         UserError: an option that does not fit.
         DataError: a folder that can be understood in several ways, or in none; an image that
             cannot be read; a class whose images are all alike.
     """
-    settings = options.settings
-    if not settings.dir or settings.sha256:
-        raise UserError(
-            "--dataset image_folder needs --data-dir FOLDER (and takes no --data-sha256)"
-        )
-    folder, size = user_path(settings.dir), settings.image_size or SIDE
+    folder, settings = own_path(options, "FOLDER"), options.settings
+    size = settings.image_size or SIDE
     if not folder.is_dir():
         raise DataError(f"{folder} is not a folder: correct --data-dir")
+    if settings.clients_from not in ("", "folder"):
+        raise UserError(
+            f"data.clients_from = {settings.clients_from!r}: image_folder has `folder` only"
+        )
     places, passed, notes = part_folders(folder), Counter(), []
     for part in ("validation", "test"):
         if part in places and not _is_labelled(places[part], places["train"]):
             notes.append(f"{places.pop(part)} holds no class folders: left out, as unlabelled")
-    found = {part: class_folders(place, size, passed) for part, place in places.items()}
+    read_part = client_folders if settings.clients_from else class_folders
+    found = {part: read_part(place, size, passed) for part, place in places.items()}
     names = found["train"][0]
     for part, (others, _) in found.items():
         if others != names:
@@ -66,30 +57,12 @@ def read(options: ReadOptions) -> Parts:
                 f"({differing}): give both the same"
             )
     parts = {part: images for part, (_, images) in found.items()}
-    if "test" not in parts and "validation" in parts:
-        parts["test"] = parts.pop("validation")
-        notes.append(f"{places['validation']} is the test part, since there is no other")
-    elif "test" not in parts:
-        source = generator(options.seed, "folder-test")
-        parts["train"], parts["test"] = hold_out(parts["train"], TEST_SHARE, source)
-        if len(parts["test"].labels) == 0:
-            raise DataError(
-                f"{folder} has too few images to set {TEST_SHARE:.0%} of each class aside for the "
-                f"test: add some, or give train/ and test/"
-            )
-    if "validation" in parts and settings.validation_share:
-        raise UserError(
-            f"data.validation_share: {places['validation']} is the validation part: leave it out"
-        )
     if passed:
         listed = ", ".join(f"{count} {kind}" for kind, count in passed.most_common(5))
         notes.append(f"passed over in {folder}: {listed}")
-    if all(re.fullmatch(r"n\d{8}|\d+", name) for name in names):
-        notes.append(
-            f"classes are called {names[0]} and the like, so captions say nothing of them: rename "
-            f"their folders to words"
-        )
-    return Parts(class_names=names, notes=tuple(notes), **parts)
+    clients = [path.name for path in _visible_folders(places["train"])]
+    names_M = tuple(clients) if settings.clients_from else ()
+    return assemble(names, parts, options, folder, client_names=names_M, notes=notes)
 
 
 def part_folders(folder: Path) -> dict[str, Path]:
@@ -168,10 +141,25 @@ def class_folders(
             labels += [label] * len(own)
     except OSError as error:
         raise DataError(f"cannot read {error.filename or folder}: {error.strerror}") from None
-    if problems:
-        more = f"; and {len(problems) - NAMED} more" if len(problems) > NAMED else ""
-        raise DataError("; ".join(problems[:NAMED]) + more)
+    raise_problems(problems)
     return names, Labelled(torch.from_numpy(np.stack(images)), torch.tensor(labels))
+
+
+def client_folders(
+    folder: Path, size: int, passed: Counter[str]
+) -> tuple[tuple[str, ...], Labelled]:
+    """As `class_folders`, from a folder for every client, which may lack classes."""
+    found = [class_folders(own, size, passed, least=1) for own in _visible_folders(folder)]
+    names = tuple(sorted({name for own, _ in found for name in own}))
+    if len(names) < 2:
+        raise DataError(f"{folder} holds no class folders in folders of clients")
+    images, labels, clients = [], [], []
+    for client, (own, part) in enumerate(found):
+        number_C = torch.tensor([names.index(name) for name in own])
+        images.append(part.images)
+        labels.append(number_C[part.labels])
+        clients.append(torch.full_like(part.labels, client))
+    return names, Labelled(torch.cat(images), torch.cat(labels), torch.cat(clients))
 
 
 def _visible_folders(folder: Path) -> list[Path]:

@@ -96,6 +96,7 @@ def make_partition(
     classes: int,
     seed: int,
     data_sha256: str = "",
+    natural_N: torch.Tensor | None = None,
 ) -> Partition:
     """Partition the training images.
 
@@ -106,6 +107,7 @@ def make_partition(
         classes: C.
         seed: the run's seed.
         data_sha256: of the data set; a partition file may record it.
+        natural_N: int64 [N], the clients that the data set itself names; None without.
 
     Raises:
         UserError: too few images for so many clients, or what a scenario does not allow.
@@ -127,6 +129,7 @@ def make_partition(
             settings=settings,
             minimum=settings.minimum,
             generator=generator(seed, f"partition-{settings.scenario}"),
+            natural_N=None if natural_N is None else natural_N.cpu()[kept],
         )
         client_N[kept] = _assign(assignment)
     return _partition(client_N, labels, settings, classes=classes, seed=seed)

@@ -7,6 +7,7 @@
     pathological  every client holds k classes, in shards of about one size
     extended      every client holds k classes, each by Dirichlet(alpha) over its holders
     quantity      size skew: sizes by Dirichlet(alpha), the same labels everywhere
+    natural       the clients that the data set itself names
 
 Each takes an `Assignment` and returns the client of every image, int64 [N], 0 ... M - 1. A long
 tail, which combines with any of them, is cut first: it decides which images there are.
@@ -35,6 +36,7 @@ class Assignment:
         settings: the section `partition`.
         minimum: images that every client gets at least.
         generator: the only source of random numbers that a scenario may use.
+        natural_N: int64 [N], the data set's own clients; None without.
     """
 
     labels: torch.Tensor
@@ -42,6 +44,7 @@ class Assignment:
     settings: PartitionSettings
     minimum: int
     generator: torch.Generator
+    natural_N: torch.Tensor | None = None
 
     @property
     def clients(self) -> int:
@@ -237,6 +240,31 @@ def _sizes(log_share_M: torch.Tensor, n: int) -> torch.Tensor:
     (open_clients,) = torch.where(log_share_M > -math.inf)
     bounds[open_clients[-1] :] = n
     return bounds.diff(prepend=torch.zeros(1, dtype=torch.int64))
+
+
+def natural(a: Assignment) -> torch.Tensor:
+    """The data set's own clients; none gets images of another's.
+
+    Raises:
+        UserError: it names none, another number of them, or one with fewer images than `minimum`.
+    """
+    if a.natural_N is None:
+        raise UserError(
+            "scenario natural: the data set does not name its clients; --set data.clients_from "
+            "says what does (docs/data.md)"
+        )
+    sizes_M = torch.bincount(a.natural_N)
+    if len(sizes_M) != a.clients:
+        raise UserError(
+            f"scenario natural: the data set has {len(sizes_M)} clients: use --clients "
+            f"{len(sizes_M)}"
+        )
+    if sizes_M.min() < a.minimum:
+        raise UserError(
+            f"scenario natural: client {sizes_M.argmin()} has {sizes_M.min()} training images, "
+            f"fewer than partition.minimum = {a.minimum}: remove that client's images"
+        )
+    return a.natural_N
 
 
 def _log_gamma_samples(alpha: float, n: int, source: torch.Generator) -> torch.Tensor:

@@ -101,6 +101,7 @@ def partition_images(config: Config, dataset: Dataset) -> Partition:
         classes=dataset.classes,
         seed=config.run.seed,
         data_sha256=dataset.sha256,
+        natural_N=dataset.train_clients,
     )
 
 
@@ -137,6 +138,7 @@ def training_subset(dataset: Dataset, which: torch.Tensor) -> Dataset:
         dataset,
         train_images=dataset.train_images[which],
         train_labels=dataset.train_labels[which],
+        train_clients=None if dataset.train_clients is None else dataset.train_clients[which],
     )
 
 

@@ -186,10 +186,11 @@ def split_for_probe(dataset: Dataset, limit: int, seed: int) -> tuple[Dataset, D
             f"class is held out"
         )
     parts = []
-    for images, labels in (fitted, evaluated):
-        share = min(1, limit / len(labels))
-        kept, _ = stratified(labels, (share, 1 - share), generator(seed, "probe-subset"))
-        parts.append(replace(dataset, train_images=images[kept], train_labels=labels[kept]))
+    for part in (fitted, evaluated):
+        share = min(1, limit / len(part.labels))
+        kept, _ = stratified(part.labels, (share, 1 - share), generator(seed, "probe-subset"))
+        own = {f"train_{field}": values for field, values in part.subset(kept)._asdict().items()}
+        parts.append(replace(dataset, **own))
     return *parts, name
 
 

@@ -51,6 +51,16 @@ def test_shown_with_everything_in_which_clients_differ(capsys):
     assert any(name in out for name in manifest["corruptions"])
 
 
+def test_a_map_for_other_tools(capsys, tmp_path):
+    """What it says is read back as the same partition."""
+    file = tmp_path / "map.json"
+    manifest = shown(capsys, "--map", str(file))
+    lists = json.loads(file.read_text())
+    assert [len(lists[str(client)]) for client in range(4)] == manifest["sizes"]
+    again = shown(capsys, "--set", f"partition.file={file}")
+    assert again["sha256"] == manifest["sha256"]
+
+
 def test_the_table():
     import torch
 

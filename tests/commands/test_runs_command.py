@@ -4,8 +4,10 @@ import csv
 import io
 import json
 import shutil
+import sys
 
 import pytest
+from processes import JOB
 
 from semanticfl_ref import cli
 from semanticfl_ref.run.folder import RunFolder
@@ -83,3 +85,25 @@ def test_quiet_and_verbose(tmp_path, job, capsys):
     (line,) = RunFolder(tmp_path / "v").rounds()
     assert f"round 1: test accuracy {line['test_accuracy']:.1%}, loss {line['loss']:.3f}" in error
     assert "round/s" not in error
+
+
+def test_tensorboard_has_every_number_of_every_round(tmp_path):
+    """A resumed run goes on where its checkpoint is."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run = tmp_path / "run"
+    assert cli.main(["train", *JOB, "--rounds", "2", "--tensorboard", "--out", str(run)]) == 0
+    assert cli.main(["train", "--resume", str(run), "--rounds", "3", "--tensorboard"]) == 0
+    events = accumulator.EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for name, key in (("loss", "loss"), ("test_accuracy", "test_accuracy")):
+        found = [(event.step, event.value) for event in events.Scalars(name)]
+        assert found == [(line["round"], pytest.approx(line[key])) for line in lines]
+    assert "terms/cross_entropy" in events.Tags()["scalars"]
+
+
+def test_tensorboard_is_an_extra(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert cli.main(["train", *JOB, "--tensorboard", "--out", str(tmp_path / "run")]) == 2
+    assert 'pip install ".[tensorboard]"' in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

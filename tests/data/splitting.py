@@ -14,6 +14,7 @@ def split(
     seed: int = 0,
     minimum: int = 2,
     data_sha256: str = "",
+    natural_N: torch.Tensor | None = None,
     **settings,
 ) -> Partition:
     """`make_partition` with these settings."""
@@ -23,4 +24,5 @@ def split(
         classes=classes,
         seed=seed,
         data_sha256=data_sha256,
+        natural_N=natural_N,
     )

@@ -129,7 +129,7 @@ def test_a_data_set_from_outside(stripes):
 @pytest.mark.parametrize("part", ["train", "test"])
 def test_a_reader_that_returns_something_else(change, part):
     good = Labelled(torch.zeros(6, 8, 8, 3, dtype=torch.uint8), torch.arange(6) % 2)
-    parts = {"train": good, "test": good, part: Labelled(*change(*good))}
+    parts = {"train": good, "test": good, part: Labelled(*change(good.images, good.labels))}
     register_dataset("other", lambda options: Parts(class_names=("a", "b"), **parts))
     try:
         with pytest.raises(DataError, match=f"data set other, part {part}: .* must return"):

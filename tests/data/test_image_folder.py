@@ -103,11 +103,11 @@ def test_a_validation_folder(tmp_path):
     class_folders(tmp_path / "val", (2, 2))
     d = load("image_folder", dir=tmp_path)
     assert (len(d.validation_labels), len(d.test_labels)) == (0, 4)
-    assert d.notes[0] == f"{tmp_path / 'val'} is the test part, since there is no other"
+    assert d.notes[0].endswith("the validation part is the test part, since there is no other")
     class_folders(tmp_path / "test", (1, 2))
     d = load("image_folder", dir=tmp_path)
     assert (len(d.validation_labels), len(d.test_labels)) == (4, 3)
-    with pytest.raises(UserError, match="is the validation part: leave it out"):
+    with pytest.raises(UserError, match="has a validation part: leave it out"):
         load("image_folder", dir=tmp_path, validation_share=0.1)
 
 
@@ -179,3 +179,31 @@ def test_test_images_that_train_are_told(tmp_path):
     assert load("image_folder", dir=tmp_path).notes == (
         "4 of 4 test images are training images too",
     )
+
+
+def test_a_folder_per_client(tmp_path):
+    """Clients may lack classes; the test part has the same layout."""
+    class_folders(tmp_path / "train" / "ann", (3, 2))
+    class_folders(tmp_path / "train" / "bob", (0, 4))
+    (tmp_path / "train" / "bob" / "kind_0").rmdir()
+    class_folders(tmp_path / "test" / "ann", (1, 1))
+    d = load("image_folder", dir=tmp_path, clients_from="folder")
+    assert d.class_names == ("kind 0", "kind 1")
+    assert d.train_labels.tolist() == [0, 0, 0, 1, 1, 1, 1, 1, 1]
+    assert d.train_clients.tolist() == [0] * 5 + [1] * 4
+    assert d.client_names == ("ann", "bob")
+    assert "2 clients, from 0 on: ann, bob" in d.notes
+    with pytest.raises(UserError, match="image_folder has `folder` only"):
+        load("image_folder", dir=tmp_path, clients_from="writer")
+
+
+def test_clients_stay_with_their_images(tmp_path):
+    """Through the parts that the seed chooses."""
+    class_folders(tmp_path / "ann", (10, 10))
+    for i in range(10):
+        path = tmp_path / "bob" / "kind_1" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (12, 9), (0, i, 200)).save(path)
+    d = load("image_folder", dir=tmp_path, clients_from="folder", validation_share=0.2)
+    assert len(d.train_labels) == len(d.train_clients) < 30
+    assert (d.train_images[:, 0, 0, 2] == 200 * d.train_clients).all()

@@ -256,3 +256,19 @@ def test_published_results_name_these_hashes(scenario, clients, share, digest):
     labels = torch.arange(1000) % 10
     options = {"clients": clients, "held_out_share": share, "alpha": 0.05, "seed": 3}
     assert split(scenario, labels, classes=10, **options).sha256.startswith(digest)
+
+
+def test_natural_clients_are_the_data_sets_own():
+    labels, natural_N = torch.arange(30) % 3, torch.arange(30) // 12
+    p = split("natural", labels, classes=3, clients=3, natural_N=natural_N)
+    assert [own.tolist() for own in p.indices] == [
+        list(range(12)),
+        list(range(12, 24)),
+        list(range(24, 30)),
+    ]
+    with pytest.raises(UserError, match="has 3 clients: use --clients 3"):
+        split("natural", labels, classes=3, clients=2, natural_N=natural_N)
+    with pytest.raises(UserError, match="client 2 has 6 training images, fewer than"):
+        split("natural", labels, classes=3, clients=3, natural_N=natural_N, minimum=7)
+    with pytest.raises(UserError, match=r"--set data\.clients_from says what does"):
+        split("natural", labels, classes=3, clients=3)
