@@ -1,23 +1,62 @@
 #!/bin/sh
-# The grid of docs/results.md in one call. Nine methods, tuned with the same budget (four configurations,
-# two seeds, on the validation images), then three scenarios, five other seeds, 40 rounds of the embedded
-# default. Finished runs are kept: the same command goes on where it was cut off.
-# Environment: PYTHON, DEVICE (cuda), WORKERS (8 runs at a time), SECONDS_LEFT (265 for each half), OUT.
-# Further arguments go to both commands; a rehearsal on a CPU:
+# The grids of docs/results.md, in stages. Nine methods are tuned with the same budget (four
+# configurations, two seeds, on the validation images); then, with five other seeds, come the main
+# table and, with the settings so chosen, controls, label counts and teachers. 40 rounds of the
+# embedded default. Finished runs are kept: the same command goes on where it was cut off.
+# Environment: PYTHON, DEVICE (cuda), WORKERS (8 runs at a time), SECONDS_LEFT (265 for each stage),
+# OUT, STAGES (all of: search main controls labels teachers).
+# Further arguments go to all grids; a rehearsal on a CPU:
 #   DEVICE=cpu WORKERS=2 OUT=/tmp/evidence bench/gpu_evidence.sh --seeds 1 --rounds 1 --width 2
 cd "$(dirname "$0")/.." || exit 2
 OUT=${OUT:-runs/evidence}
+NINE=fedavg,fedprox,scaffold,moon,fedrcl,feddisco,fedcda,feddifrc,semanticfl
+PROX='with prox=semanticfl[semanticfl.mu=0.1]'
 
-each() { # command, its arguments. INT: as Ctrl-C, which saves a checkpoint of every run.
+run() { # command, its arguments. INT: as Ctrl-C, which saves a checkpoint of every run.
     timeout --signal=INT "${SECONDS_LEFT:-265}" "${PYTHON:-python3}" -m semanticfl_ref "$@" \
-        --methods fedavg,fedprox,scaffold,moon,fedrcl,feddisco,fedcda,feddifrc,semanticfl \
-        --device "${DEVICE:-cuda}" --workers "${WORKERS:-8}" --offline
+        --device "${DEVICE:-cuda}" --offline
+}
+grid() { run "$@" --workers "${WORKERS:-8}" --rounds 40; }
+tuned() { # folder, methods, further arguments
+    folder=$1 methods=$2
+    shift 2
+    grid compare --tuned "$OUT/search/search.json" --methods "$methods" --seeds 5 --out "$OUT/$folder" "$@"
+}
+variants() { # the settings of SemanticFL, each of which makes a variant NAME=semanticfl[...]
+    for variant; do printf ',%s=semanticfl[%s]' "${variant%%:*}" "${variant#*:}"; done
 }
 
-each search --scenarios nid1:0.3 --configurations 4 --seeds 2 --rounds 40 --out "$OUT/search" \
-    --vary federation.learning_rate=0.05,0.1,0.2,0.4 --vary fedprox.mu=0.01,0.1,1 --vary moon.mu=1,5 \
-    --vary fedrcl.contrast=0.1,0.3,1 --vary feddisco.a=0.1,0.5 --vary fedcda.warm_up=5,10 \
-    --vary feddifrc.lambda_text=0.1,1 --vary feddifrc.consistency=kl,l2 \
-    --vary semanticfl.lambda_kd=5,20,50 "$@" || exit
-each compare --tuned "$OUT/search/search.json" --scenarios nid1:0.1,nid1:0.3,nid2 --seeds 5 --rounds 40 \
-    --out "$OUT/compare" "$@"
+for stage in ${STAGES:-search main controls labels teachers}; do
+    case $stage in
+    search)
+        grid search --methods $NINE --scenarios nid1:0.3 --configurations 4 --seeds 2 \
+            --out "$OUT/search" --vary federation.learning_rate=0.05,0.1,0.2,0.4 \
+            --vary fedprox.mu=0.01,0.1,1 --vary moon.mu=1,5 --vary fedrcl.contrast=0.1,0.3,1 \
+            --vary feddisco.a=0.1,0.5 --vary fedcda.warm_up=5,10 \
+            --vary feddifrc.lambda_text=0.1,1 --vary feddifrc.consistency=kl,l2 \
+            --vary semanticfl.lambda_kd=5,20,50 "$@" ;;
+    main)
+        tuned main "$NINE,$PROX" --scenarios nid1:0.1,nid1:0.3,nid2 "$@" ;;
+    controls)
+        held='fewer images=fedavg[anchors.images=heldout:10]'
+        tuned controls "fedavg,semanticfl,$held$(variants shuffled:anchors.control=shuffled \
+            permuted:anchors.control=permuted random:anchors.control=random \
+            one-hot:anchors.control=onehot consistency:semanticfl.lambda_con=0 \
+            contrast:semanticfl.lambda_kd=0 vae:diffusion.layers=vae \
+            'three levels:diffusion.layers=vae,mid,up.0' 'per class:anchors.per=class' \
+            'held-out anchors:anchors.images=heldout:10' \
+            'missing modalities:partition.modality=mixed')" --scenarios nid1:0.3 "$@" ;;
+    labels)
+        for count in 100 225 450 900; do
+            tuned "labels-$count" fedavg,semanticfl --import scripts/more_labels.py \
+                --dataset "digit-scenes-$count" --scenarios nid1:0.3 "$@" || exit
+        done ;;
+    teachers)
+        tuned teachers "fedavg$(variants t20:diffusion.timestep=20 t150:diffusion.timestep=150 \
+            t300:diffusion.timestep=300 t500:diffusion.timestep=500 \
+            t700:diffusion.timestep=700 t900:diffusion.timestep=900)" --scenarios nid1:0.3 "$@"
+        run features probe --layers mid --timesteps 20,150,300,500,700,900 --json \
+            >"$OUT/teachers/probe.json" ;;
+    *) echo "unknown stage $stage" >&2 && exit 2 ;;
+    esac || exit
+done

@@ -46,6 +46,7 @@ class SemanticFLSettings(Section):
         "be equal",
         source="O",
     )
+    mu: float = option(0.0, "weight mu of FedProx's proximal term beside them", low=0.0, source="O")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,6 @@
 """Tables of images as Hugging Face has them: Parquet files, and folders of `save_to_disk`."""
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -106,16 +105,13 @@ def _columns(file: Path, schema, options: ReadOptions) -> tuple[str, str]:
     settings = options.settings
     types_of = dict(zip(schema.names, schema.types, strict=True))
 
-    def chosen(setting: str, fitting: Iterable[str]) -> str:
-        name, fitting = getattr(settings, setting), list(fitting)
-        if setting == "label_column" and "label" in fitting:
-            name = name or "label"
-        if not name and len(fitting) == 1:
-            return fitting[0]
-        if name not in types_of:
-            found = f"no column {name!r}" if name else f"{len(fitting)} columns that fit"
+    def chosen(setting: str, fitting: list[str]) -> str:
+        name = getattr(settings, setting) or "label" * ("label" in fitting)
+        name = name or (fitting[0] if len(fitting) == 1 else "")
+        if name not in fitting:
+            found = f"column {name!r} does not fit" if name else f"{len(fitting)} columns that fit"
             raise DataError(
-                f"{file} has {found}; choose data.{setting} among {', '.join(types_of)}"
+                f"{file}: {found}; choose data.{setting} among {', '.join(fitting or types_of)}"
             )
         return name
 
@@ -132,13 +128,9 @@ def _columns(file: Path, schema, options: ReadOptions) -> tuple[str, str]:
         raise DataError(
             f"{file} has no column {by!r}; choose data.clients_from among {', '.join(types_of)}"
         )
-    image = chosen("image_column", (n for n, kind in types_of.items() if holds_images(kind)))
-    labels = (n for n, kind in types_of.items() if holds_labels(kind) and n not in (image, by))
-    label = chosen("label_column", labels)
-    for name, fits, what in ((image, holds_images, "images"), (label, holds_labels, "labels")):
-        if not fits(types_of[name]):
-            raise DataError(f"{file}: column {name!r} of {types_of[name]} holds no {what}")
-    return image, label
+    images = [name for name, kind in types_of.items() if holds_images(kind)]
+    labels = [name for name, kind in types_of.items() if holds_labels(kind) and name != by]
+    return chosen("image_column", images), chosen("label_column", labels)
 
 
 def _label_names(schema, label: str) -> list[str] | None:

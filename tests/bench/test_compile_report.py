@@ -54,6 +54,7 @@ def test_what_is_read_from_the_instructions():
     assert read_usage(USAGE) == {"registers": 255, "stack_bytes": 32}
 
 
+@pytest.mark.heavy
 def test_each_broken_rule_is_found(tmp_path):
     rows, done = report(tmp_path, *KNOWN, "--arch", "90")
     said = {row["variant"]: row["problems"] for row in rows}

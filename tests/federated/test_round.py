@@ -63,6 +63,14 @@ def test_zero_strength_is_fedavg_bitwise(small_context):
     assert torch.equal(idle.params[: len(plain.params)], plain.params)
 
 
+def test_its_proximal_term_alone_is_fedprox(small_context):
+    near, _ = run_rounds(small_context(federation__method="fedprox", fedprox__mu=0.5))
+    zero = {"semanticfl__lambda_kd": 0.0, "semanticfl__lambda_con": 0.0}
+    same, lines = run_rounds(small_context(**zero, semanticfl__mu=0.5))
+    assert torch.equal(same.params[: len(near.params)], near.params)
+    assert set(lines[0]["terms"]) == {"cross_entropy", "proximal"}
+
+
 @pytest.mark.parametrize("term", ["lambda_kd", "lambda_con"])
 def test_each_term_alone_changes_the_result_and_is_reported(small_context, term):
     other = {"lambda_kd": "semanticfl__lambda_con", "lambda_con": "semanticfl__lambda_kd"}[term]

@@ -79,6 +79,7 @@ def test_sigterm_saves_as_ctrl_c_does(tmp_path, job, unbroken_run):
     assert_same_results(unbroken_run, run)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "redirect",
     [

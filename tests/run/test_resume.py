@@ -46,6 +46,7 @@ def test_the_environment_says_where_when_and_of_what_commit(unbroken_run):
     assert environment["commit"] is None or len(environment["commit"].split("+")[0]) == 40
 
 
+@pytest.mark.heavy
 def test_killed_at_several_moments(tmp_path, job, unbroken_run):
     """SIGKILL, six times in one run: while it loads, as its folder appears, and in each round."""
     run, moments, kills = tmp_path / "run", random.Random(0), 0
@@ -69,6 +70,7 @@ class Killed(BaseException):
     """Stands for the end of the machine: no code catches it."""
 
 
+@pytest.mark.heavy
 def test_killed_at_every_write(tmp_path, job, unbroken_run, monkeypatch):
     """In this process, at each flush and each rename of the run in turn: the write before it is on
     disk, those after it are not."""

@@ -297,6 +297,7 @@ def test_a_mistake_is_one_line_that_names_it(capsys, folder, arguments, words):
     assert "Traceback" not in err and "feature cache of" not in err
 
 
+@pytest.mark.heavy
 def test_killed_by_the_system_it_goes_on_with_the_same_bytes(built, tmp_path):
     """SIGKILL after the first shard, in a process of its own."""
     folder = tmp_path / "cache"
@@ -326,6 +327,7 @@ def test_killed_by_the_system_it_goes_on_with_the_same_bytes(built, tmp_path):
             assert file.read_bytes() == (cache / file.name).read_bytes(), file.name
 
 
+@pytest.mark.heavy
 def test_memory_does_not_grow_with_the_images(tmp_path):
     """Peak memory of a process that extracts and reads 64 images, and then 8 192; the images
     themselves are there from the start.

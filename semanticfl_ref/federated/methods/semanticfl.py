@@ -7,8 +7,8 @@ anchors of the classes.
 Source: arXiv 2603.19337 (objective and weights as summarised second-hand; what is not published is
 an option, see config/methods.py and docs/choices.md).
 
-Both weights 0 is FedAvg. The literal KL divergence between unit vectors at temperature 1 has a
-negligible gradient.
+Both weights 0 is FedAvg, or FedProx with mu above 0. The literal KL divergence between unit vectors
+at temperature 1 has a negligible gradient.
 
 Letters: B batch, C classes, D feature width.
 """
@@ -17,6 +17,7 @@ from semanticfl_ref.config.settings import Config
 from semanticfl_ref.diffusion.anchors import Anchors
 from semanticfl_ref.errors import UserError
 from semanticfl_ref.federated.losses import consistency, contrast
+from semanticfl_ref.federated.methods.fedprox import proximal_term
 from semanticfl_ref.federated.methods.method import LocalBatch, Method, Payload, Terms
 
 
@@ -32,14 +33,14 @@ def anchor_heads(config: Config, anchors: Anchors, features: int) -> dict[str, i
 
 
 def semantic_terms(batch: LocalBatch) -> Terms:
-    """Two terms; one of weight zero, or whose anchors the client lacks, is not computed.
+    """The terms, and FedProx's; one of weight zero, or whose anchors the client lacks, is left out.
 
     Equation (semanticfl) [S]:
         lambda_kd * consistency(visual head(f), visual anchors)
         + lambda_con * InfoNCE(text head(f), text anchors; own class, tau)
     Test: tests/federated/test_round.py::test_each_term_alone_changes_the_result_and_is_reported
     """
-    s, model, terms = batch.settings, batch.model, {}
+    s, model, terms = batch.settings, batch.model, proximal_term(batch)
     if s.lambda_kd > 0 and batch.visual_BD is not None:
         mapped_BD = model.visual_head(batch.features_BD)
         value = consistency(

@@ -22,7 +22,7 @@ from semanticfl_ref.randomness import generator
 from semanticfl_ref.run.environment import command_line
 from semanticfl_ref.storage import write_atomic
 from semanticfl_ref.tools.compare.experiment import run_grid
-from semanticfl_ref.tools.compare.grid import Grid, method_settings, with_settings
+from semanticfl_ref.tools.compare.grid import Grid, method_settings, short_name, with_settings
 from semanticfl_ref.tools.compare.tables import mean_and_deviation
 
 RESULT = "search.json"
@@ -174,28 +174,29 @@ def read_search(path: Path) -> dict:
 
 
 def tuned(grid: Grid, path: Path) -> Grid:
-    """The grid with each of its methods as a search chose it.
+    """The grid with each of its methods as a search chose it; an entry's own settings stay.
 
     Raises:
         DataError: the file cannot be read.
         UserError: a method was not in the search, or a seed was.
     """
     found = read_search(path)
-    absent = [method for method in grid.methods if method not in found["chosen"]]
-    if absent:
-        raise UserError(
-            f"--tuned {path}: it has no {', '.join(absent)}; it has {', '.join(found['chosen'])}"
-        )
+    chosen = found["chosen"]
+
+    def as_chosen(entry: str) -> str:
+        own = method_settings(entry)
+        method = own.pop("federation.method")
+        if method not in chosen:
+            raise UserError(f"--tuned {path}: it has no {method}; it has {', '.join(chosen)}")
+        name = short_name(entry)
+        whole = with_settings(chosen[method], own.items())
+        return whole if name == entry else f"{name}={whole}"
+
+    entries, baseline = [as_chosen(entry) for entry in grid.methods], as_chosen(grid.baseline)
     used = sorted(set(found["seeds"]) & set(grid.seed_numbers))
     if used:
         raise UserError(
             f"--tuned {path}: it used seed {used[0]}, so that results on this seed would favour "
             f"what was chosen on it; choose others with --first-seed {max(found['seeds']) + 1}"
         )
-    chosen = found["chosen"]
-    return replace(
-        grid,
-        methods=[chosen[method] for method in grid.methods],
-        baseline=chosen[grid.baseline],
-        tuning=found,
-    )
+    return replace(grid, methods=entries, baseline=baseline, tuning=found)

@@ -92,6 +92,7 @@ def test_a_run_is_started_with_the_flags_of_its_settings(tmp_path, monkeypatch):
     ]
 
 
+@pytest.mark.heavy
 def test_interrupted_compare_saves_and_goes_on(tmp_path, grid_job):
     """SIGINT to `compare` alone: its run ends with a checkpoint, no other begins, and the same
     command resumes it.
@@ -170,6 +171,7 @@ def test_compare_itself_needs_no_torch():
     assert done.stdout.strip() == "False", done.stderr
 
 
+@pytest.mark.heavy
 def test_a_comparison_that_is_killed_takes_its_run_along(tmp_path, grid_job):
     """The run saves, as on SIGTERM; meanwhile a second comparison in the folder is refused."""
     flags = [*grid_job, "--rounds", "400", "--seeds", "1", "--out", str(tmp_path)]
@@ -191,6 +193,7 @@ def test_a_comparison_that_is_killed_takes_its_run_along(tmp_path, grid_job):
         assert described(file)["round"] == len(folder.rounds()), "it was saved as it ended"
 
 
+@pytest.mark.heavy
 def test_a_comparison_in_the_background_can_be_ended(tmp_path, grid_job):
     """There SIGINT is ignored, by the runs too: they are sent SIGTERM."""
     flags = [*grid_job, "--rounds", "400", "--seeds", "1", "--out", str(tmp_path)]

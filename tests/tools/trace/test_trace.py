@@ -240,6 +240,7 @@ def test_captions_that_leak_the_label_are_those_of_the_pass():
     assert sorted(tags) == ["noised-latent", "pca", "visual-anchor"], "also after an extraction"
 
 
+@pytest.mark.heavy
 def test_it_follows_the_code(default, copy):
     """A line is put above a loss and above the first turn; a statement and a turn are reworded."""
     edits = {
@@ -270,6 +271,7 @@ def test_it_follows_the_code(default, copy):
     assert moved["loss"] == pytest.approx(default.document["loss"], rel=1e-5)
 
 
+@pytest.mark.heavy
 def test_it_does_not_depend_on_the_names_of_local_variables(default, copy):
     """In a copy in which all are renamed, the document is the same but for the names shown."""
     files = [*trace.FILES, "diffusion/backbone.py", "federated/methods/semanticfl.py"]

@@ -1,0 +1,62 @@
+"""The gain of guidance against what a linear probe reads from the teacher.
+
+    python scripts/gain_by_teacher.py runs/evidence/teachers
+
+The folder is that of bench/gpu_evidence.sh's stage "teachers": compare.json has FedAvg and
+SemanticFL with anchors of several timesteps, called t20 and so on; probe.json has the probe's
+accuracy on each. Writes gain-by-teacher.md and, with matplotlib, gain-by-teacher.png there.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+from statistics import fmean
+
+from semanticfl_ref.tools.report.drawing import can_draw, new_figure, save_figure
+
+
+def points(comparison: dict, probe: dict) -> list[dict]:
+    """Per timestep the probe's accuracy and the gain over FedAvg of every seed, in points."""
+    plain = next(r for r in comparison["results"] if r["method"].startswith("fedavg"))
+    accuracy = {row["timestep"]: 100 * row["linear_probe"] for row in probe["rows"]}
+    found = []
+    for result in comparison["results"]:
+        name, named, _ = result["method"].partition("=")
+        if named and re.fullmatch(r"t\d+", name):
+            pairs = zip(result["mean_of_last"], plain["mean_of_last"], strict=True)
+            gains, timestep = [own - other for own, other in pairs], int(name[1:])
+            found.append({"timestep": timestep, "probe": accuracy[timestep], "gains": gains})
+    return found
+
+
+def main(folder: Path) -> None:
+    comparison, probe = (
+        json.loads((folder / f"{n}.json").read_text()) for n in ("compare", "probe")
+    )
+    rows = points(comparison, probe)
+    lines = [
+        "| t | linear probe, % | gain over FedAvg, mean (smallest to largest) |",
+        "| --- | --- | --- |",
+    ]
+    for row in rows:
+        gains = row["gains"]
+        spread = f"{fmean(gains):+.1f} ({min(gains):+.1f} to {max(gains):+.1f})"
+        lines.append(f"| {row['timestep']} | {row['probe']:.1f} | {spread} |")
+    (folder / "gain-by-teacher.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+    if can_draw():
+        figure, (axis,) = new_figure(1, width=5, height=3.6)
+        for row in rows:
+            axis.plot([row["probe"]] * len(row["gains"]), row["gains"], "o", color="0.6", ms=4)
+            axis.annotate(f"t = {row['timestep']}", (row["probe"], max(row["gains"])), fontsize=8)
+        axis.plot([r["probe"] for r in rows], [fmean(r["gains"]) for r in rows], "s-", color="C0")
+        axis.axhline(0, color="0.3", linewidth=0.8)
+        axis.set(
+            xlabel="linear probe on the teacher's features, %", ylabel="gain over FedAvg, points"
+        )
+        save_figure(figure, folder / "gain-by-teacher.png")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
