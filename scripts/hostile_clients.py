@@ -10,6 +10,7 @@ import os
 
 import torch
 
+from semanticfl_ref.errors import unknown
 from semanticfl_ref.federated import replicas
 from semanticfl_ref.federated.flat import flatten_params, load_params
 
@@ -26,6 +27,8 @@ ATTACKS = {
 
 def install(attack: str) -> None:
     """Let clients 2, 7, 12, ... return what `attack` makes of their models."""
+    if attack not in ATTACKS:
+        raise unknown("attack", attack, ATTACKS)
     honest = replicas.train_client
 
     def train(update, replica):

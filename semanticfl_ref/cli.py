@@ -101,28 +101,32 @@ def main(argv: list[str] | None = None) -> int:
         formatting.quiet = arguments.quiet or rank() > 0
         return COMMANDS[arguments.command].run(arguments)
     except UserError as error:
-        if rank() > 0 and not isinstance(error, RankLost):
-            _let_first_tell()
-        say(f"error: {' '.join(str(error).split())}", always=True)
-        return error.exit_code
+        return _tell(error)
     except (MemoryError, RuntimeError, OSError) as error:
         if not _is_shortage(error):
             raise
         reason = str(error).strip().partition("\n")[0] or "out of memory"
-        say(
-            f"error: the machine's memory or processes do not suffice ({reason}): end other "
-            f"programs, or lower --replicas, --batch-size, --width or --clients"
+        return _tell(
+            DataError(
+                f"the machine's memory or processes do not suffice ({reason}): end other programs, "
+                f"or lower --replicas, --batch-size, --width or --clients"
+            )
         )
-        return DataError.exit_code
     except KeyboardInterrupt as interrupt:
         say(str(interrupt) or "interrupted", always=True)
         return 130
 
 
-def _let_first_tell() -> None:
-    """Wait for the first rank, which most often has the same error: torchrun then ends this one."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    time.sleep(PATIENCE)
+def _tell(error: UserError) -> int:
+    """Print an error; returns its exit code.
+
+    A rank after the first waits: most often the first has the same error, and ends them all.
+    """
+    if rank() > 0 and not isinstance(error, RankLost):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(PATIENCE)
+    say(f"error: {' '.join(str(error).split())}", always=True)
+    return error.exit_code
 
 
 def run_imports(argv: list[str]) -> list[str]:

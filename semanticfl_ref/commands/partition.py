@@ -66,6 +66,7 @@ def partition_table(manifest: dict, class_names: tuple[str, ...]) -> str:
     unused = f" ({sum(manifest['dropped'])} unused)" if manifest["dropped"] else ""
     images = f"{sum(manifest['sizes'])} training images{unused}"
     columns = {"corruption": manifest["corruptions"], "anchors": manifest["modalities"]}
+    columns["name"] = manifest["client_names"]
     columns = {name: values for name, values in columns.items() if values}
     lines = [
         f"{manifest['scenario']}{alpha}, seed {manifest['seed']}: {images}, {manifest['clients']} "

@@ -11,7 +11,7 @@ from semanticfl_ref.config.command_line import shell_command, to_flags
 from semanticfl_ref.config.resolve import is_embedded, resolve
 from semanticfl_ref.config.settings import NOT_IDENTITY, Config, to_flat
 from semanticfl_ref.cores import rank
-from semanticfl_ref.errors import MismatchError, UserError
+from semanticfl_ref.errors import DataError, MismatchError, UserError
 from semanticfl_ref.formatting import format_bytes, format_percent, format_seconds
 from semanticfl_ref.run.folder import (
     RunFolder,
@@ -65,7 +65,7 @@ def add_flags(parser, argv: list[str]) -> None:
     parser.add_argument(
         "--tensorboard",
         action="store_true",
-        help="write every number of metrics.jsonl to RUN/tensorboard too",
+        help="write the numbers of metrics.jsonl to RUN/tensorboard too",
     )
     parser.add_argument(
         "--dry-run",
@@ -141,7 +141,7 @@ def _resumed_config(arguments, saved: Config) -> Config:
 
 def _teller(arguments, folder: Path) -> Callable[[dict], None]:
     """What is called with a round's line of metrics."""
-    write = _tensorboard(folder / "tensorboard") if arguments.tensorboard else lambda line: None
+    write = _tensorboard(RunFolder(folder)) if arguments.tensorboard else lambda line: None
 
     def tell(line: dict) -> None:
         write(line)
@@ -152,8 +152,8 @@ def _teller(arguments, folder: Path) -> Callable[[dict], None]:
     return tell
 
 
-def _tensorboard(folder: Path) -> Callable[[dict], None]:
-    """A function that writes a round's numbers for TensorBoard.
+def _tensorboard(folder: RunFolder) -> Callable[[dict], None]:
+    """A function that writes a round's numbers for TensorBoard; first those of all rounds before.
 
     Raises:
         UserError: the package is missing.
@@ -165,12 +165,18 @@ def _tensorboard(folder: Path) -> Callable[[dict], None]:
     writers = []
 
     def write(line: dict) -> None:
-        if not writers:  # of a resumed run, the rounds after its checkpoint are written anew
-            writers.append(SummaryWriter(folder, purge_step=line["round"]))
-        for name, value in flat(line).items():
-            if isinstance(value, int | float):
-                writers[0].add_scalar(name.replace(".", "/"), value, line["round"])
-        writers[0].flush()
+        lines = [line]
+        try:
+            if not writers:
+                writers.append(SummaryWriter(folder.path / "tensorboard", purge_step=0))
+                lines = folder.rounds()
+            for line in lines:
+                for name, value in flat(line).items():
+                    if isinstance(value, int | float):
+                        writers[0].add_scalar(name.replace(".", "/"), value, line["round"])
+            writers[0].flush()
+        except OSError as error:
+            raise DataError(f"--tensorboard: cannot write {error.filename}: {error}") from None
 
     return write
 

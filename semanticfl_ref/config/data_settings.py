@@ -34,7 +34,9 @@ class DataSettings(Section):
         "", "text file with the names of the classes, a line each, instead of the data's own"
     )
     image_column: str = option("", "column of the images of parquet; empty: the only one")
-    label_column: str = option("", "column of the labels of parquet; empty: the only one")
+    label_column: str = option(
+        "", "column of the labels of parquet; empty: `label`, or the only one"
+    )
     clients_from: str = option(
         "",
         "column (parquet) or array (npz) that names each image's client, for --scenario natural; "
@@ -43,6 +45,10 @@ class DataSettings(Section):
 
     def __post_init__(self):
         super().__post_init__()
+        if (self.image_column or self.label_column) and self.name != "parquet":
+            raise UserError(
+                f"{self.name} has no columns: leave data.image_column, .label_column out"
+            )
         if 0 < self.image_size < SMALLEST_IMAGE:
             raise UserError(
                 f"data.image_size = {self.image_size}: must be 0 or at least {SMALLEST_IMAGE}, "
@@ -74,7 +80,8 @@ class PartitionSettings(Section):
     )
     minimum: int = option(
         2,
-        "training images that every client gets at least; short ones get them from the largest",
+        "training images that every client gets at least; short ones get them from the largest "
+        "(not with natural)",
         low=2,
         source="O",
     )

@@ -249,6 +249,11 @@ class Config:
                 f"federation.clients_per_round = {sampled} exceeds partition.clients = {clients}: "
                 f"lower --clients-per-round or raise --clients"
             )
+        if self.data.clients_from and self.partition.scenario != "natural":
+            raise UserError(
+                f"data.clients_from = {self.data.clients_from} has no effect on scenario "
+                f"{self.partition.scenario}: add --scenario natural, or leave it out"
+            )
         rounds, every = self.federation.rounds, self.run.evaluate_every
         if rounds % every:
             raise UserError(

@@ -1,5 +1,7 @@
 """Files of arrays: idx, as MNIST has them, and NumPy's npz, as MedMNIST and Keras have them."""
 
+import filecmp
+import glob
 import re
 import zipfile
 from pathlib import Path
@@ -24,21 +26,26 @@ ARRAYS = {
 def read_idx(options: ReadOptions) -> Parts:
     """The files of a folder, or of a folder below it, packed by gzip or not.
 
+    Where a folder holds several sets, data.dir is a file of one.
+
     Raises:
         UserError: an option that does not fit.
         DataError: a file is missing, damaged, or there twice.
     """
-    folder, notes = own_path(options, "FOLDER"), []
+    folder, notes, prefix = own_path(options, "FOLDER"), [], ""
+    if folder.is_file():  # those that are called alike
+        folder, prefix = folder.parent, re.split("train|test|t10k", folder.name)[0]
     files = {}  # (part, "images" or "labels") -> file
-    for file in sorted(folder.rglob("*ubyte*")):  # an unpacked file comes before its .gz
+    for file in sorted(folder.rglob(f"{glob.escape(prefix)}*ubyte*")):  # unpacked ones before .gz
         match, part = IDX.search(file.name), part_of(file.name)
-        if not match or part is None:
+        if not match or part is None or not file.is_file():
             continue
         first = files.setdefault((part, match[1]), file)
-        if file not in (first, first.with_name(f"{first.name}.gz")):
+        packed = first.with_name(f"{first.name}.gz")
+        if file not in (first, packed) and not filecmp.cmp(first, file, shallow=False):
             raise DataError(
                 f"{folder}: {first} and {file} both look like the {match[1]} of the {part} part: "
-                f"name a folder that holds one of them"
+                f"name one file of the set with --data-dir"
             )
     if not files:
         raise DataError(
@@ -77,23 +84,25 @@ def read_npz(options: ReadOptions) -> Parts:
     arrays = _npz(file, wanted | {by})
     if by and by not in arrays:
         raise DataError(f"{file} has no array {by!r}: correct data.clients_from")
-    parts = {}
+    if by and arrays[by].dtype.kind not in "uiSU":
+        raise DataError(f"{file}: {by} is {arrays[by].dtype}; clients are integers or texts")
+    parts, notes = {}, []
     for part, pairs in ARRAYS.items():
         for images, labels in pairs:
             if images in arrays and labels in arrays and part not in parts:
                 clients = arrays[by].reshape(-1) if by and part == "train" else None
                 label_N = _labels(arrays[labels], file, labels)
                 parts[part] = Read(_rgb(arrays[images], file), label_N, clients)
-    if "train" in parts and by and len(parts["train"].clients) != len(parts["train"].images):
-        raise DataError(
-            f"{file}: {by} has {len(parts['train'].clients)} entries for "
-            f"{len(parts['train'].images)} training images"
-        )
+                if len(label_N) and 255 < arrays[images].max() < 2**15:
+                    notes.append(
+                        f"{images} has 16 bits and no value above {arrays[images].max()}: divided "
+                        f"by 256 it is dark; use the whole range, or 8 bits"
+                    )
     if "train" not in parts:
         raise DataError(
             f"{file} has no arrays train_images and train_labels, or x_train and y_train"
         )
-    return assemble_read(parts, options, file)
+    return assemble_read(parts, options, file, notes=notes)
 
 
 def _idx(file: Path, dimensions: int) -> np.ndarray:
@@ -129,10 +138,10 @@ def _npz(file: Path, wanted: set[str]) -> dict[str, np.ndarray]:
 
 def _labels(labels: np.ndarray, file: Path, name: str) -> np.ndarray:
     """Labels of shape [N] or [N, 1], integers."""
-    if labels.dtype.kind not in "ui" or labels.size != len(labels):
+    if labels.dtype.kind not in "ui" or labels.ndim == 0 or labels.size != len(labels):
         raise DataError(
             f"{file}: {name} is {labels.dtype} {list(labels.shape)}; one integer per image is "
-            f"needed"
+            f"needed (of several classes per image, choose one)"
         )
     return labels.reshape(-1).astype(np.int64)
 
@@ -144,15 +153,12 @@ def _rgb(images: np.ndarray, file: Path) -> torch.Tensor:
     """
     if images.ndim == 3:
         images = images[..., None]
-    if (
-        images.dtype not in (np.uint8, np.uint16)
-        or images.ndim != 4
-        or images.shape[3] not in (1, 3)
-    ):
+    kind = images.dtype.kind, images.dtype.itemsize
+    if kind not in (("u", 1), ("u", 2)) or images.ndim != 4 or images.shape[3] not in (1, 3):
         raise DataError(
-            f"{file} has images {images.dtype} {list(images.shape)}; expected 8 or 16 bits, "
-            f"[N, H, W], [N, H, W, 1] or [N, H, W, 3]"
+            f"{file} has images {images.dtype} {list(images.shape)}; expected integers of 8 or 16 "
+            f"bits without a sign, [N, H, W], [N, H, W, 1] or [N, H, W, 3]"
         )
-    if images.dtype == np.uint16:
+    if images.dtype.itemsize == 2:
         images = (images >> 8).astype(np.uint8)
     return torch.from_numpy(np.repeat(images, 3 // images.shape[3], axis=3))

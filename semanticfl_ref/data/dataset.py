@@ -24,6 +24,7 @@ from semanticfl_ref.errors import DataError, UserError
 from semanticfl_ref.randomness import generator
 from semanticfl_ref.storage import user_path
 
+PARTS = ("train", "validation", "test")
 SHARED = 0.1  # share of the test images that also train, from which on a user is told
 CHUNK = 1000  # images transformed at a time
 
@@ -100,8 +101,9 @@ class Dataset:
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Field name -> tensor, of all that are there."""
-        return {name: value for name, value in vars(self).items() if torch.is_tensor(value)}
+        """Field name -> tensor, of all images and labels."""
+        names = [f"{part}_{kind}" for part in PARTS for kind in ("images", "labels")]
+        return {name: getattr(self, name) for name in names}
 
 
 def load_dataset(settings: DataSettings, *, seed: int = 0, offline: bool = False) -> Dataset:
@@ -124,15 +126,14 @@ def load_dataset(settings: DataSettings, *, seed: int = 0, offline: bool = False
         parts = replace(parts, class_names=_read_names(settings.class_names, parts.class_names))
     if settings.clients_from and parts.train.clients is None:
         raise UserError(
-            f"data.clients_from: {settings.name} does not say which client has an image: leave it "
-            f"out"
+            f"data.clients_from: {settings.name} has no information about clients: leave it out"
         )
     train, validation = parts.train, parts.validation
     if validation is None:
         share = settings.validation_share
         train, validation = hold_out(train, share, generator(seed, "validation"))
     tensors = {}
-    for name, part in (("train", train), ("validation", validation), ("test", parts.test)):
+    for name, part in zip(PARTS, (train, validation, parts.test), strict=True):
         _check(part, len(parts.class_names), f"data set {settings.name}, part {name}")
         tensors[f"{name}_images"] = resized(part.images, settings.image_size)
         tensors[f"{name}_labels"] = part.labels
@@ -143,17 +144,21 @@ def load_dataset(settings: DataSettings, *, seed: int = 0, offline: bool = False
         class_names=parts.class_names,
         sha256=sha256,
         train_clients=train.clients,
-        client_names=parts.client_names,
+        client_names=_client_names(parts),
         notes=notes,
         **tensors,
     )
 
 
 def hold_out(part: Labelled, share: float, source: torch.Generator) -> tuple[Labelled, Labelled]:
-    """Set the same share of every class aside: the images that stay, those set aside."""
+    """Set the same share of every class aside, of every client's where there are clients: the
+    images that stay, those set aside."""
     if share == 0:
         return part, Labelled(part.images[:0], part.labels[:0])
-    stay, aside = stratified(part.labels, (1 - share, share), source)
+    groups = part.labels
+    if part.clients is not None:
+        groups = part.clients * (groups.max() + 1) + groups
+    stay, aside = stratified(groups, (1 - share, share), source)
     return part.subset(stay), part.subset(aside)
 
 
@@ -241,7 +246,18 @@ def _check(part: Labelled, classes: int, name: str) -> None:
         )
     if images.shape[1] != images.shape[2]:
         height, width = images.shape[1:3]
-        raise DataError(f"{name}: images of {height} x {width} pixels; they must be square")
+        raise DataError(
+            f"{name}: images of {height} x {width} pixels; crop them or pad them to squares"
+        )
+    if name.endswith(("train", "test")) and len(images) == 0:
+        raise DataError(f"{name}: there are no images")
+
+
+def _client_names(parts: Parts) -> tuple[str, ...]:
+    """The names of the data's own clients, or their numbers."""
+    if parts.train.clients is None:
+        return ()
+    return parts.client_names or tuple(map(str, range(int(parts.train.clients.max()) + 1)))
 
 
 def _read_names(file: str, found: tuple[str, ...]) -> tuple[str, ...]:
@@ -255,7 +271,7 @@ def _read_names(file: str, found: tuple[str, ...]) -> tuple[str, ...]:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, ValueError) as error:
         raise DataError(f"data.class_names = {path} cannot be read as text: {error}") from None
-    names = tuple(line.strip() for line in lines if line.strip())
+    names = tuple(readable(line.strip()) for line in lines if line.strip())
     if len(names) != len(found) or len(set(names)) != len(names):
         raise DataError(
             f"data.class_names = {path} has {len(set(names))} different names, the data set has "

@@ -12,7 +12,7 @@ import torch
 from semanticfl_ref.config.schema import is_unicode
 from semanticfl_ref.data.archives import decode_image, raise_problems
 from semanticfl_ref.data.dataset import Labelled, Parts, ReadOptions, readable
-from semanticfl_ref.data.own_data import PART_OF, SIDE, assemble, own_path
+from semanticfl_ref.data.own_data import PART_OF, SIDE, assemble, own_path, part_of
 from semanticfl_ref.errors import DataError, UserError
 
 SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif"}
@@ -40,14 +40,22 @@ def read(options: ReadOptions) -> Parts:
         raise DataError(f"{folder} is not a folder: correct --data-dir")
     if settings.clients_from not in ("", "folder"):
         raise UserError(
-            f"data.clients_from = {settings.clients_from!r}: image_folder has `folder` only"
+            f"data.clients_from = {settings.clients_from!r}: image_folder accepts only `folder`"
         )
     places, passed, notes = part_folders(folder), Counter(), []
+    trained = [places["train"]]
+    if settings.clients_from:
+        trained += _visible_folders(places["train"])
     for part in ("validation", "test"):
-        if part in places and not _is_labelled(places[part], places["train"]):
+        if part in places and not _is_labelled(places[part], trained):
             notes.append(f"{places.pop(part)} holds no class folders: left out, as unlabelled")
-    read_part = client_folders if settings.clients_from else class_folders
-    found = {part: read_part(place, size, passed) for part, place in places.items()}
+    if settings.clients_from:
+        found = {"train": client_folders(places["train"], size, passed)}
+        for part, place in places.items():
+            if part != "train":
+                found[part] = _without_clients(place, size, passed, found["train"][0])
+    else:
+        found = {part: class_folders(place, size, passed) for part, place in places.items()}
     names = found["train"][0]
     for part, (others, _) in found.items():
         if others != names:
@@ -96,10 +104,10 @@ def part_folders(folder: Path) -> dict[str, Path]:
     return dict(sorted(parts.items(), key=lambda item: item[0] != "train"))  # it is read first
 
 
-def _is_labelled(place: Path, train: Path) -> bool:
-    """Whether a part has class folders: more than one folder, or one that the training part has."""
-    folders = [path.name for path in _visible_folders(place)]
-    return len(folders) > 1 or (len(folders) == 1 and (train / folders[0]).is_dir())
+def _is_labelled(place: Path, trained: list[Path]) -> bool:
+    """Whether a part has class folders: more than one folder, or one that a training folder has."""
+    folders = _visible_folders(place)
+    return len(folders) > 1 or any((own / f.name).is_dir() for own in trained for f in folders)
 
 
 def class_folders(
@@ -151,8 +159,11 @@ def client_folders(
     """As `class_folders`, from a folder for every client, which may lack classes."""
     found = [class_folders(own, size, passed, least=1) for own in _visible_folders(folder)]
     names = tuple(sorted({name for own, _ in found for name in own}))
-    if len(names) < 2:
-        raise DataError(f"{folder} holds no class folders in folders of clients")
+    if len(names) < 2 or all(map(part_of, names)):
+        raise DataError(
+            f"{folder} does not hold a folder of class folders for every client (parts, such as "
+            f"train/, lie outside): it holds {', '.join(names[:5]) or 'none'} in them"
+        )
     images, labels, clients = [], [], []
     for client, (own, part) in enumerate(found):
         number_C = torch.tensor([names.index(name) for name in own])
@@ -160,6 +171,23 @@ def client_folders(
         labels.append(number_C[part.labels])
         clients.append(torch.full_like(part.labels, client))
     return names, Labelled(torch.cat(images), torch.cat(labels), torch.cat(clients))
+
+
+def _without_clients(
+    folder: Path, size: int, passed: Counter[str], names: tuple[str, ...]
+) -> tuple[tuple[str, ...], Labelled]:
+    """A part beside training clients: class folders, or a folder of them for every client; in
+    either case it may lack classes."""
+    shared = any(readable(path.name) in names for path in _visible_folders(folder))
+    own, part = (
+        class_folders(folder, size, passed, least=1)
+        if shared
+        else client_folders(folder, size, passed)
+    )
+    if not set(own) <= set(names):
+        return own, part
+    number_C = torch.tensor([names.index(name) for name in own])
+    return names, Labelled(part.images, number_C[part.labels])
 
 
 def _visible_folders(folder: Path) -> list[Path]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from semanticfl_ref.data.dataset import Labelled, Parts, ReadOptions, hold_out
+from semanticfl_ref.data.dataset import Labelled, Parts, ReadOptions, hold_out, readable
 from semanticfl_ref.errors import DataError, UserError
 from semanticfl_ref.randomness import generator
 from semanticfl_ref.storage import user_path
@@ -78,11 +78,16 @@ def assemble(
 
     Raises:
         UserError: there is a validation part, and another share is asked for.
-        DataError: no training part, or too few images to choose a test part from.
+        DataError: fewer than two classes, or two of one name; too few images to choose a test part
+            from.
     """
     notes = list(notes)
-    if "train" not in parts:
-        raise DataError(f"{path} holds no training part, only {', '.join(parts) or 'nothing'}")
+    if len(set(names)) < max(2, len(names)):
+        listed = ", ".join(names[:10])
+        raise DataError(f"{path} has the classes {listed}: two or more are needed, of other names")
+    for part in [part for part, found in parts.items() if len(found.labels) == 0]:
+        notes.append(f"{path}: the {part} part is empty: left out")
+        del parts[part]
     if "test" not in parts and "validation" in parts:
         parts["test"] = parts.pop("validation")
         notes.append(f"{path}: the validation part is the test part, since there is no other")
@@ -120,20 +125,21 @@ def assemble_read(
         its clients.
 
     Raises:
-        DataError: images and labels are not as many, or a part has a label that the training part
-            lacks.
+        DataError: no training images; images, labels and clients are not as many; or a part has a
+            label that the training part, or `label_names`, lacks.
     """
-    if "train" not in parts:
-        return assemble((), {part: None for part in parts}, options, path)
+    if "train" not in parts or len(parts["train"].labels) == 0:
+        raise DataError(f"{path} holds no training images with labels")
     labels = np.unique(parts["train"].labels)
     numbered, client_names = {}, ()
     for part, read in parts.items():
         clients = None
-        if len({len(read.images), *read.labels.shape}) != 1:
-            raise DataError(
-                f"{path}: the {part} part has {len(read.images)} images and labels of shape "
-                f"{list(read.labels.shape)}; it needs one label for each image"
-            )
+        for what, values in (("labels", read.labels), ("clients", read.clients)):
+            if values is not None and values.shape != (len(read.images),):
+                raise DataError(
+                    f"{path}: the {part} part has {len(read.images)} images and {what} of shape "
+                    f"{list(values.shape)}; it needs one for each image"
+                )
         strange = np.setdiff1d(read.labels, labels)
         if len(strange):
             raise DataError(
@@ -144,8 +150,10 @@ def assemble_read(
             client_names, clients = tuple(map(str, names)), torch.from_numpy(inverse)
         found = torch.from_numpy(np.searchsorted(labels, read.labels))
         numbered[part] = Labelled(read.images, found, clients)
-    if label_names is None:
-        names = tuple(map(str, labels))
-    else:
-        names = tuple(label_names[label] for label in labels)
+    if label_names is not None and not 0 <= labels[0] <= labels[-1] < len(label_names):
+        raise DataError(
+            f"{path} has labels from {labels[0]} to {labels[-1]}, and names for {len(label_names)}"
+        )
+    names = labels if label_names is None else [label_names[label] for label in labels]
+    names = tuple(readable(str(name)) for name in names)
     return assemble(names, numbered, options, path, client_names=client_names, notes=notes)

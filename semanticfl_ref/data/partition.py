@@ -42,6 +42,7 @@ class Partition:
             if there are none.
         corruptions, modalities: M names, of CORRUPTIONS and of MODALITIES; empty where clients do
             not differ in them.
+        client_names: M names of the data set's own clients, with the scenario natural.
     """
 
     scenario: str
@@ -57,6 +58,7 @@ class Partition:
     dropped: tuple[int, ...] = ()
     corruptions: tuple[str, ...] = ()
     modalities: tuple[str, ...] = ()
+    client_names: tuple[str, ...] = ()
 
     @property
     def trained(self) -> torch.Tensor:
@@ -97,17 +99,19 @@ def make_partition(
     seed: int,
     data_sha256: str = "",
     natural_N: torch.Tensor | None = None,
+    client_names: tuple[str, ...] = (),
 ) -> Partition:
     """Partition the training images.
 
     Args:
         labels: int64 [N], 0 ... C - 1.
         settings: the section `partition`; every client gets at least `minimum` images, which the
-            largest clients give.
+            largest clients give (the data set's own clients give none).
         classes: C.
         seed: the run's seed.
         data_sha256: of the data set; a partition file may record it.
-        natural_N: int64 [N], the clients that the data set itself names; None without.
+        natural_N, client_names: int64 [N], the clients that the data set itself has, and their
+            names; None and () without.
 
     Raises:
         UserError: too few images for so many clients, or what a scenario does not allow.
@@ -130,9 +134,12 @@ def make_partition(
             minimum=settings.minimum,
             generator=generator(seed, f"partition-{settings.scenario}"),
             natural_N=None if natural_N is None else natural_N.cpu()[kept],
+            client_names=client_names,
         )
         client_N[kept] = _assign(assignment)
-    return _partition(client_N, labels, settings, classes=classes, seed=seed)
+    partition = _partition(client_N, labels, settings, classes=classes, seed=seed)
+    natural = partition.scenario == "natural"
+    return replace(partition, client_names=client_names) if natural else partition
 
 
 def _assign(a: Assignment) -> torch.Tensor:

@@ -37,6 +37,7 @@ class Assignment:
         minimum: images that every client gets at least.
         generator: the only source of random numbers that a scenario may use.
         natural_N: int64 [N], the data set's own clients; None without.
+        client_names: their names.
     """
 
     labels: torch.Tensor
@@ -45,6 +46,7 @@ class Assignment:
     minimum: int
     generator: torch.Generator
     natural_N: torch.Tensor | None = None
+    client_names: tuple[str, ...] = ()
 
     @property
     def clients(self) -> int:
@@ -253,7 +255,7 @@ def natural(a: Assignment) -> torch.Tensor:
             "scenario natural: the data set does not name its clients; --set data.clients_from "
             "says what does (docs/data.md)"
         )
-    sizes_M = torch.bincount(a.natural_N)
+    sizes_M = torch.bincount(a.natural_N, minlength=len(a.client_names))
     if len(sizes_M) != a.clients:
         raise UserError(
             f"scenario natural: the data set has {len(sizes_M)} clients: use --clients "
@@ -261,8 +263,8 @@ def natural(a: Assignment) -> torch.Tensor:
         )
     if sizes_M.min() < a.minimum:
         raise UserError(
-            f"scenario natural: client {sizes_M.argmin()} has {sizes_M.min()} training images, "
-            f"fewer than partition.minimum = {a.minimum}: remove that client's images"
+            f"scenario natural: client {a.client_names[sizes_M.argmin()]!r} has {sizes_M.min()} "
+            f"training images, fewer than partition.minimum = {a.minimum}: remove the client"
         )
     return a.natural_N
 

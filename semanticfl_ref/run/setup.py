@@ -102,6 +102,7 @@ def partition_images(config: Config, dataset: Dataset) -> Partition:
         seed=config.run.seed,
         data_sha256=dataset.sha256,
         natural_N=dataset.train_clients,
+        client_names=dataset.client_names,
     )
 
 

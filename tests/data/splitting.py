@@ -15,6 +15,7 @@ def split(
     minimum: int = 2,
     data_sha256: str = "",
     natural_N: torch.Tensor | None = None,
+    client_names: tuple[str, ...] = (),
     **settings,
 ) -> Partition:
     """`make_partition` with these settings."""
@@ -25,4 +26,5 @@ def split(
         seed=seed,
         data_sha256=data_sha256,
         natural_N=natural_N,
+        client_names=client_names,
     )

@@ -75,6 +75,8 @@ def test_idx_files_that_are_refused(tmp_path):
     fails("is damaged or incomplete")
     file.write_bytes(whole)
     write_idx(tmp_path / "b", ["train"])
+    load("idx", dir=tmp_path)  # a copy
+    (tmp_path / "b" / file.name).write_bytes(idx(IMAGES[::-1]))
     fails("both look like the images of the train part")
 
 
@@ -105,12 +107,14 @@ def test_medmnist_and_keras(tmp_path):
     "changes, words",
     [
         ({"train_images": IMAGES / 255}, "images float64"),
-        ({"train_images": IMAGES[0]}, "expected 8 or 16 bits"),
-        ({"train_images": IMAGES[:, 2:]}, "10 x 12 pixels; they must be square"),
+        ({"train_images": IMAGES[0]}, "expected integers of 8 or 16 bits"),
+        ({"train_images": IMAGES[:, 2:]}, "10 x 12 pixels; crop them"),
         ({"train_labels": np.eye(3, dtype=int)[LABELS]}, "one integer per image"),
         ({"train_labels": LABELS[:4]}, "6 images and labels of shape"),
         ({"test_labels": LABELS[:3] + 7}, "the label 7, which no training image has"),
         ({"train_images": None}, "no arrays train_images"),
+        ({"train_labels": LABELS * 0, "test_labels": LABELS[:3] * 0}, "two or more are needed"),
+        ({"train_labels": np.array(3)}, "one integer per image"),
         ({"train_labels": np.array([{}] * 6)}, "no whole npz file of plain arrays"),
     ],
 )
@@ -135,15 +139,41 @@ def test_natural_clients_of_an_array(tmp_path):
     assert d.train_clients.tolist() == [1, 0, 1, 0, 1, 0]
     with pytest.raises(DataError, match="no array 'nobody'"):
         load("npz", dir=tmp_path / "a.npz", clients_from="nobody")
-    with pytest.raises(DataError, match="who has 5 entries for 6 training images"):
+    with pytest.raises(DataError, match="6 images and clients of shape"):
         load("npz", dir=write_npz(tmp_path / "b.npz", who=writers[1:]), clients_from="who")
 
 
 def test_options_that_do_not_fit(tmp_path):
     with pytest.raises(UserError, match="idx needs --data-dir FOLDER"):
         load("idx")
-    with pytest.raises(UserError, match="does not say which client"):
+    with pytest.raises(UserError, match="no information about clients"):
         load("idx", dir=write_idx(tmp_path), clients_from="who")
     (tmp_path / "names.txt").write_text("a\nb\n")
     with pytest.raises(DataError, match=r"2 different names, the data set has 3 classes \(0, 1, 2"):
         load("idx", dir=tmp_path, class_names=str(tmp_path / "names.txt"))
+
+
+def test_several_sets_in_one_folder(tmp_path):
+    """As EMNIST is published: a file of one chooses the set."""
+    for name in ("letters", "digits"):
+        write_idx(tmp_path, (f"emnist-{name}-train", f"emnist-{name}-test"))
+    (tmp_path / "emnist-digits-train-images-idx3-ubyte").write_bytes(idx(IMAGES[::-1]))
+    with pytest.raises(DataError, match="name one file of the set"):
+        load("idx", dir=tmp_path)
+    d = load("idx", dir=tmp_path / "emnist-letters-test-images-idx3-ubyte")
+    assert d.train_images[..., 0].equal(torch.from_numpy(IMAGES).transpose(1, 2))
+
+
+def test_an_empty_part_is_left_out(tmp_path):
+    empty = {"test_images": IMAGES[:0], "test_labels": LABELS[:0]}
+    validation = {"val_images": IMAGES[:2], "val_labels": LABELS[:2]}
+    d = load("npz", dir=write_npz(tmp_path / "a.npz", **empty, **validation))
+    assert d.test_labels.tolist() == [0, 1]
+    assert any("the test part is empty: left out" in note for note in d.notes)
+
+
+def test_twelve_bits_in_sixteen_are_told(tmp_path):
+    twelve = IMAGES.astype(np.uint16) * 16
+    d = load("npz", dir=write_npz(tmp_path / "a.npz", train_images=twelve.astype(">u2")))
+    assert d.train_images.max() == 15
+    assert any("no value above 4080" in note for note in d.notes)

@@ -193,7 +193,7 @@ def test_a_folder_per_client(tmp_path):
     assert d.train_clients.tolist() == [0] * 5 + [1] * 4
     assert d.client_names == ("ann", "bob")
     assert "2 clients, from 0 on: ann, bob" in d.notes
-    with pytest.raises(UserError, match="image_folder has `folder` only"):
+    with pytest.raises(UserError, match="image_folder accepts only `folder`"):
         load("image_folder", dir=tmp_path, clients_from="writer")
 
 
@@ -207,3 +207,19 @@ def test_clients_stay_with_their_images(tmp_path):
     d = load("image_folder", dir=tmp_path, clients_from="folder", validation_share=0.2)
     assert len(d.train_labels) == len(d.train_clients) < 30
     assert (d.train_images[:, 0, 0, 2] == 200 * d.train_clients).all()
+
+
+def test_a_test_part_for_all_clients(tmp_path):
+    """Class folders, of which some may be missing; parts inside clients are refused."""
+    class_folders(tmp_path / "train" / "ann", (3, 2))
+    class_folders(tmp_path / "train" / "bob", (1, 4))
+    (tmp_path / "test" / "kind_1").mkdir(parents=True)
+    for i in range(2):
+        Image.new("RGB", (12, 9), (i, 9, 9)).save(tmp_path / "test" / "kind_1" / f"{i}.png")
+    d = load("image_folder", dir=tmp_path, clients_from="folder")
+    assert d.test_labels.tolist() == [1, 1]
+    for client in ("ann", "bob"):
+        for part in ("train", "test"):
+            class_folders(tmp_path / "inside" / client / part)
+    with pytest.raises(DataError, match="does not hold a folder of class folders for every client"):
+        load("image_folder", dir=tmp_path / "inside", clients_from="folder")

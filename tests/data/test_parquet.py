@@ -93,11 +93,9 @@ def test_columns_are_chosen(tmp_path):
     fine = table().rename_columns(["image", "fine"]).append_column("coarse", pa.array([0, 0] * 6))
     fine = fine.append_column("mask", pa.array([png(0)] * 12))
     write(tmp_path, fine, fine)
-    with pytest.raises(
-        DataError, match=r"2 columns that fit; choose data\.image_column among image"
-    ):
+    with pytest.raises(DataError, match=r"2 columns fit; choose data\.image_column among image"):
         load("parquet", dir=tmp_path)
-    with pytest.raises(DataError, match=r"2 columns that fit; choose data\.label_column among"):
+    with pytest.raises(DataError, match=r"2 columns fit; choose data\.label_column among"):
         load("parquet", dir=tmp_path, image_column="image")
     d = load("parquet", dir=tmp_path, image_column="image", label_column="fine")
     assert d.train_labels.tolist() == [0, 1] * 6
@@ -112,7 +110,9 @@ def test_natural_clients_of_a_column(tmp_path):
     d = load("parquet", dir=write(tmp_path, whole, whole), clients_from="domain")
     assert d.client_names == ("photo", "sketch")
     assert d.train_clients.equal(torch.from_numpy(np.array([0, 1, 0] * 4)))
-    with pytest.raises(DataError, match=r"no column 'writer'; choose data\.clients_from among"):
+    with pytest.raises(
+        DataError, match=r"column 'writer' does not fit; choose data\.clients_from among"
+    ):
         load("parquet", dir=tmp_path, clients_from="writer")
 
 
@@ -139,3 +139,52 @@ def test_pyarrow_is_asked_for(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
     with pytest.raises(UserError, match=r'pip install "\.\[parquet\]"'):
         load("parquet", dir=tmp_path)
+
+
+def test_parts_agree(tmp_path):
+    """A label's name decides, not its number; columns are those of the training part."""
+    with pytest.raises(DataError, match="other names for its labels than the training part"):
+        load("parquet", dir=write(tmp_path, test=table(4, names=("dog", "cat"))))
+    kind = table().rename_columns(["image", "kind"])
+    blind = table(4).rename_columns(["image", "id"])
+    d = load("parquet", dir=write(tmp_path, kind, blind))
+    assert any("has no labels: left out" in note for note in d.notes)
+    pq.write_table(table(), tmp_path / "extra-00000-of-00001.parquet")
+    with pytest.raises(DataError, match=r"extra-00000-of-00001\.parquet belongs to no part"):
+        load("parquet", dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "labels, names, words",
+    [
+        ([0, 2], ("a", "b"), "labels from 0 to 2, and names for 2"),
+        ([-3, 1], ("a", "b"), "labels from -3 to 1, and names for 2"),
+        ([0, 1], ("a", "a"), "two or more are needed, of other names"),
+        ([0, 0], ("a", "b"), "two or more are needed"),
+        ([b"\xff", b"a"], None, "damaged or incomplete"),
+    ],
+)
+def test_labels_that_are_refused(tmp_path, labels, names, words):
+    column = pa.array(labels * 6)
+    if names is None:
+        column = column.view(pa.string())
+    whole = table(names=names).set_column(1, "label", column)
+    with pytest.raises(DataError, match=words):
+        load("parquet", dir=write(tmp_path, whole, whole))
+
+
+@pytest.mark.parametrize("change", ["dictionary_encode", "to_view"])
+def test_words_in_other_encodings(tmp_path, change):
+    words = pa.array(["maple_tree", "ant"] * 6)
+    encoded = (
+        words.dictionary_encode() if change == "dictionary_encode" else words.cast("string_view")
+    )
+    whole = table(names=None).set_column(1, "label", encoded)
+    d = load("parquet", dir=write(tmp_path, whole, whole))
+    assert d.class_names == ("ant", "maple tree")
+
+
+def test_every_training_image_has_a_client(tmp_path):
+    whole = table(domain=["photo", None, "photo"] * 4)
+    with pytest.raises(DataError, match="training image 1 has no domain"):
+        load("parquet", dir=write(tmp_path, whole), clients_from="domain")

@@ -52,7 +52,7 @@ def test_the_manifest_is_json():
         assert manifest[name] == list(getattr(p, name)) != []
     for name in ("scenario", "seed", "skew", "kl", "sha256"):
         assert manifest[name] == getattr(p, name)
-    assert len(manifest) == 13
+    assert len(manifest) == 14
     assert split(LABELS, "iid", alpha=0.3).manifest()["alpha"] is None
 
 

@@ -260,15 +260,24 @@ def test_published_results_name_these_hashes(scenario, clients, share, digest):
 
 def test_natural_clients_are_the_data_sets_own():
     labels, natural_N = torch.arange(30) % 3, torch.arange(30) // 12
-    p = split("natural", labels, classes=3, clients=3, natural_N=natural_N)
-    assert [own.tolist() for own in p.indices] == [
+    own = {"natural_N": natural_N, "client_names": ("ann", "bob", "eve")}
+    p = split("natural", labels, classes=3, clients=3, **own)
+    assert p.manifest()["client_names"] == ["ann", "bob", "eve"]
+    assert [held.tolist() for held in p.indices] == [
         list(range(12)),
         list(range(12, 24)),
         list(range(24, 30)),
     ]
     with pytest.raises(UserError, match="has 3 clients: use --clients 3"):
-        split("natural", labels, classes=3, clients=2, natural_N=natural_N)
-    with pytest.raises(UserError, match="client 2 has 6 training images, fewer than"):
-        split("natural", labels, classes=3, clients=3, natural_N=natural_N, minimum=7)
+        split("natural", labels, classes=3, clients=2, **own)
+    with pytest.raises(UserError, match="client 'eve' has 6 training images, fewer than"):
+        split("natural", labels, classes=3, clients=3, **own, minimum=7)
     with pytest.raises(UserError, match=r"--set data\.clients_from says what does"):
         split("natural", labels, classes=3, clients=3)
+
+
+def test_a_natural_client_may_not_vanish():
+    """The last one too, whose images were all set aside."""
+    own = {"natural_N": torch.arange(20) % 2, "client_names": ("ann", "bob", "eve")}
+    with pytest.raises(UserError, match="client 'eve' has 0 training images"):
+        split("natural", torch.arange(20) % 4, classes=4, clients=3, **own)
