@@ -30,6 +30,19 @@ def test_median_and_trimmed_mean_on_numbers():
     assert aggregate(PARAMS, "trimmed-mean", 0.4) == aggregate(PARAMS, "median")
 
 
+def test_krum_on_numbers():
+    """By hand: with f = 1 of five, the two nearest count, and three of five models are left."""
+    five = torch.tensor([[0.0], [1.0], [3.0], [4.0], [1e30]])
+    scores = [1 + 9, 1 + 4, 1 + 4, 1 + 9]
+    assert sorted(range(4), key=lambda k: scores[k])[:2] == [1, 2]
+    assert aggregate(five, "krum") == pytest.approx([(0 + 1 + 3) / 3])
+    two = torch.tensor([[0.0], [1.0], [3.0], [1e30], [1e30]])
+    assert aggregate(two, "krum") == pytest.approx([4 / 3]), "two that agree are left out too"
+    order = torch.randperm(5, generator=torch.Generator().manual_seed(0))
+    assert aggregate(two[order], "krum") == pytest.approx([4 / 3])
+    assert aggregate(five[:1], "krum") == [0.0]
+
+
 def test_a_client_that_is_not_finite_does_not_turn_trimming_off():
     """Five clients are sampled, one of which sends 1 000 and perhaps another NaN: floor(0.2 * 4)
     would be 0, and the mean 250.75."""
@@ -112,7 +125,7 @@ def test_a_client_that_sends_1e30_is_clipped(small_context, tamper, optimizer, b
 
 def test_an_unknown_rule_is_refused():
     with pytest.raises(UserError, match=r"federation\.aggregation 'krum'"):
-        aggregate(PARAMS, "krum")
+        aggregate(PARAMS, "bulyan")
 
 
 def test_each_client_counts_once(quadratic_context):
