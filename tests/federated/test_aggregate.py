@@ -124,7 +124,7 @@ def test_a_client_that_sends_1e30_is_clipped(small_context, tamper, optimizer, b
 
 
 def test_an_unknown_rule_is_refused():
-    with pytest.raises(UserError, match=r"federation\.aggregation 'krum'"):
+    with pytest.raises(UserError, match=r"federation\.aggregation 'bulyan'"):
         aggregate(PARAMS, "bulyan")
 
 
