@@ -16,7 +16,11 @@ run() { # command, its arguments. INT: as Ctrl-C, which saves a checkpoint of ev
     timeout --signal=INT "${SECONDS_LEFT:-265}" "${PYTHON:-python3}" -m semanticfl_ref "$@" \
         --device "${DEVICE:-cuda}" --offline
 }
-grid() { run "$@" --workers "${WORKERS:-8}" --rounds 40; }
+grid() { # as run
+    command=$1
+    shift
+    run "$command" --workers "${WORKERS:-8}" --rounds 40 "$@"
+}
 tuned() { # folder, methods, further arguments
     folder=$1 methods=$2
     shift 2
@@ -38,14 +42,14 @@ for stage in ${STAGES:-search main controls labels teachers}; do
     main)
         tuned main "$NINE,$PROX" --scenarios nid1:0.1,nid1:0.3,nid2 "$@" ;;
     controls)
-        held='fewer images=fedavg[anchors.images=heldout:10]'
-        tuned controls "fedavg,semanticfl,$held$(variants shuffled:anchors.control=shuffled \
+        tuned controls "fedavg,semanticfl$(variants shuffled:anchors.control=shuffled \
             permuted:anchors.control=permuted random:anchors.control=random \
             one-hot:anchors.control=onehot consistency:semanticfl.lambda_con=0 \
-            contrast:semanticfl.lambda_kd=0 vae:diffusion.layers=vae \
+            contrast:semanticfl.lambda_kd=0 'vae:diffusion.layers=vae;anchors.width=64' \
             'three levels:diffusion.layers=vae,mid,up.0' 'per class:anchors.per=class' \
-            'held-out anchors:anchors.images=heldout:10' \
-            'missing modalities:partition.modality=mixed')" --scenarios nid1:0.3 "$@" ;;
+            'missing modalities:partition.modality=mixed')" --scenarios nid1:0.3 "$@" &&
+            tuned held-out fedavg,semanticfl --anchor-images heldout:10 \
+                --scenarios nid1:0.3 "$@" ;;
     labels)
         for count in 100 225 450 900; do
             tuned "labels-$count" fedavg,semanticfl --import scripts/more_labels.py \

@@ -161,7 +161,9 @@ def _tensorboard(folder: RunFolder) -> Callable[[dict], None]:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise UserError('--tensorboard needs its package: pip install ".[tensorboard]"') from None
+        raise UserError(
+            "--tensorboard needs its package: pip install -e '.[tensorboard]'"
+        ) from None
     writers = []
 
     def write(line: dict) -> None:

@@ -125,8 +125,8 @@ class FederationSettings(Section):
     aggregation: str = option(
         "mean",
         "aggregation of the clients' models: weighted mean; or, unweighted and robust, median or "
-        "trimmed-mean of every parameter, or krum, the mean of the models nearest to one another",
-        choices=("mean", "median", "trimmed-mean", "krum"),
+        "trimmed-mean of every parameter, or multi-krum (mean of the models nearest to each other)",
+        choices=("mean", "median", "trimmed-mean", "multi-krum"),
     )
     server_optimizer: str = option(
         "none",
@@ -153,7 +153,7 @@ class FederationSettings(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class ServerSettings(Section):
-    """Settings of the server: its optimizers, trimming (trimmed-mean, krum) and clipping."""
+    """Settings of the server: its optimizers, trimming (trimmed-mean, multi-krum) and clipping."""
 
     learning_rate: float = option(
         0.0,
@@ -176,7 +176,7 @@ class ServerSettings(Section):
     )
     trim: float = option(
         0.2,
-        "share of clients that trimmed-mean removes at each end, or that krum takes for hostile",
+        "share of clients that trimmed-mean removes at each end, or multi-krum takes for hostile",
         low=0.0,
         high=0.4999,
         source="O",
@@ -260,8 +260,14 @@ class Config:
                 f"federation.rounds = {rounds} is no multiple of run.evaluate_every = {every}: the "
                 f"last round would not be evaluated; use {rounds - rounds % every + every} rounds"
             )
-        trims = self.federation.aggregation in ("trimmed-mean", "krum")
-        if trims and trimmed_clients(self.server.trim, sampled) < 1:
+        rule, hostile = self.federation.aggregation, trimmed_clients(self.server.trim, sampled)
+        if rule == "multi-krum" and sampled < 2 * hostile + 3:
+            raise UserError(
+                f"multi-krum bears {(sampled - 3) // 2} hostile clients of "
+                f"federation.clients_per_round = {sampled}, server.trim = {self.server.trim} asks "
+                f"for {hostile}: raise --clients-per-round, or lower server.trim"
+            )
+        if rule in ("trimmed-mean", "multi-krum") and hostile < 1:
             raise UserError(
                 f"server.trim = {self.server.trim} of federation.clients_per_round = {sampled} "
                 f"removes no client: raise --clients-per-round, raise server.trim to at least "

@@ -49,7 +49,7 @@ def read_idx(options: ReadOptions) -> Parts:
             )
     if not files:
         raise DataError(
-            f"{folder} holds no files such as train-images-idx3-ubyte or "
+            f"{own_path(options, '')} holds no files such as train-images-idx3-ubyte or "
             f"train-labels-idx1-ubyte.gz: correct --data-dir"
         )
     parts = {}

@@ -270,7 +270,9 @@ def _read_names(file: str, found: tuple[str, ...]) -> tuple[str, ...]:
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, ValueError) as error:
-        raise DataError(f"data.class_names = {path} cannot be read as text: {error}") from None
+        raise DataError(
+            f"data.class_names = {path} is no text file with a name per line: {error}"
+        ) from None
     names = tuple(readable(line.strip()) for line in lines if line.strip())
     if len(names) != len(found) or len(set(names)) != len(names):
         raise DataError(

@@ -29,7 +29,7 @@ def read(options: ReadOptions) -> Parts:
     try:
         from pyarrow import ArrowException
     except ImportError:
-        raise UserError('--dataset parquet needs pyarrow: pip install ".[parquet]"') from None
+        raise UserError("--dataset parquet needs pyarrow: pip install -e '.[parquet]'") from None
     parts, notes, names, columns = {}, [], None, []
     for part, shards in _files(path).items():  # the training part first
         images, labels, clients, problems = [], [], [], []

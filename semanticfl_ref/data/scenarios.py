@@ -259,7 +259,7 @@ def natural(a: Assignment) -> torch.Tensor:
     if len(sizes_M) != a.clients:
         raise UserError(
             f"scenario natural: the data set has {len(sizes_M)} clients: use --clients "
-            f"{len(sizes_M)}"
+            f"{len(sizes_M)} and at most as many --clients-per-round"
         )
     if sizes_M.min() < a.minimum:
         raise UserError(

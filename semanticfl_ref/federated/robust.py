@@ -51,7 +51,7 @@ def robust_aggregate(
 
     Args:
         params_KP: float32 [K, P], the clients that returned finite parameters.
-        rule: "median", "trimmed-mean" or "krum".
+        rule: "median", "trimmed-mean" or "multi-krum".
         settings: the section `server`.
         sampled: clients of the round. `server.trim` is a share of these, so that a client which
             returns NaN does not reduce the trimming; at most, the median is left.
@@ -65,7 +65,7 @@ def robust_aggregate(
     median = (len(params_KP) - 1) // 2
     cut = min(trimmed_clients(settings.trim, sampled), median)
     rules = {"median": (trimmed_mean, median), "trimmed-mean": (trimmed_mean, cut)}
-    rules["krum"] = (krum, cut)
+    rules["multi-krum"] = (multi_krum, cut)
     if rule not in rules:
         raise unknown("federation.aggregation", rule, ("mean", *rules))
     function, count = rules[rule]
@@ -90,21 +90,21 @@ def trimmed_mean(params_KP: torch.Tensor, cut: int) -> torch.Tensor:
     return torch.cat([c.sort(0).values[kept].double().mean(0).float() for c in chunks])
 
 
-def krum(params_KP: torch.Tensor, hostile: int) -> torch.Tensor:
+def multi_krum(params_KP: torch.Tensor, hostile: int) -> torch.Tensor:
     """The mean of the clients with the smallest scores, float32 [P].
 
-    Equation (krum) [Blanchard et al. 2017, Section 4]:
+    Equation (multi-krum) [Blanchard et al. 2017, Section 4]:
         s(k) = sum of |w_k - w_j|^2 over the K - f - 2 clients j nearest to k
-    Test: tests/federated/test_aggregate.py::test_krum_on_numbers
+    Test: tests/federated/test_aggregate.py::test_multi_krum_on_numbers
 
     Args:
         params_KP: float32 [K, P], K > 2 f.
         hostile: f, clients that may be hostile.
 
     Source: Blanchard, El Mhamdi, Guerraoui, Stainer: Machine Learning with Adversaries: Byzantine
-    Tolerant Gradient Descent. NeurIPS 2017, which needs K > 2 f + 2. Choice: of Multi-Krum's mean
-    of several, K - 2 f, so that twice as many hostile clients as expected are still left out where
-    they are far away; at least one neighbour counts.
+    Tolerant Gradient Descent. NeurIPS 2017, which needs K > 2 f + 2. Choice: the mean of K - 2 f,
+    so that twice as many hostile clients as expected are still left out where they are far away;
+    at least one neighbour counts.
     """
     clients = len(params_KP)
     distance_KK = torch.zeros(clients, clients, dtype=torch.float64, device=params_KP.device)

@@ -16,7 +16,7 @@ FIVE += ["--set", "data.image_size=16"]
 DEFENCES = {
     "median": ["--set", "federation.aggregation=median"],
     "trimmed-mean": ["--set", "federation.aggregation=trimmed-mean"],
-    "krum": ["--set", "federation.aggregation=krum"],
+    "multi-krum": ["--set", "federation.aggregation=multi-krum"],
     "clipping": ["--set", "server.clip_norm=3"],
     "none": [],
     "none, fedadam": ["--set", "federation.server_optimizer=fedadam"],

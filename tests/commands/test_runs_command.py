@@ -105,5 +105,5 @@ def test_tensorboard_has_every_number_of_every_round(tmp_path):
 def test_tensorboard_is_an_extra(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     assert cli.main(["train", *JOB, "--tensorboard", "--out", str(tmp_path / "run")]) == 2
-    assert 'pip install ".[tensorboard]"' in capsys.readouterr().err
+    assert "pip install -e '.[tensorboard]'" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

@@ -137,7 +137,7 @@ def test_what_is_refused(tmp_path):
 
 def test_pyarrow_is_asked_for(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
-    with pytest.raises(UserError, match=r'pip install "\.\[parquet\]"'):
+    with pytest.raises(UserError, match=r"pip install -e '\.\[parquet\]'"):
         load("parquet", dir=tmp_path)
 
 

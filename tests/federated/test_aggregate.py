@@ -30,17 +30,25 @@ def test_median_and_trimmed_mean_on_numbers():
     assert aggregate(PARAMS, "trimmed-mean", 0.4) == aggregate(PARAMS, "median")
 
 
-def test_krum_on_numbers():
+def test_multi_krum_on_numbers():
     """By hand: with f = 1 of five, the two nearest count, and three of five models are left."""
     five = torch.tensor([[0.0], [1.0], [3.0], [4.0], [1e30]])
     scores = [1 + 9, 1 + 4, 1 + 4, 1 + 9]
     assert sorted(range(4), key=lambda k: scores[k])[:2] == [1, 2]
-    assert aggregate(five, "krum") == pytest.approx([(0 + 1 + 3) / 3])
+    assert aggregate(five, "multi-krum") == pytest.approx([(0 + 1 + 3) / 3])
     two = torch.tensor([[0.0], [1.0], [3.0], [1e30], [1e30]])
-    assert aggregate(two, "krum") == pytest.approx([4 / 3]), "two that agree are left out too"
+    assert aggregate(two, "multi-krum") == pytest.approx([4 / 3]), "two that agree are left out too"
     order = torch.randperm(5, generator=torch.Generator().manual_seed(0))
-    assert aggregate(two[order], "krum") == pytest.approx([4 / 3])
-    assert aggregate(five[:1], "krum") == [0.0]
+    assert aggregate(two[order], "multi-krum") == pytest.approx([4 / 3])
+    assert aggregate(five[:1], "multi-krum") == [0.0]
+
+
+def test_multi_krum_needs_clients_enough():
+    """K > 2 f + 2, as its publication has it."""
+    settings = {"federation.aggregation": "multi-krum", "federation.clients_per_round": 6}
+    resolve(settings)
+    with pytest.raises(UserError, match=r"bears 1 hostile clients .* asks for 2"):
+        resolve({**settings, "server.trim": 0.4})
 
 
 def test_a_client_that_is_not_finite_does_not_turn_trimming_off():

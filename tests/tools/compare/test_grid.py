@@ -76,6 +76,7 @@ def test_without_scenarios_the_configured_one_is_taken_as_it_is(tmp_path):
         (["fedavgg"], ["iid"], "did you mean 'fedavg'"),
         (["fedavg"], ["nid3"], "did you mean 'nid"),
         (["fedavg"], ["iid:3"], "take a number"),
+        (["moon[fedprox.mu=1]"], ["iid"], "moon does not read fedprox.mu"),
         (["moon[moon.mu]"], ["iid"], "expected NAME"),
         (["moon[moon.mue=1]"], ["iid"], "'moon.mu'"),
         (["moon[moon.mu=1"], ["iid"], "expected NAME"),
