@@ -49,7 +49,14 @@ def main(folder: Path) -> None:
         figure, (axis,) = new_figure(1, width=5, height=3.6)
         for row in rows:
             axis.plot([row["probe"]] * len(row["gains"]), row["gains"], "o", color="0.6", ms=4)
-            axis.annotate(f"t = {row['timestep']}", (row["probe"], max(row["gains"])), fontsize=8)
+            place = row["probe"], fmean(row["gains"])
+            axis.annotate(
+                f"t = {row['timestep']}",
+                place,
+                textcoords="offset points",
+                xytext=(6, 6),
+                fontsize=8,
+            )
         axis.plot([r["probe"] for r in rows], [fmean(r["gains"]) for r in rows], "s-", color="C0")
         axis.axhline(0, color="0.3", linewidth=0.8)
         axis.set(
