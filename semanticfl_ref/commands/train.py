@@ -9,7 +9,7 @@ from semanticfl_ref.commands.runs import flat
 from semanticfl_ref.commands.settings_flags import add_settings, settings_of
 from semanticfl_ref.config.command_line import shell_command, to_flags
 from semanticfl_ref.config.resolve import is_embedded, resolve
-from semanticfl_ref.config.settings import NOT_IDENTITY, Config, to_flat
+from semanticfl_ref.config.settings import NOT_IDENTITY, STABLE_DIFFUSION, Config, to_flat
 from semanticfl_ref.cores import rank
 from semanticfl_ref.errors import DataError, MismatchError, UserError
 from semanticfl_ref.formatting import format_bytes, format_percent, format_seconds
@@ -212,6 +212,8 @@ def try_next(config: Config) -> str:
         flags += ["--method", other]
     is_pair = method in ("fedavg", "semanticfl")
     reason = "what the anchors add" if is_pair else "for comparison"
+    if other == "semanticfl" and config.diffusion.source == STABLE_DIFFUSION:
+        reason += "; needs Stable Diffusion, or --sd tiny for a trial"
     lines = [shell_command("train", *flags) + f"    ({reason})"]
     if is_pair and is_embedded(config):
         lines.append(shell_command("train", "--dataset", "cifar10") + "    (the paper's setting)")

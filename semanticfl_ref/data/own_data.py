@@ -99,6 +99,7 @@ def assemble(
                 f"{path} has too few images to set {TEST_SHARE:.0%} of each class aside for the "
                 f"test: add some, or a test part"
             )
+        notes.append(f"{path}: no test part: {TEST_SHARE:.0%} of each class becomes one")
     if "validation" in parts and options.settings.validation_share:
         raise UserError(f"data.validation_share: {path} has a validation part: leave it out")
     if client_names:

@@ -155,7 +155,7 @@ def dominant_update(rounds: list[dict]) -> list[str]:
         if largest > DOMINANT * usual:
             return [
                 f"round {line['round']}, client {client}: the norm of the update is {largest:.2g}, "
-                f"that of a usual one {usual:.2g}; bound it with server.clip_norm, or use "
-                f"federation.aggregation=median"
+                f"that of a usual one {usual:.2g}; what bounds a client's effect, if not in use: "
+                f"federation.aggregation=multi-krum, server.clip_norm"
             ]
     return []
