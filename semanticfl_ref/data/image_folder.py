@@ -3,7 +3,7 @@
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -166,9 +166,8 @@ def client_folders(
         )
     images, labels, clients = [], [], []
     for client, (own, part) in enumerate(found):
-        number_C = torch.tensor([names.index(name) for name in own])
         images.append(part.images)
-        labels.append(number_C[part.labels])
+        labels.append(renumbered(part.labels, own, names))
         clients.append(torch.full_like(part.labels, client))
     return names, Labelled(torch.cat(images), torch.cat(labels), torch.cat(clients))
 
@@ -186,8 +185,12 @@ def _without_clients(
     )
     if not set(own) <= set(names):
         return own, part
-    number_C = torch.tensor([names.index(name) for name in own])
-    return names, Labelled(part.images, number_C[part.labels])
+    return names, Labelled(part.images, renumbered(part.labels, own, names))
+
+
+def renumbered(labels: torch.Tensor, own: Sequence[str], names: Sequence[str]) -> torch.Tensor:
+    """Labels of the classes `own` as labels of the same classes among `names`."""
+    return torch.tensor([names.index(name) for name in own])[labels]
 
 
 def _visible_folders(folder: Path) -> list[Path]:

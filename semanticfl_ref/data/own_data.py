@@ -102,9 +102,6 @@ def assemble(
         notes.append(f"{path}: no test part: {TEST_SHARE:.0%} of each class becomes one")
     if "validation" in parts and options.settings.validation_share:
         raise UserError(f"data.validation_share: {path} has a validation part: leave it out")
-    if client_names:
-        listed = ", ".join(client_names[:10]) + (", ..." if len(client_names) > 10 else "")
-        notes.append(f"{len(client_names)} clients, from 0 on: {listed}")
     return Parts(class_names=names, client_names=client_names, notes=tuple(notes), **parts)
 
 

@@ -43,7 +43,7 @@ def read(options: ReadOptions) -> Parts:
                 if label in schema.names and names != (_names(schema, label) or names):
                     raise DataError(
                         f"{file} has other names for its labels than the training part, or in "
-                        f"another order: {', '.join(map(str, _names(schema, label)[:5]))}"
+                        f"another order"
                     )
                 for batch in batches:
                     found = [name for name in (image, label, *by) if name in schema.names]
@@ -52,8 +52,10 @@ def read(options: ReadOptions) -> Parts:
                         where = f"{file}: row {len(images)} of the {part} part"
                         images.append(_decoded(cell, where, options.settings, problems))
                     labels += rows.get(label, [None] * len(rows[image]))
-                    clients += rows[by[0]] if by else []
-            except (ArrowException, OSError, KeyError, UnicodeDecodeError) as error:
+                    if by:
+                        who = _names(schema, by[0])
+                        clients += [who[i] if who and i is not None else i for i in rows[by[0]]]
+            except (ArrowException, OSError, LookupError, UnicodeDecodeError) as error:
                 raise DataError(f"{file} is damaged or incomplete ({error})") from None
         raise_problems(problems)
         if None in clients:

@@ -16,7 +16,7 @@ import torch
 from semanticfl_ref.config.registry import METHODS
 from semanticfl_ref.config.settings import Config, PartitionSettings
 from semanticfl_ref.data.dataset import Dataset, content_sha256
-from semanticfl_ref.data.image_folder import class_folders
+from semanticfl_ref.data.image_folder import class_folders, renumbered
 from semanticfl_ref.data.partition import Partition, make_partition
 from semanticfl_ref.diffusion.anchors import Anchors
 from semanticfl_ref.errors import MismatchError, UserError
@@ -164,8 +164,7 @@ def _own_dataset(own: OwnData) -> Dataset:
             f"{own.folder}: {', '.join(strange[:5])}: no classes of this federation, which has "
             f"{', '.join(own.class_names[:5])}, ...: rename or remove the folders"
         )
-    number_C = torch.tensor([own.class_names.index(name) for name in names])
-    labels = number_C[found.labels]
+    labels = renumbered(found.labels, names, own.class_names)
     tensors = {"train_images": found.images, "train_labels": labels}
     for part in ("validation", "test"):
         tensors |= {f"{part}_images": found.images[:0], f"{part}_labels": labels[:0]}

@@ -14,6 +14,7 @@ from semanticfl_ref.config.resolve import resolve
 from semanticfl_ref.config.settings import NOT_IDENTITY, Config, DataSettings, to_flat
 from semanticfl_ref.data.corruptions import apply_partition
 from semanticfl_ref.data.dataset import Dataset, load_dataset
+from semanticfl_ref.data.image_folder import renumbered
 from semanticfl_ref.data.partition import Partition, make_partition
 from semanticfl_ref.device import resolve_device
 from semanticfl_ref.diffusion.anchors import Anchors, make_anchors
@@ -290,6 +291,5 @@ def _image_folder(config: Config, dataset: Dataset) -> Dataset:
             f"{', '.join(differing[:5])}"
         )
     # Folders are sorted by name; a data set's classes have their own order.
-    number_C = torch.tensor([dataset.class_names.index(name) for name in folder.class_names])
-    labels = number_C[folder.train_labels]
+    labels = renumbered(folder.train_labels, folder.class_names, dataset.class_names)
     return replace(folder, train_labels=labels, class_names=dataset.class_names)

@@ -192,7 +192,6 @@ def test_a_folder_per_client(tmp_path):
     assert d.train_labels.tolist() == [0, 0, 0, 1, 1, 1, 1, 1, 1]
     assert d.train_clients.tolist() == [0] * 5 + [1] * 4
     assert d.client_names == ("ann", "bob")
-    assert "2 clients, from 0 on: ann, bob" in d.notes
     with pytest.raises(UserError, match="image_folder accepts only `folder`"):
         load("image_folder", dir=tmp_path, clients_from="writer")
 

@@ -110,6 +110,11 @@ def test_natural_clients_of_a_column(tmp_path):
     d = load("parquet", dir=write(tmp_path, whole, whole), clients_from="domain")
     assert d.client_names == ("photo", "sketch")
     assert d.train_clients.equal(torch.from_numpy(np.array([0, 1, 0] * 4)))
+    features = {"domain": {"names": ["sea", "land"]}, "label": {"names": ["cat", "dog"]}}
+    about = {"huggingface": json.dumps({"info": {"features": features}})}
+    coded = table(domain=[0, 1, 1] * 4).replace_schema_metadata(about)
+    d = load("parquet", dir=write(tmp_path, coded), clients_from="domain")
+    assert d.client_names == ("land", "sea")
     with pytest.raises(
         DataError, match=r"column 'writer' does not fit; choose data\.clients_from among"
     ):
