@@ -58,9 +58,9 @@ for stage in ${STAGES:-search main controls labels teachers}; do
     teachers)
         tuned teachers "fedavg$(variants t20:diffusion.timestep=20 t150:diffusion.timestep=150 \
             t300:diffusion.timestep=300 t500:diffusion.timestep=500 \
-            t700:diffusion.timestep=700 t900:diffusion.timestep=900)" --scenarios nid1:0.3 "$@"
-        run features probe --layers mid --timesteps 20,150,300,500,700,900 --json \
-            >"$OUT/teachers/probe.json" ;;
+            t700:diffusion.timestep=700 t900:diffusion.timestep=900)" --scenarios nid1:0.3 "$@" &&
+            run features probe --layers mid --timesteps 20,150,300,500,700,900 --json \
+                >"$OUT/teachers/probe.json" ;;
     *) echo "unknown stage $stage" >&2 && exit 2 ;;
     esac || exit
 done

@@ -2,9 +2,8 @@
 
     python -m semanticfl_ref train --import scripts/more_labels.py --dataset digit-scenes-900
 
-The first three are shares of each class of the training part; the last adds the validation part's
-digits, a scene of each, and so has no validation part of its own. Their test part is the embedded
-one. docs/results.md has what SemanticFL gains with each.
+The first three take a share of each class of the training part. The last one trains on the
+validation part's digits too, one scene of each, and has no validation part. All keep the test part.
 """
 
 from dataclasses import replace

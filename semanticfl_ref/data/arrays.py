@@ -32,9 +32,10 @@ def read_idx(options: ReadOptions) -> Parts:
         UserError: an option that does not fit.
         DataError: a file is missing, damaged, or there twice.
     """
-    folder, notes, prefix = own_path(options, "FOLDER"), [], ""
-    if folder.is_file():  # those that are called alike
-        folder, prefix = folder.parent, re.split("train|test|t10k", folder.name)[0]
+    path, notes, prefix = own_path(options, "FOLDER"), [], ""
+    folder = path
+    if path.is_file():  # those that are called alike
+        folder, prefix = path.parent, re.split("train|test|t10k", path.name)[0]
     files = {}  # (part, "images" or "labels") -> file
     for file in sorted(folder.rglob(f"{glob.escape(prefix)}*ubyte*")):  # unpacked ones before .gz
         match, part = IDX.search(file.name), part_of(file.name)
@@ -49,7 +50,7 @@ def read_idx(options: ReadOptions) -> Parts:
             )
     if not files:
         raise DataError(
-            f"{own_path(options, '')} holds no files such as train-images-idx3-ubyte or "
+            f"{path} holds no files such as train-images-idx3-ubyte or "
             f"train-labels-idx1-ubyte.gz: correct --data-dir"
         )
     parts = {}

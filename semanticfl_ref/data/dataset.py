@@ -135,6 +135,8 @@ def load_dataset(settings: DataSettings, *, seed: int = 0, offline: bool = False
     tensors = {}
     for name, part in zip(PARTS, (train, validation, parts.test), strict=True):
         _check(part, len(parts.class_names), f"data set {settings.name}, part {name}")
+        if name != "validation" and len(part.images) == 0:
+            raise DataError(f"data set {settings.name}, part {name}: there are no images")
         tensors[f"{name}_images"] = resized(part.images, settings.image_size)
         tensors[f"{name}_labels"] = part.labels
     notes = (*parts.notes, *_doubts(settings.name, parts))
@@ -249,8 +251,6 @@ def _check(part: Labelled, classes: int, name: str) -> None:
         raise DataError(
             f"{name}: images of {height} x {width} pixels; crop them or pad them to squares"
         )
-    if name.endswith(("train", "test")) and len(images) == 0:
-        raise DataError(f"{name}: there are no images")
 
 
 def _client_names(parts: Parts) -> tuple[str, ...]:

@@ -43,11 +43,9 @@ def read(options: ReadOptions) -> Parts:
             f"data.clients_from = {settings.clients_from!r}: image_folder accepts only `folder`"
         )
     places, passed, notes = part_folders(folder), Counter(), []
-    trained = [places["train"]]
-    if settings.clients_from:
-        trained += _visible_folders(places["train"])
+    clients = _visible_folders(places["train"]) if settings.clients_from else []
     for part in ("validation", "test"):
-        if part in places and not _is_labelled(places[part], trained):
+        if part in places and not _is_labelled(places[part], [places["train"], *clients]):
             notes.append(f"{places.pop(part)} holds no class folders: left out, as unlabelled")
     if settings.clients_from:
         found = {"train": client_folders(places["train"], size, passed)}
@@ -68,8 +66,7 @@ def read(options: ReadOptions) -> Parts:
     if passed:
         listed = ", ".join(f"{count} {kind}" for kind, count in passed.most_common(5))
         notes.append(f"passed over in {folder}: {listed}")
-    clients = [path.name for path in _visible_folders(places["train"])]
-    names_M = tuple(clients) if settings.clients_from else ()
+    names_M = tuple(path.name for path in clients)
     return assemble(names, parts, options, folder, client_names=names_M, notes=notes)
 
 
