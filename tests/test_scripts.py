@@ -1,0 +1,81 @@
+"""Scripts that make data sets or draw results, on small inputs."""
+
+import importlib
+import io
+import json
+import tarfile
+
+import emoji_folders
+import gain_by_teacher
+from data.loading import load
+from PIL import Image
+
+from semanticfl_ref.config.registry import DATASETS
+
+
+def test_emoji_of_vendors(tmp_path):
+    """As many of each group, in no part what the other has, and vendors as clients."""
+    groups = {"Food & Drink": 5, "Objects": 7, "Flags": 9}
+    listed = [
+        {
+            "category": group,
+            "image": f"{group[:2].lower()}{i}.png",
+            "has_img_red": True,
+            "has_img_blue": True,
+        }
+        for group, count in groups.items()
+        for i in range(count)
+    ]
+    listed.append(listed[0] | {"image": "red-only.png", "has_img_blue": False})
+    packages = []
+    for vendor in ("red", "blue"):
+        packages.append(tmp_path / f"emoji-datasource-{vendor}-1.0.0.tgz")
+        with tarfile.open(packages[-1], "w:gz") as archive:
+            content = {"package/emoji.json": json.dumps(listed).encode()}
+            for i, emoji in enumerate(listed):
+                png = io.BytesIO()
+                image = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
+                image.paste(vendor, (16, 16, 48 - i % 8, 48))
+                image.save(png, "PNG")
+                content[f"package/img/{vendor}/64/{emoji['image']}"] = png.getvalue()
+            for name, data in content.items():
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
+    out = tmp_path / "out"
+    emoji_folders.main(out, packages)
+    files = {p.relative_to(out).as_posix() for p in out.rglob("*.png")}
+    trained = {f.split("/", 2)[2] for f in files if f.startswith("train/")}
+    tested = {"{}/{}".format(f.split("/")[1], f.split("-")[-1]) for f in files if "test/" in f}
+    assert len(trained) == 8 and len(tested) == 2 and not trained & tested
+    data = load("image_folder", dir=out, clients_from="folder")
+    assert data.class_names == ("Food-and-Drink", "Objects")
+    assert data.train_clients.tolist() == [0] * 8 + [1] * 8
+    blue = data.train_images[0]
+    assert blue[15, 15].tolist() == [0, 0, 255] and blue[0, 0].tolist() == [255] * 3
+
+
+def test_more_labels(monkeypatch):
+    """The test images stay; 450 are the embedded ones; 900 have no image twice."""
+    monkeypatch.setattr(DATASETS, "entries", dict(DATASETS.entries))
+    more_labels = importlib.import_module("more_labels")
+    embedded = load("digit-scenes")
+    found = {count: load(f"digit-scenes-{count}") for count in more_labels.COUNTS}
+    for count, data in found.items():
+        assert abs(len(data.train_labels) - count) <= 10
+        assert data.test_images.equal(embedded.test_images)
+        images = data.train_images.flatten(1)
+        assert len(images.unique(dim=0)) == len(images)
+    assert found[450].train_images.equal(embedded.train_images)
+
+
+def test_gain_by_teacher(tmp_path, capsys):
+    entries = {"fedavg": [50, 60], "t20=semanticfl": [61, 69], "t900=semanticfl": [50, 58]}
+    results = [{"method": m, "mean_of_last": values} for m, values in entries.items()]
+    rows = [{"timestep": 20, "linear_probe": 0.9}, {"timestep": 900, "linear_probe": 0.125}]
+    (tmp_path / "compare.json").write_text(json.dumps({"results": results}))
+    (tmp_path / "probe.json").write_text(json.dumps({"rows": rows}))
+    gain_by_teacher.main(tmp_path)
+    table = (tmp_path / "gain-by-teacher.md").read_text()
+    assert "| 20 | 90.0 | +10.0 (+9.0 to +11.0) |" in table
+    assert "| 900 | 12.5 | -1.0 (-2.0 to +0.0) |" in table
