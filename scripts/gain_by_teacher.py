@@ -1,10 +1,10 @@
-"""The gain of guidance against what a linear probe reads from the teacher.
+"""A figure: the gain of guidance against what a linear probe reads from the teacher.
 
     python scripts/gain_by_teacher.py runs/evidence/teachers
 
 The folder is that of bench/gpu_evidence.sh's stage "teachers": compare.json has FedAvg and
 SemanticFL with anchors of several timesteps, called t20 and so on; probe.json has the probe's
-accuracy on each. Writes gain-by-teacher.md and, with matplotlib, gain-by-teacher.png there.
+accuracy on each. Draws gain-by-teacher.png there.
 """
 
 import json
@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from statistics import fmean
 
-from semanticfl_ref.tools.report.drawing import can_draw, new_figure, save_figure
+from semanticfl_ref.tools.report.drawing import new_figure, save_figure
 
 
 def points(comparison: dict, probe: dict) -> list[dict]:
@@ -35,34 +35,21 @@ def main(folder: Path) -> None:
         json.loads((folder / f"{n}.json").read_text()) for n in ("compare", "probe")
     )
     rows = points(comparison, probe)
-    lines = [
-        "| t | linear probe, % | gain over FedAvg, mean (smallest to largest) |",
-        "| --- | --- | --- |",
-    ]
+    figure, (axis,) = new_figure(1, width=5, height=3.6)
     for row in rows:
-        gains = row["gains"]
-        spread = f"{fmean(gains):+.1f} ({min(gains):+.1f} to {max(gains):+.1f})"
-        lines.append(f"| {row['timestep']} | {row['probe']:.1f} | {spread} |")
-    (folder / "gain-by-teacher.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
-    if can_draw():
-        figure, (axis,) = new_figure(1, width=5, height=3.6)
-        for row in rows:
-            axis.plot([row["probe"]] * len(row["gains"]), row["gains"], "o", color="0.6", ms=4)
-            place = row["probe"], fmean(row["gains"])
-            axis.annotate(
-                f"t = {row['timestep']}",
-                place,
-                textcoords="offset points",
-                xytext=(6, 6),
-                fontsize=8,
-            )
-        axis.plot([r["probe"] for r in rows], [fmean(r["gains"]) for r in rows], "s-", color="C0")
-        axis.axhline(0, color="0.3", linewidth=0.8)
-        axis.set(
-            xlabel="linear probe on the teacher's features, %", ylabel="gain over FedAvg, points"
+        axis.plot([row["probe"]] * len(row["gains"]), row["gains"], "o", color="0.6", ms=4)
+        place = row["probe"], fmean(row["gains"])
+        axis.annotate(
+            f"t = {row['timestep']}",
+            place,
+            textcoords="offset points",
+            xytext=(6, 6),
+            fontsize=8,
         )
-        save_figure(figure, folder / "gain-by-teacher.png")
+    axis.plot([r["probe"] for r in rows], [fmean(r["gains"]) for r in rows], "s-", color="C0")
+    axis.axhline(0, color="0.3", linewidth=0.8)
+    axis.set(xlabel="linear probe on the teacher's features, %", ylabel="gain over FedAvg, points")
+    save_figure(figure, folder / "gain-by-teacher.png")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ import tarfile
 
 import emoji_folders
 import gain_by_teacher
+import pytest
+import results_tables
 from data.loading import load
 from PIL import Image
 
@@ -69,13 +71,17 @@ def test_more_labels(monkeypatch):
     assert found[450].train_images.equal(embedded.train_images)
 
 
-def test_gain_by_teacher(tmp_path, capsys):
+def test_gain_by_teacher():
     entries = {"fedavg": [50, 60], "t20=semanticfl": [61, 69], "t900=semanticfl": [50, 58]}
     results = [{"method": m, "mean_of_last": values} for m, values in entries.items()]
     rows = [{"timestep": 20, "linear_probe": 0.9}, {"timestep": 900, "linear_probe": 0.125}]
-    (tmp_path / "compare.json").write_text(json.dumps({"results": results}))
-    (tmp_path / "probe.json").write_text(json.dumps({"rows": rows}))
-    gain_by_teacher.main(tmp_path)
-    table = (tmp_path / "gain-by-teacher.md").read_text()
-    assert "| 20 | 90.0 | +10.0 (+9.0 to +11.0) |" in table
-    assert "| 900 | 12.5 | -1.0 (-2.0 to +0.0) |" in table
+    assert gain_by_teacher.points({"results": results}, {"rows": rows}) == [
+        {"timestep": 20, "probe": 90.0, "gains": [11, 9]},
+        {"timestep": 900, "probe": 12.5, "gains": [0, -2]},
+    ]
+
+
+@pytest.mark.parametrize("page", results_tables.PAGES, ids=lambda page: page.name)
+def test_tables_are_those_of_the_results(page):
+    text = page.read_text(encoding="utf-8")
+    assert results_tables.renewed(text) == text
