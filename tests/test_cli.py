@@ -305,6 +305,9 @@ def test_dry_run_prints_sizes_and_writes_nothing(capsys, elsewhere, job):
     assert cli.main(["train", *job, "--dry-run"]) == 0
     out = capsys.readouterr().out
     assert "anchors" not in out and "features" not in out
+    for setting, told in (("fedprox.mu=1", True), ("server.momentum=0.5", False)):
+        assert cli.main(["train", *job, "--dry-run", "--set", setting]) == 0
+        assert ("note: fedavg does not read fedprox.mu\n" in capsys.readouterr().err) == told
     semanticfl = ["train", *job, "--dry-run", "--method", "semanticfl"]
     assert cli.main([*semanticfl, "--sd", "somebody/model"]) == 0
     assert "visual cache: time unknown: the model is not on this" in capsys.readouterr().out

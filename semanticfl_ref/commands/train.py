@@ -6,8 +6,9 @@ from pathlib import Path
 
 from semanticfl_ref.commands.output import say, show
 from semanticfl_ref.commands.runs import flat
-from semanticfl_ref.commands.settings_flags import add_settings, settings_of
+from semanticfl_ref.commands.settings_flags import add_settings, given, settings_of
 from semanticfl_ref.config.command_line import shell_command, to_flags
+from semanticfl_ref.config.registry import is_foreign
 from semanticfl_ref.config.resolve import is_embedded, resolve
 from semanticfl_ref.config.settings import NOT_IDENTITY, STABLE_DIFFUSION, Config, to_flat
 from semanticfl_ref.cores import rank
@@ -79,6 +80,9 @@ def run(arguments) -> int:
     if arguments.resume:
         return _resume(arguments)
     config = settings_of(arguments)
+    for name in given(arguments):
+        if is_foreign(name, config.federation.method):
+            say(f"note: {config.federation.method} does not read {name}")
     if arguments.dry_run:
         _announce(config)
         from semanticfl_ref.run.dry_run import dry_run

@@ -79,6 +79,12 @@ MODELS = Registry("model")
 SCENARIOS = Registry("scenario")
 
 
+def is_foreign(setting: str, *methods: str) -> bool:
+    """Whether a setting is one of another method."""
+    section = setting.partition(".")[0]
+    return section in METHODS and section not in methods
+
+
 def register_method(
     name: str,
     method,

@@ -12,7 +12,7 @@ from itertools import product
 from pathlib import Path
 
 from semanticfl_ref.config.presets import NID2_CLIENTS
-from semanticfl_ref.config.registry import METHODS
+from semanticfl_ref.config.registry import is_foreign
 from semanticfl_ref.config.resolve import is_embedded, resolve
 from semanticfl_ref.config.settings import Config
 from semanticfl_ref.cores import cores
@@ -143,9 +143,8 @@ def method_settings(entry: str) -> dict[str, object]:
     """
     name, assignments = _parts(re.sub(r"^[^\[=]*=", "", entry))
     for setting in assignments:
-        section = setting.partition(".")[0]
-        if section in METHODS and section != name:
-            raise UserError(f"{entry!r}: {name} does not read {setting}, a setting of {section}")
+        if is_foreign(setting, name):
+            raise UserError(f"{entry!r}: {name} does not read {setting}")
     return {"federation.method": name, **assignments}
 
 

@@ -15,7 +15,7 @@ from statistics import fmean
 
 import torch
 
-from semanticfl_ref.config.registry import METHODS
+from semanticfl_ref.config.registry import is_foreign
 from semanticfl_ref.errors import DataError, UserError
 from semanticfl_ref.formatting import Say
 from semanticfl_ref.randomness import generator
@@ -69,11 +69,7 @@ def candidates(method: str, varied: Mapping[str, Sequence[str]], count: int) -> 
         UserError: fewer combinations than `count`: the method would have a smaller budget.
     """
     name = method_settings(method)["federation.method"]
-    own = {
-        setting: values
-        for setting, values in varied.items()
-        if (section := setting.partition(".")[0]) == name or section not in METHODS
-    }
+    own = {setting: values for setting, values in varied.items() if not is_foreign(setting, name)}
     combinations = list(product(*own.values()))
     if len(combinations) < count:
         raise UserError(
@@ -108,9 +104,8 @@ def search(
     """
     names = {method_settings(method)["federation.method"] for method in grid.methods}
     for setting in varied:
-        section = setting.partition(".")[0]
-        if section in METHODS and section not in names:
-            raise UserError(f"--vary {setting}: {section} is not among --methods")
+        if is_foreign(setting, *names):
+            raise UserError(f"--vary {setting}: its method is not among --methods")
     entries = {method: candidates(method, varied, configurations) for method in grid.methods}
     methods = [entry for tried in entries.values() for entry in tried]
     comparison = run_grid(replace(grid, methods=methods, baseline=methods[0]), say)

@@ -113,7 +113,7 @@ def test_chosen_by_validation_and_used_by_compare(tmp_path, capsys, trained_by_f
     [
         ([], "nothing to search"),
         (["--vary", "run.seed=1,2"], "--first-seed"),
-        (["--vary", "moon.mu=1,5"], "moon is not among --methods"),
+        (["--vary", "moon.mu=1,5"], "moon.mu: its method is not among --methods"),
         (["--vary", "federation.learning_rate=0.1"], "1 combinations"),
     ],
 )
