@@ -47,7 +47,8 @@ for stage in ${STAGES:-search main controls labels teachers}; do
             one-hot:anchors.control=onehot consistency:semanticfl.lambda_con=0 \
             contrast:semanticfl.lambda_kd=0 'vae:diffusion.layers=vae;anchors.width=64' \
             'three levels:diffusion.layers=vae,mid,up.0' 'per class:anchors.per=class' \
-            'missing modalities:partition.modality=mixed')" --scenarios nid1:0.3 "$@" &&
+            'missing modalities:partition.modality=mixed')" --baseline semanticfl --scenarios nid1:0.3 \
+            "$@" &&
             tuned held-out fedavg,semanticfl --anchor-images heldout:10 \
                 --scenarios nid1:0.3 "$@" ;;
     labels)

@@ -36,13 +36,26 @@ def spread(values: list[float]) -> str:
 
 
 def gain(result: dict) -> list[str]:
-    """The difference to FedAvg in points, its 95 % interval, and p after Holm's adjustment."""
+    """The difference to the baseline in points, its 95 % interval, p after Holm's adjustment."""
     found = result["gain"]
     if found is None:
         return ["", "", ""]
     p = found["p_adjusted"]
     interval = f"{found['low']:+.1f} to {found['high']:+.1f}"
     return [f"{found['mean']:+.1f}", interval, "< 0.001" if p < 0.001 else f"{p:.2g}"]
+
+
+def search() -> str:
+    """What was chosen for each method, and the mean over seeds on the validation images."""
+    found = json.loads((RESULTS / "search" / "search.json").read_text())
+    rows = []
+    for method, chosen in found["chosen"].items():
+        means = {entry: fmean(values) for entry, values in found["accuracy"][method].items()}
+        settings = re.split(r"[\[;\]]", chosen)[1:-1]
+        own = ", ".join(f"`{setting.split('.', 1)[1]}`" for setting in settings)
+        tried = f"{min(means.values()):.1f} to {max(means.values()):.1f}"
+        rows.append([method, own, f"{means[chosen]:.1f}", tried])
+    return markdown(["method", "chosen", "validation accuracy", "of its four"], rows)
 
 
 def nine_methods() -> str:
@@ -74,12 +87,11 @@ def short() -> str:
 
 
 def one_scenario(folder: str) -> str:
-    rows = [
-        [r["name"], spread(r["last"]), spread(r["mean_of_last"]), *gain(r)]
-        for r in compared(folder)
-    ]
-    head = ["condition", "last round", "mean of the last five"]
-    return markdown([*head, "minus FedAvg", "95 % interval", "p, Holm"], rows)
+    results = compared(folder)
+    rows = [[r["name"], spread(r["last"]), spread(r["mean_of_last"]), *gain(r)] for r in results]
+    reference = next(r["name"] for r in results if r["gain"] is None)
+    head = ["condition", "last round", "mean of the last five", f"minus `{reference}`"]
+    return markdown([*head, "95 % interval", "p, Holm"], rows)
 
 
 def labels() -> str:
@@ -104,6 +116,7 @@ def teachers() -> str:
 
 
 TABLES = {
+    "search": search,
     "main": nine_methods,
     "short": short,
     "controls": lambda: one_scenario("controls"),

@@ -185,7 +185,7 @@ def tuned(grid: Grid, path: Path) -> Grid:
             raise UserError(f"--tuned {path}: it has no {method}; it has {', '.join(chosen)}")
         name = short_name(entry)
         whole = with_settings(chosen[method], own.items())
-        return whole if name == entry else f"{name}={whole}"
+        return whole if "[" in name else f"{name}={whole}"
 
     entries, baseline = [as_chosen(entry) for entry in grid.methods], as_chosen(grid.baseline)
     used = sorted(set(found["seeds"]) & set(grid.seed_numbers))

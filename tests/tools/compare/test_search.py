@@ -95,14 +95,14 @@ def test_chosen_by_validation_and_used_by_compare(tmp_path, capsys, trained_by_f
     file = tmp_path / "search/search.json"
     compared = ["compare", "--methods", "moon,fedavg", "--baseline", "fedavg", "--tuned", str(file)]
     result = run_json(capsys, *compared, "--out", str(tmp_path / "compare"))
-    assert result["baseline"] == "fedavg[federation.learning_rate=0.2]"
+    assert result["baseline"] == "fedavg=fedavg[federation.learning_rate=0.2]"
     assert [r["last"] for r in result["results"]] == [pytest.approx([75.0] * 3)] * 2
     text = " ".join((tmp_path / "compare/compare.md").read_text().split())
     compared[2] = "still=moon[moon.mu=2],fedavg,moon[federation.learning_rate=0.1]"
     entries = run_json(capsys, *compared, "--out", str(tmp_path / "variants"))["results"]
     assert [entry["method"] for entry in entries] == [
         "still=moon[federation.learning_rate=0.2;moon.mu=2]",
-        "fedavg[federation.learning_rate=0.2]",
+        "fedavg=fedavg[federation.learning_rate=0.2]",
         "moon[federation.learning_rate=0.1]",
     ]
     assert "same budget for every method: 3 configurations, seeds 100, 101, 1 rounds." in text
