@@ -43,11 +43,13 @@ def main(folder: Path) -> None:
             f"t = {row['timestep']}",
             place,
             textcoords="offset points",
-            xytext=(6, 6),
+            xytext=(-7, 4),
+            ha="right",
             fontsize=8,
         )
     axis.plot([r["probe"] for r in rows], [fmean(r["gains"]) for r in rows], "s-", color="C0")
     axis.axhline(0, color="0.3", linewidth=0.8)
+    axis.set_xlim(-8, 100)
     axis.set(xlabel="linear probe on the teacher's features, %", ylabel="gain over FedAvg, points")
     save_figure(figure, folder / "gain-by-teacher.png")
 
