@@ -5,22 +5,19 @@
     python -m semanticfl_ref train --dataset image_folder --data-dir emoji --scenario natural \
         --set data.clients_from=folder --clients 2 --clients-per-round 2
 
-Writes emoji/train/VENDOR/GROUP/NAME.png and emoji/test/GROUP/VENDOR-NAME.png: 32 x 32 pixels on
-white, as many emoji of each of eight groups, a fifth of them for the test, the same ones of every
-vendor. Google's images are under the Apache License 2.0, Twitter's under CC BY 4.0.
+Writes emoji/train/VENDOR/GROUP/NAME.png and emoji/test/GROUP/VENDOR-NAME.png, 64 x 64 pixels: as
+many emoji of each of eight groups, a fifth of them for the test, the same ones of every vendor.
+Google's images are under the Apache License 2.0, Twitter's under CC BY 4.0.
 """
 
-import io
 import json
 import random
 import sys
 import tarfile
 from pathlib import Path
 
-from PIL import Image
-
-LEFT_OUT = {"Component", "Flags"}  # parts of emoji; flags are told from all else by their frame
-SIZE = 32
+# Components are no emoji of their own, and a flag's frame alone gives its group away.
+LEFT_OUT = {"Component", "Flags"}
 
 
 def groups(listed: list[dict], vendors: list[str]) -> dict[str, list[str]]:
@@ -32,12 +29,6 @@ def groups(listed: list[dict], vendors: list[str]) -> dict[str, list[str]]:
     count = min(map(len, found.values()))
     shuffle = random.Random(0)
     return {group: shuffle.sample(files, count) for group, files in sorted(found.items())}
-
-
-def on_white(png: bytes) -> Image.Image:
-    image = Image.open(io.BytesIO(png)).convert("RGBA")
-    white = Image.new("RGBA", image.size, "white")
-    return Image.alpha_composite(white, image).convert("RGB").resize((SIZE, SIZE))
 
 
 def main(out: Path, packages: list[Path]) -> None:
@@ -59,7 +50,7 @@ def main(out: Path, packages: list[Path]) -> None:
                 else:
                     path = out / "train" / vendor / name / file
                 path.parent.mkdir(parents=True, exist_ok=True)
-                on_white(images[file]).save(path)
+                path.write_bytes(images[file])
 
 
 if __name__ == "__main__":

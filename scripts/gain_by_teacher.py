@@ -8,26 +8,22 @@ accuracy on each. Draws gain-by-teacher.png there.
 """
 
 import json
-import re
 import sys
 from pathlib import Path
 from statistics import fmean
 
+from semanticfl_ref.tools.compare.grid import short_name
 from semanticfl_ref.tools.report.drawing import new_figure, save_figure
 
 
 def points(comparison: dict, probe: dict) -> list[dict]:
     """Per timestep the probe's accuracy and the gain over FedAvg of every seed, in points."""
-    plain = next(r for r in comparison["results"] if r["method"].startswith("fedavg"))
-    accuracy = {row["timestep"]: 100 * row["linear_probe"] for row in probe["rows"]}
-    found = []
-    for result in comparison["results"]:
-        name, named, _ = result["method"].partition("=")
-        if named and re.fullmatch(r"t\d+", name):
-            pairs = zip(result["mean_of_last"], plain["mean_of_last"], strict=True)
-            gains, timestep = [own - other for own, other in pairs], int(name[1:])
-            found.append({"timestep": timestep, "probe": accuracy[timestep], "gains": gains})
-    return found
+    accuracy = {f"t{row['timestep']}": 100 * row["linear_probe"] for row in probe["rows"]}
+    return [
+        {"timestep": int(name[1:]), "probe": accuracy[name], "gains": result["gain"]["values"]}
+        for result in comparison["results"]
+        if (name := short_name(result["method"])) in accuracy
+    ]
 
 
 def main(folder: Path) -> None:

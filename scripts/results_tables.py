@@ -9,35 +9,34 @@ function of TABLES. Every number in these tables comes from a compare.json (or p
 import json
 import re
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
+
+from gain_by_teacher import points
+
+from semanticfl_ref.tools.compare.grid import method_settings, short_name
+from semanticfl_ref.tools.compare.tables import mean_and_deviation
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = (ROOT / "docs" / "results.md", ROOT / "README.md")
 RESULTS = ROOT / "results" / "digit-scenes"
-ALL = "all scenarios"
 SHORT = {
     "fedavg": "FedAvg",
     "semanticfl": "SemanticFL",
     "shuffled": "SemanticFL, anchors of shuffled images",
 }
-COUNTS = (100, 225, 450, 900)
 
 
 def compared(folder: str) -> list[dict]:
     """The results of a comparison, each with its short name."""
     results = json.loads((RESULTS / folder / "compare.json").read_text())["results"]
     for result in results:
-        result["name"] = re.split(r"[=\[]", result["method"])[0]
+        result["name"] = short_name(result["method"])
     return results
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def spread(values: list[float]) -> str:
-    return f"{fmean(values):.1f} ± {stdev(values):.1f}"
 
 
 def gain(result: dict) -> list[str]:
@@ -56,38 +55,22 @@ def search() -> str:
     rows = []
     for method, chosen in found["chosen"].items():
         means = {entry: fmean(values) for entry, values in found["accuracy"][method].items()}
-        settings = re.split(r"[\[;\]]", chosen)[1:-1]
-        own = ", ".join(f"`{setting.split('.', 1)[1]}`" for setting in settings)
+        own = ", ".join(
+            f"`{setting.partition('.')[2]}={value}`"
+            for setting, value in method_settings(chosen).items()
+            if setting != "federation.method"
+        )
         tried = f"{min(means.values()):.1f} to {max(means.values()):.1f}"
         rows.append([method, own, f"{means[chosen]:.1f}", tried])
     return markdown(["method", "chosen", "validation accuracy", "of its four"], rows)
 
 
-def nine_methods() -> str:
-    results = compared("main")
-    scenarios = [s for s in dict.fromkeys(r["scenario"] for r in results) if s != ALL]
-    rows = []
-    for overall in (r for r in results if r["scenario"] == ALL):
-        own = {r["scenario"]: r for r in results if r["method"] == overall["method"]}
-        means = [spread(own[s]["mean_of_last"]) for s in scenarios]
-        cost = f"{overall['bytes_sent'] / 2**20:.0f} MiB"
-        worst = f"{fmean(overall['worst_client']):.0f}"
-        rows.append([overall["name"], *means, *gain(overall), worst, cost])
-    head = [
-        "method",
-        *scenarios,
-        "minus FedAvg",
-        "95 % interval",
-        "p, Holm",
-        "worst client",
-        "sent",
-    ]
-    return markdown(head, rows)
-
-
 def one_scenario(folder: str) -> str:
     results = compared(folder)
-    rows = [[r["name"], spread(r["last"]), spread(r["mean_of_last"]), *gain(r)] for r in results]
+    rows = [
+        [r["name"], mean_and_deviation(r["last"]), mean_and_deviation(r["mean_of_last"]), *gain(r)]
+        for r in results
+    ]
     reference = next(r["name"] for r in results if r["gain"] is None)
     head = ["condition", "last round", "mean of the last five", f"minus `{reference}`"]
     return markdown([*head, "95 % interval", "p, Holm"], rows)
@@ -95,40 +78,32 @@ def one_scenario(folder: str) -> str:
 
 def short() -> str:
     """Of the controls: the accuracies of a few."""
-    head, line, *rows = (row.split(" | ")[:3] for row in one_scenario("controls").splitlines())
-    shown = [[f"| {SHORT[row[0][2:]]}", *row[1:]] for row in rows if row[0][2:] in SHORT]
-    return "\n".join(f"{' | '.join(row)} |" for row in [head, line, *shown])
-
-
-def labels() -> str:
-    rows = []
-    for count in COUNTS:
-        plain, guided = compared(f"labels-{count}")
-        means = [spread(plain["mean_of_last"]), spread(guided["mean_of_last"])]
-        rows.append([str(count), *means, *gain(guided)[:2]])
-    return markdown(["images", "FedAvg", "SemanticFL", "difference", "95 % interval"], rows)
+    rows = [
+        [SHORT[r["name"]], mean_and_deviation(r["last"]), mean_and_deviation(r["mean_of_last"])]
+        for r in compared("controls")
+        if r["name"] in SHORT
+    ]
+    return markdown(["condition", "last round", "mean of the last five"], rows)
 
 
 def teachers() -> str:
-    probe = json.loads((RESULTS / "teachers" / "probe.json").read_text())["rows"]
-    accuracy = {f"t{row['timestep']}": 100 * row["linear_probe"] for row in probe}
-    rows = [
-        [r["name"][1:], f"{accuracy[r['name']]:.1f}", spread(r["mean_of_last"]), *gain(r)[:2]]
-        for r in compared("teachers")
-        if r["name"] in accuracy
-    ]
+    results = compared("teachers")
+    probe = json.loads((RESULTS / "teachers" / "probe.json").read_text())
+    by_name = {result["name"]: result for result in results}
+    rows = []
+    for point in points({"results": results}, probe):
+        result = by_name[f"t{point['timestep']}"]
+        means = mean_and_deviation(result["mean_of_last"])
+        rows.append([str(point["timestep"]), f"{point['probe']:.1f}", means, *gain(result)[:2]])
     head = ["t", "linear probe, %", "mean of the last five", "minus FedAvg", "95 % interval"]
     return markdown(head, rows)
 
 
 TABLES = {
     "search": search,
-    "main": nine_methods,
     "short": short,
     "controls": lambda: one_scenario("controls"),
     "held-out": lambda: one_scenario("held-out"),
-    "unlabelled": lambda: one_scenario("unlabelled"),
-    "labels": labels,
     "teachers": teachers,
 }
 

@@ -72,8 +72,9 @@ def test_more_labels(monkeypatch):
 
 
 def test_gain_by_teacher():
-    entries = {"fedavg": [50, 60], "t20=semanticfl": [61, 69], "t900=semanticfl": [50, 58]}
-    results = [{"method": m, "mean_of_last": values} for m, values in entries.items()]
+    entries = {"t20=semanticfl": [11, 9], "t900=semanticfl": [0, -2]}
+    results = [{"method": m, "gain": {"values": values}} for m, values in entries.items()]
+    results.append({"method": "fedavg=fedavg", "gain": None})
     rows = [{"timestep": 20, "linear_probe": 0.9}, {"timestep": 900, "linear_probe": 0.125}]
     assert gain_by_teacher.points({"results": results}, {"rows": rows}) == [
         {"timestep": 20, "probe": 90.0, "gains": [11, 9]},
