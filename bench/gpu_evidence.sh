@@ -40,7 +40,8 @@ for stage in ${STAGES:-search main controls labels teachers}; do
             --vary feddifrc.lambda_text=0.1,1 --vary feddifrc.consistency=kl,l2 \
             --vary semanticfl.lambda_kd=5,20,50 "$@" ;;
     main)
-        tuned main "$NINE,$PROX" --scenarios nid1:0.1,nid1:0.3,nid2 "$@" ;;
+        tuned main "$NINE" --scenarios nid1:0.1,nid1:0.3,nid2 "$@" &&
+            tuned proximal "$NINE,$PROX" --baseline semanticfl --scenarios nid1:0.1 "$@" ;;
     controls)
         tuned controls "fedavg,semanticfl$(variants shuffled:anchors.control=shuffled \
             permuted:anchors.control=permuted random:anchors.control=random \

@@ -13,7 +13,9 @@ from statistics import fmean
 
 from gain_by_teacher import points
 
+from semanticfl_ref.formatting import format_bytes
 from semanticfl_ref.tools.compare.grid import method_settings, short_name
+from semanticfl_ref.tools.compare.statistics import POOLED
 from semanticfl_ref.tools.compare.tables import mean_and_deviation
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -65,6 +67,26 @@ def search() -> str:
     return markdown(["method", "chosen", "validation accuracy", "of its four"], rows)
 
 
+def main() -> str:
+    """Every method's mean of the last five per scenario; the rest over all scenarios."""
+    results = compared("main")
+    scenarios = [s for s in dict.fromkeys(r["scenario"] for r in results) if s != POOLED]
+    means = {(r["scenario"], r["name"]): mean_and_deviation(r["mean_of_last"]) for r in results}
+    rows = [
+        [
+            r["name"],
+            *(means[scenario, r["name"]] for scenario in scenarios),
+            *gain(r),
+            mean_and_deviation(r["worst_client"]),
+            format_bytes(r["bytes_sent"]),
+        ]
+        for r in results
+        if r["scenario"] == POOLED
+    ]
+    head = ["method", *scenarios, "minus `fedavg`", "95 % interval", "p, Holm"]
+    return markdown([*head, "worst client", "communication"], rows)
+
+
 def one_scenario(folder: str) -> str:
     results = compared(folder)
     rows = [
@@ -86,6 +108,16 @@ def short() -> str:
     return markdown(["condition", "last round", "mean of the last five"], rows)
 
 
+def labels() -> str:
+    rows = []
+    counts = sorted(int(f.name.removeprefix("labels-")) for f in RESULTS.glob("labels-*"))
+    for count in counts:
+        plain, guided = compared(f"labels-{count}")
+        means = [mean_and_deviation(r["mean_of_last"]) for r in (plain, guided)]
+        rows.append([str(count), *means, *gain(guided)[:2]])
+    return markdown(["images", "FedAvg", "SemanticFL", "difference", "95 % interval"], rows)
+
+
 def teachers() -> str:
     results = compared("teachers")
     probe = json.loads((RESULTS / "teachers" / "probe.json").read_text())
@@ -101,9 +133,11 @@ def teachers() -> str:
 
 TABLES = {
     "search": search,
+    "main": main,
     "short": short,
     "controls": lambda: one_scenario("controls"),
     "held-out": lambda: one_scenario("held-out"),
+    "labels": labels,
     "teachers": teachers,
 }
 
