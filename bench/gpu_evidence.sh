@@ -4,12 +4,15 @@
 # table and, with the settings so chosen, controls, label counts and teachers. 40 rounds of the
 # embedded default. Finished runs are kept: the same command goes on where it was cut off.
 # Environment: PYTHON, DEVICE (cuda), WORKERS (8 runs at a time), SECONDS_LEFT (265 for each stage),
-# OUT, STAGES (all of: search main controls labels teachers).
+# OUT, STAGES (all of: search main controls longer labels teachers; and unmatched, with UNMATCHED, the
+# folder that `scripts/make_tiny.py --align 0 --work DIR --out FOLDER` wrote: a teacher that was not
+# matched with class names).
 # Further arguments go to all grids; a rehearsal on a CPU:
 #   DEVICE=cpu WORKERS=2 OUT=/tmp/evidence bench/gpu_evidence.sh --seeds 1 --rounds 1 --width 2
 cd "$(dirname "$0")/.." || exit 2
 OUT=${OUT:-runs/evidence}
 NINE=fedavg,fedprox,scaffold,moon,fedrcl,feddisco,fedcda,feddifrc,semanticfl
+SLOW='fedavg at 0.05=fedavg[federation.learning_rate=0.05]'
 PROX='with prox=semanticfl[semanticfl.mu=0.1]'
 
 run() { # command, its arguments. INT: as Ctrl-C, which saves a checkpoint of every run.
@@ -30,7 +33,7 @@ variants() { # the settings of SemanticFL, each of which makes a variant NAME=se
     for variant; do printf ',%s=semanticfl[%s]' "${variant%%:*}" "${variant#*:}"; done
 }
 
-for stage in ${STAGES:-search main controls labels teachers}; do
+for stage in ${STAGES:-search main controls longer labels teachers}; do
     case $stage in
     search)
         grid search --methods $NINE --scenarios nid1:0.3 --configurations 4 --seeds 2 \
@@ -40,7 +43,7 @@ for stage in ${STAGES:-search main controls labels teachers}; do
             --vary feddifrc.lambda_text=0.1,1 --vary feddifrc.consistency=kl,l2 \
             --vary semanticfl.lambda_kd=5,20,50 "$@" ;;
     main)
-        tuned main "$NINE" --scenarios nid1:0.1,nid1:0.3,nid2 "$@" &&
+        tuned main "$NINE" --baseline semanticfl --scenarios nid1:0.1,nid1:0.3,nid2 "$@" &&
             tuned proximal "$NINE,$PROX" --baseline semanticfl --scenarios nid1:0.1 "$@" ;;
     controls)
         tuned controls "fedavg,semanticfl$(variants shuffled:anchors.control=shuffled \
@@ -48,10 +51,13 @@ for stage in ${STAGES:-search main controls labels teachers}; do
             one-hot:anchors.control=onehot consistency:semanticfl.lambda_con=0 \
             contrast:semanticfl.lambda_kd=0 'vae:diffusion.layers=vae;anchors.width=64' \
             'three levels:diffusion.layers=vae,mid,up.0' 'per class:anchors.per=class' \
-            'missing modalities:partition.modality=mixed')" --baseline semanticfl --scenarios nid1:0.3 \
-            "$@" &&
+            'missing modalities:partition.modality=mixed' \
+            'semanticfl at 0.2:federation.learning_rate=0.2'),$SLOW" --baseline semanticfl \
+            --scenarios nid1:0.3 "$@" &&
             tuned held-out fedavg,semanticfl --anchor-images heldout:10 \
                 --scenarios nid1:0.3 "$@" ;;
+    longer)
+        tuned longer fedavg,semanticfl --scenarios nid1:0.3 --rounds 120 --at 40,80,120 "$@" ;;
     labels)
         for count in 100 225 450 900; do
             tuned "labels-$count" fedavg,semanticfl --import scripts/more_labels.py \
@@ -63,6 +69,11 @@ for stage in ${STAGES:-search main controls labels teachers}; do
             t700:diffusion.timestep=700 t900:diffusion.timestep=900)" --scenarios nid1:0.3 "$@" &&
             run features probe --layers mid --timesteps 20,150,300,500,700,900 --json \
                 >"$OUT/teachers/probe.json" ;;
+    unmatched) # needs the folder of make_tiny.py --align 0
+        tuned unmatched "fedavg,semanticfl$(variants "unmatched:diffusion.source=$UNMATCHED")" \
+            --baseline semanticfl --scenarios nid1:0.3 "$@" &&
+            run features probe --sd "$UNMATCHED" --layers vae,down.0,down.1,mid,up.0,up.1 \
+                --timesteps 20,150,300 --json >"$OUT/unmatched/probe.json" ;;
     *) echo "unknown stage $stage" >&2 && exit 2 ;;
     esac || exit
 done

@@ -1,7 +1,7 @@
 """The figures of a comparison: accuracy over rounds, and differences to the baseline."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection
 
 import numpy as np
 
@@ -88,17 +88,16 @@ def gains_figure(comparison: Comparison):
     axes[0].set_yticks(range(len(names)), list(names.values()))
     _widen(axes[0].set_xlim, *axes[0].get_xlim())
     axes[0].invert_yaxis()
-    baseline = names_of([comparison.baseline])[comparison.baseline]
-    seeds = len(comparison.seeds)
+    (baseline,) = names_of([comparison.baseline]).values()
     figure.supxlabel(
-        f"percentage points over {baseline} (seeds: {seeds}, a dot each)", fontsize="medium"
+        f"percentage points over {baseline} (seeds: {len(comparison.seeds)}, a dot each)",
+        fontsize="medium",
     )
     return figure
 
 
-def names_of(entries: Iterable[str]) -> dict[str, str]:
+def names_of(entries: Collection[str]) -> dict[str, str]:
     """Entry of the grid -> name in figures."""
-    entries = list(entries)
     # fedprox[fedprox.mu=1] -> fedprox[mu=1]
     short = [re.sub(r"(?<=[\[;])\s*\w+\.", "", short_name(entry)) for entry in entries]
     return dict(zip(entries, readable_names(short), strict=True))

@@ -7,6 +7,7 @@ from itertools import groupby
 from pathlib import Path
 from statistics import fmean
 
+from semanticfl_ref.tools.compare.grid import short_name
 from semanticfl_ref.tools.compare.statistics import (
     ENOUGH_SEEDS,
     POOLED,
@@ -34,6 +35,7 @@ def markdown(comparison: Comparison, command: str | None = None) -> str:
         rounds=sorted({len(curve["mean"]) for curve in curves}),
         command=command,
         spread=mean_and_deviation,
+        short=short_name,
         enough=ENOUGH_SEEDS,
     )
 

@@ -32,6 +32,14 @@ def test_markdown_by_hand(finished_grid):
     assert text.endswith("    python -m semanticfl_ref compare")
 
 
+def test_an_entry_with_a_name_is_called_by_it_and_spelled_out_once(finished_grid):
+    entry = "slow=fedavg[federation.learning_rate=0.01]"
+    text = markdown(compare(*finished_grid({entry: TWO["fedavg"], "moon": TWO["semanticfl"]})))
+    assert "| slow | 55.0 ± 7.1 |" in text and "| difference to slow |" in text
+    assert text.count(entry) == 1 and f"\n\n- `{entry}`\n\n" in text
+    assert "[federation" not in text.replace(entry, "") and "- `moon" not in text
+
+
 FIVE = {
     "fedavg": {"iid": [[0.5]] * 5, "nid2": [[0.4]] * 5},
     "moon": {"iid": [[0.51], [0.52], [0.53], [0.54], [0.55]], "nid2": [[0.4]] * 5},
