@@ -108,14 +108,30 @@ def short() -> str:
     return markdown(["condition", "last round", "mean of the last five"], rows)
 
 
+def two_methods(first: str, pairs: dict[int, list[dict]]) -> str:
+    """FedAvg and SemanticFL side by side, and their difference.
+
+    Args:
+        first: head of the first column.
+        pairs: its values -> the results of FedAvg and of SemanticFL.
+    """
+    rows = [
+        [str(value), *(mean_and_deviation(r["mean_of_last"]) for r in pair), *gain(pair[1])]
+        for value, pair in pairs.items()
+    ]
+    head = [first, "FedAvg", "SemanticFL", "difference", "95 % interval", "p"]
+    return markdown(head, rows)
+
+
+def longer() -> str:
+    results = compared("longer")
+    rounds = sorted({r["rounds"] for r in results})
+    return two_methods("rounds", {n: [r for r in results if r["rounds"] == n] for n in rounds})
+
+
 def labels() -> str:
-    rows = []
     counts = sorted(int(f.name.removeprefix("labels-")) for f in RESULTS.glob("labels-*"))
-    for count in counts:
-        plain, guided = compared(f"labels-{count}")
-        means = [mean_and_deviation(r["mean_of_last"]) for r in (plain, guided)]
-        rows.append([str(count), *means, *gain(guided)[:2]])
-    return markdown(["images", "FedAvg", "SemanticFL", "difference", "95 % interval"], rows)
+    return two_methods("images", {n: compared(f"labels-{n}") for n in counts})
 
 
 def teachers() -> str:
@@ -137,6 +153,7 @@ TABLES = {
     "short": short,
     "controls": lambda: one_scenario("controls"),
     "held-out": lambda: one_scenario("held-out"),
+    "longer": longer,
     "labels": labels,
     "teachers": teachers,
 }

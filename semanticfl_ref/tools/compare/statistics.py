@@ -189,15 +189,17 @@ def result_of(
 def with_gains(table: Sequence[Result], baseline: str) -> list[Result]:
     """The results of one table, with their differences to the baseline."""
     (reference,) = [result for result in table if result.method == baseline]
-    found = gains([result for result in table if result is not reference], reference)
-    by_method = {gain.method: gain for gain in found}
+    others = [result for result in table if result is not reference]
+    by_method = {gain.method: gain for gain in gains(others, reference)}
     return [replace(result, gain=by_method.get(result.method)) for result in table]
 
 
 def gains(results: Sequence[Result], reference: Result) -> list[Gain]:
     """The differences of some methods to another."""
+    # Rounded: two sums of the same accuracies may differ in the last bit, and are equal.
     differences = [
-        np.subtract(result.mean_of_last, reference.mean_of_last).tolist() for result in results
+        np.subtract(result.mean_of_last, reference.mean_of_last).round(9).tolist()
+        for result in results
     ]
     tests = [{}] * len(results)
     if results and len(reference.last) >= ENOUGH_SEEDS and find_spec("scipy"):

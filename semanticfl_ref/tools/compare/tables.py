@@ -52,8 +52,14 @@ def csv_text(comparison: Comparison) -> str:
         if result.scenario == POOLED:
             continue
         differences = result.gain.values if result.gain else [0.0] * len(result.last)
-        values = (result.last, result.mean_of_last, result.worst_client, differences)
-        for seed, *numbers in zip(comparison.seeds, *values, strict=True):
+        for seed, *numbers in zip(
+            comparison.seeds,
+            result.last,
+            result.mean_of_last,
+            result.worst_client,
+            differences,
+            strict=True,
+        ):
             about = (result.scenario, result.method, seed, result.rounds, result.averaged)
             writer.writerow([*about, *(f"{number:.4f}" for number in numbers)])
     return buffer.getvalue()
