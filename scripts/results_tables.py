@@ -25,6 +25,7 @@ SHORT = {
     "fedavg": "FedAvg",
     "semanticfl": "SemanticFL",
     "shuffled": "SemanticFL, anchors of shuffled images",
+    "one-hot": "SemanticFL, one-hot anchors: the class alone",
 }
 
 
