@@ -26,13 +26,14 @@ def markdown(comparison: Comparison, command: str | None = None) -> str:
     """A table per scenario, one over all scenarios, and below them what was run and where."""
     # Without `at`, one table holds what methods with different numbers of rounds reached.
     tables = groupby(comparison.results, lambda r: (r.scenario, comparison.at and r.rounds))
-    curves = [curve for methods in comparison.curves.values() for curve in methods.values()]
     return render(
         Path(__file__).parent,
         "comparison.md.jinja",
         comparison=comparison,
         tables=[list(results) for _, results in tables],
-        rounds=sorted({len(curve["mean"]) for curve in curves}),
+        rounds=sorted(
+            {len(c["mean"]) for methods in comparison.curves.values() for c in methods.values()}
+        ),
         command=command,
         spread=mean_and_deviation,
         short=short_name,
