@@ -4,9 +4,9 @@
 # table and, with the settings so chosen, controls, label counts and teachers. 40 rounds of the
 # embedded default. Finished runs are kept: the same command goes on where it was cut off.
 # Environment: PYTHON, DEVICE (cuda), WORKERS (8 runs at a time), SECONDS_LEFT (265 for each stage),
-# OUT, STAGES (all of: search main controls longer labels teachers; and unmatched, with UNMATCHED, the
-# folder that `scripts/make_tiny.py --align 0 --work DIR --out FOLDER` wrote: a teacher that was not
-# matched with class names).
+# OUT, STAGES (all of: search main controls longer labels teachers). The stage unmatched needs
+# UNMATCHED, the folder that `scripts/make_tiny.py --align 0 --work DIR --out FOLDER` wrote: a
+# teacher that was not matched with class names.
 # Further arguments go to all grids; a rehearsal on a CPU:
 #   DEVICE=cpu WORKERS=2 OUT=/tmp/evidence bench/gpu_evidence.sh --seeds 1 --rounds 1 --width 2
 cd "$(dirname "$0")/.." || exit 2
@@ -69,7 +69,8 @@ for stage in ${STAGES:-search main controls longer labels teachers}; do
             t700:diffusion.timestep=700 t900:diffusion.timestep=900)" --scenarios nid1:0.3 "$@" &&
             run features probe --layers mid --timesteps 20,150,300,500,700,900 --json \
                 >"$OUT/teachers/probe.json" ;;
-    unmatched) # needs the folder of make_tiny.py --align 0
+    unmatched)
+        : "${UNMATCHED:?needs a folder, see above}"
         tuned unmatched "fedavg,semanticfl$(variants "unmatched:diffusion.source=$UNMATCHED")" \
             --baseline semanticfl --scenarios nid1:0.3 "$@" &&
             run features probe --sd "$UNMATCHED" --layers vae,down.0,down.1,mid,up.0,up.1 \

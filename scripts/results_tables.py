@@ -13,9 +13,7 @@ from statistics import fmean
 
 from gain_by_teacher import points
 
-from semanticfl_ref.formatting import format_bytes
 from semanticfl_ref.tools.compare.grid import method_settings, short_name
-from semanticfl_ref.tools.compare.statistics import POOLED
 from semanticfl_ref.tools.compare.tables import mean_and_deviation
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -68,32 +66,14 @@ def search() -> str:
     return markdown(["method", "chosen", "validation accuracy", "of its four"], rows)
 
 
-def main() -> str:
-    """Every method's mean of the last five per scenario; the rest over all scenarios."""
-    results = compared("main")
-    scenarios = [s for s in dict.fromkeys(r["scenario"] for r in results) if s != POOLED]
-    means = {(r["scenario"], r["name"]): mean_and_deviation(r["mean_of_last"]) for r in results}
-    rows = [
-        [
-            r["name"],
-            *(means[scenario, r["name"]] for scenario in scenarios),
-            *gain(r),
-            mean_and_deviation(r["worst_client"]),
-            format_bytes(r["bytes_sent"]),
-        ]
-        for r in results
-        if r["scenario"] == POOLED
-    ]
-    head = ["method", *scenarios, "minus `fedavg`", "95 % interval", "p, Holm"]
-    return markdown([*head, "worst client", "communication"], rows)
+def accuracies(result: dict) -> list[str]:
+    """Of the last round, and the mean of the last five."""
+    return [mean_and_deviation(result[name]) for name in ("last", "mean_of_last")]
 
 
 def one_scenario(folder: str) -> str:
     results = compared(folder)
-    rows = [
-        [r["name"], mean_and_deviation(r["last"]), mean_and_deviation(r["mean_of_last"]), *gain(r)]
-        for r in results
-    ]
+    rows = [[r["name"], *accuracies(r), *gain(r)] for r in results]
     reference = next(r["name"] for r in results if r["gain"] is None)
     head = ["condition", "last round", "mean of the last five", f"minus `{reference}`"]
     return markdown([*head, "95 % interval", "p, Holm"], rows)
@@ -101,11 +81,8 @@ def one_scenario(folder: str) -> str:
 
 def short() -> str:
     """Of the controls: the accuracies of a few."""
-    rows = [
-        [SHORT[r["name"]], mean_and_deviation(r["last"]), mean_and_deviation(r["mean_of_last"])]
-        for r in compared("controls")
-        if r["name"] in SHORT
-    ]
+    results = compared("controls")
+    rows = [[SHORT[r["name"]], *accuracies(r)] for r in results if r["name"] in SHORT]
     return markdown(["condition", "last round", "mean of the last five"], rows)
 
 
@@ -150,7 +127,6 @@ def teachers() -> str:
 
 TABLES = {
     "search": search,
-    "main": main,
     "short": short,
     "controls": lambda: one_scenario("controls"),
     "held-out": lambda: one_scenario("held-out"),
