@@ -80,7 +80,7 @@ def weighted_average_variants() -> Iterator[Variant]:
     sums = {"non_finite": "*i32", "squared_norm": "*fp64"}
     for dtype in DTYPES:
         pointer = f"*{name_of(dtype)}"
-        common = {"params": pointer, "weights": "*fp64", "total": "*fp64", **sums}
+        common = {"rows": pointer, "weights": "*fp64", "total": "*fp64", **sums}
         forms = {
             "final": {"values": pointer},
             "running sum": {"values": "*fp64", "sums": "*fp64", "weight": "*fp64"},

@@ -108,7 +108,7 @@ def weighted_average_reference(
 
 @triton.jit(do_not_specialize=INTEGERS)
 def weighted_average_kernel(
-    params, weights, start, sums, weight, values, total, non_finite, squared_norm, P, S,
+    rows, weights, start, sums, weight, values, total, non_finite, squared_norm, P, S,
     row_stride, FINAL: tl.constexpr, ALIGNMENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One block of columns of the average, and its part of each client's comparison; `start`, or
@@ -117,19 +117,19 @@ def weighted_average_kernel(
     # Whole blocks take a path without masks: a mask that ends inside a vector splits it.
     if (tl.program_id(0).to(tl.int64) + 1) * BLOCK <= P:
         average_block(
-            params, weights, start, sums, weight, values, total, non_finite, squared_norm, P, S,
+            rows, weights, start, sums, weight, values, total, non_finite, squared_norm, P, S,
             row_stride, FINAL, ALIGNMENT, BLOCK, False,
         )  # fmt: skip
     else:
         average_block(
-            params, weights, start, sums, weight, values, total, non_finite, squared_norm, P, S,
+            rows, weights, start, sums, weight, values, total, non_finite, squared_norm, P, S,
             row_stride, FINAL, ALIGNMENT, BLOCK, True,
         )  # fmt: skip
 
 
 @triton.jit
 def average_block(
-    params, weights, start, sums, weight, values, total, non_finite, squared_norm, P, S,
+    rows, weights, start, sums, weight, values, total, non_finite, squared_norm, P, S,
     row_stride, FINAL: tl.constexpr, ALIGNMENT: tl.constexpr, BLOCK: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -145,7 +145,7 @@ def average_block(
     if start is not None:
         start_row = load(start, p, P, MASKED).to(tl.float64)
     for s in tl.range(0, S, loop_unroll_factor=4):  # four rows are under way at once
-        row = load(tl.multiple_of(params + s * stride, ALIGNMENT), p, P, MASKED)
+        row = load(tl.multiple_of(rows + s * stride, ALIGNMENT), p, P, MASKED)
         w = tl.load(weights + s)
         weight_sum += w
         with_row = tl.fma(tl.broadcast_to(w, (BLOCK,)), row.to(tl.float64), added)
@@ -238,7 +238,7 @@ def launch(
     row_bytes = params_SP.stride(0) * params_SP.element_size()
     with on_device(params_SP):
         weighted_average_kernel[(blocks,)](
-            params=params_SP,
+            rows=params_SP,
             weights=weights_S.contiguous(),
             start=start_P.contiguous() if compared else None,
             sums=None if sums_P is None else sums_P.contiguous(),

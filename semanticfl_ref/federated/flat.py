@@ -63,16 +63,9 @@ def flatten_params(model: nn.Module) -> torch.Tensor:
 
 def load_params(model: nn.Module, params_P: torch.Tensor) -> None:
     """Write a flat vector [P] into the model's parameters and buffers, in place."""
-    tensors = model.state_dict()
-    for name, part in _parts(model, params_P).items():
-        tensors[name].copy_(part)
-
-
-def bind_params(model: nn.Module, row_P: torch.Tensor) -> None:
-    """Make the model's parameters and buffers views of a flat vector [P], and copy them into it."""
-    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-    for name, part in _parts(model, row_P).items():
-        tensors[name].data = part.copy_(tensors[name].detach())
+    tensors, parts = model.state_dict(), _parts(model, params_P)
+    # In a few launches for all of them.
+    torch._foreach_copy_([tensors[name] for name in parts], list(parts.values()))
 
 
 def with_parameters(

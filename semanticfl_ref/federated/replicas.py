@@ -1,10 +1,9 @@
-"""Client models side by side: each trains in a row of the matrix that the server then averages.
+"""Client models side by side: each trains, and leaves a row of the matrix that the server averages.
 
-A replica's parameters and floating buffers are views of a row of `params_RP`: giving a client the
-global model is a copy into the row, and returning the trained model is nothing at all. Each replica
-has a Python thread, since torch's operations release the interpreter's lock. On CUDA it also has a
-stream: each batch size's training step is captured as a graph, then replayed, so that the device
-does not wait for Python.
+Each replica has a Python thread, since torch's operations release the interpreter's lock. On CUDA
+it also has a stream: each batch size's training step is captured as a graph, then replayed, so that
+the device does not wait for Python. Its parameters are no views of the row, where they would have
+any address: cuDNN's convolutions in fp32 then fail ("misaligned address").
 
 What a client trains does not depend on how many replicas there are.
 
@@ -26,7 +25,7 @@ from semanticfl_ref.cores import cores, ranks
 from semanticfl_ref.data.batches import batch_sizes
 from semanticfl_ref.errors import UserError
 from semanticfl_ref.federated.client import local_step, train_client
-from semanticfl_ref.federated.flat import bind_params, flatten_params, load_params, with_parameters
+from semanticfl_ref.federated.flat import flatten_params, load_params, with_parameters
 from semanticfl_ref.federated.local_optimizer import learning_rate, make_optimizer, reset_optimizer
 from semanticfl_ref.federated.methods.method import LocalUpdate
 from semanticfl_ref.federated.report import ClientReport, FirstBatch
@@ -63,12 +62,11 @@ class Replica:
 
     Args:
         model: is copied.
-        row_P: float32 [P], where the model trains; on a CPU it may move.
         config: `federation` has the optimizer's settings.
         stopped: set when the other replicas should stop.
 
     Attributes:
-        model: its parameters and floating buffers are views of the row.
+        model: in training.
         optimizer: starts afresh with every client.
         rate: learning rate of the round, scalar tensor.
         parameters: the model's parameters, each with the value received.
@@ -79,46 +77,42 @@ class Replica:
         terms: name -> unweighted term summed over all steps, scalar tensor.
     """
 
-    def __init__(
-        self, model: nn.Module, row_P: torch.Tensor, config: Config, stopped: threading.Event
-    ):
-        self.model, self.row_P, self.stopped = copy.deepcopy(model), row_P, stopped
-        bind_params(self.model, row_P)
-        self.rate = row_P.new_zeros(())
+    def __init__(self, model: nn.Module, config: Config, stopped: threading.Event):
+        self.model, self.stopped = copy.deepcopy(model), stopped
+        self._start_P = torch.zeros_like(flatten_params(model))
+        self._correction_P = torch.zeros_like(self._start_P)
+        self.rate, self.loss, self.epoch_loss = (self._start_P.new_zeros(()) for _ in range(3))
         self.optimizer = make_optimizer(self.model.parameters(), config.federation, self.rate)
-        self._start_P, self._correction_P = torch.zeros_like(row_P), torch.zeros_like(row_P)
         self.parameters = with_parameters(self.model, self._start_P)
         self._corrections = with_parameters(self.model, self._correction_P)
         self.corrections: list[tuple[nn.Parameter, torch.Tensor]] = []
         self.references: dict[str, nn.Module] = {}
-        self.loss, self.epoch_loss = row_P.new_zeros(()), row_P.new_zeros(())
         self.terms: dict[str, torch.Tensor] = {}
-        self.stream = torch.cuda.Stream(row_P.device) if row_P.is_cuda else None
+        on_cuda = self._start_P.is_cuda
+        self.stream = torch.cuda.Stream(self._start_P.device) if on_cuda else None
         self._captured: dict[tuple, CapturedStep] = {}
 
     def train(self, update: LocalUpdate, row_P: torch.Tensor) -> ClientReport:
-        """Train a client in a row of the matrix, on the replica's stream.
+        """Train a client on the replica's stream; its parameters are then in a row of the matrix.
 
         Raises:
             CancelledError: another replica failed.
         """
-        if self.stream is None:
-            self.receive(update, row_P)
-            return train_client(update, self)
-        self.stream.wait_stream(torch.cuda.default_stream())
-        with torch.cuda.stream(self.stream):
-            self.receive(update, row_P)
+        if self.stream is not None:
+            self.stream.wait_stream(torch.cuda.default_stream())
+        with torch.cuda.stream(self.stream):  # None changes nothing
+            self.receive(update)
             report = train_client(update, self)
-        self.stream.synchronize()
+            row_P.copy_(flatten_params(self.model))
+        if self.stream is not None:
+            self.stream.synchronize()
         return report
 
-    def receive(self, update: LocalUpdate, row_P: torch.Tensor) -> None:
+    def receive(self, update: LocalUpdate) -> None:
         """Take over a client: its parameters, reference models and correction; sums are zero."""
-        if row_P.data_ptr() != self.row_P.data_ptr():
-            bind_params(self.model, row_P)
-        self.row_P, method = row_P, update.context.method
-        for values_P in (row_P, self._start_P):
-            values_P.copy_(update.start_P)
+        method = update.context.method
+        self._start_P.copy_(update.start_P)
+        load_params(self.model, self._start_P)
         for name, params_P in method.reference_models(update).items():
             if name not in self.references:
                 reference = copy.deepcopy(update.context.model)
@@ -179,7 +173,7 @@ class Replica:
         if not context.method.capturable or wanted <= self._captured.keys():
             return
         self.model.train()
-        self.receive(update, self.row_P)
+        self.receive(update)
         for key in sorted(wanted - self._captured.keys(), reverse=True):  # large batches first
             index_B = torch.zeros(key[0], dtype=torch.int64, device=context.device)
             crop_3B = index_B.repeat(3, 1) if context.config.data.augment else None
@@ -225,14 +219,12 @@ class Replicas:
         if count == 0:
             count = rows if on_cuda else max(1, cores() // threads)
         count = min(count, rows)
-        # On CUDA every replica has its row, since a captured step knows its address.
+        # On CUDA a cohort trains at once.
         rows = count if on_cuda else rows
         self._is_automatic = config.run.replicas == 0
         self._stopped = threading.Event()
         self.params_RP = torch.zeros(rows, len(flatten_params(model)), device=device)
-        self.replicas = [
-            Replica(model, row_P, config, self._stopped) for row_P in self.params_RP[:count]
-        ]
+        self.replicas = [Replica(model, config, self._stopped) for _ in range(count)]
         self._pool = None
         if count > 1:
             self._pool = ThreadPoolExecutor(

@@ -72,7 +72,7 @@ def test_trimming_in_a_round_with_a_client_that_is_not_finite(small_context, tam
     def attack(update, replica, report):
         value = {0: 1e6, 1: float("nan") if nan else None}.get(update.client)
         if value is not None:
-            load_params(replica.model, torch.full_like(replica.row_P, value))
+            load_params(replica.model, torch.full_like(update.start_P, value))
 
     tamper(attack)
     context = small_context(
@@ -109,7 +109,7 @@ def test_a_client_that_sends_1e30_is_clipped(small_context, tamper, optimizer, b
 
     def attack(update, replica, report):
         if update.client == 1:
-            load_params(replica.model, torch.full_like(replica.row_P, 1e30))
+            load_params(replica.model, torch.full_like(update.start_P, 1e30))
 
     tamper(attack)
     settings = {

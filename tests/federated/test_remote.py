@@ -9,6 +9,7 @@ import torch
 
 from semanticfl_ref.config.registry import METHODS
 from semanticfl_ref.errors import NonFiniteError
+from semanticfl_ref.federated.flat import load_params
 from semanticfl_ref.federated.remote import (
     Answer,
     numbers_of,
@@ -117,7 +118,7 @@ def test_a_client_that_diverges_keeps_its_state(small_context, tamper):
 
     def diverge(update, replica, report):
         if (update.client, update.round) == (1, 2):
-            replica.row_P.fill_(math.nan)
+            load_params(replica.model, torch.full_like(update.start_P, math.nan))
 
     tamper(diverge)
     _, lines, kept = play(small_context, EVERYBODY | settings, 2)

@@ -21,12 +21,12 @@ def accesses(name: str, dtype: torch.dtype, compared: bool, alignment: int) -> l
     if not compared:
         constants["start"] = None
     types = dict.fromkeys(kernel.arg_names, "*fp64") | {"non_finite": "*i32"}
-    types |= dict.fromkeys(("params", "start", "values"), f"*{name}")
+    types |= dict.fromkeys(("rows", "start", "values"), f"*{name}")
     types |= dict.fromkeys(("P", "S", "row_stride"), "i32")
     types |= dict.fromkeys(constants, "constexpr")
     aligned = [argument for argument, kind in types.items() if kind.startswith("*")]
     if alignment < 16:
-        aligned.remove("params")
+        aligned.remove("rows")
     hints = {(kernel.arg_names.index(argument),): [["tt.divisibility", 16]] for argument in aligned}
     compiled = triton.compile(
         ASTSource(kernel, types, constants, hints),

@@ -114,17 +114,7 @@ def test_loads_take_128_bits():
     """Of aligned rows; 64 bits where the stride is a multiple of 8 bytes only. Compiled for an H100
     that need not be here.
     """
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-W", "ignore", str(Path(__file__).parent / "compiled_accesses.py")]
-    done = subprocess.run(
-        command,
-        cwd=Path(__file__).parents[2],
-        env=environment | {"PYTHONPATH": "."},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    found = json.loads(output_of("compiled_accesses.py"))
     assert len(found) == 8
     for name, accesses in found.items():
         narrow = "ld.global.v2.b32" in accesses or "ld.global.b64" in accesses
@@ -132,3 +122,33 @@ def test_loads_take_128_bits():
         if name == "fp32 plain 8":
             assert "ld.global.v4.b32" not in accesses, "otherwise this test could not tell"
         assert "st.global.v4.b32" in accesses or "st.global.v2.b64" in accesses, (name, accesses)
+
+
+@needs_triton
+def test_every_launch_is_bound_and_compiled():
+    """As on an H100 that need not be here, by Triton's own launch: it refuses a kernel that has an
+    argument `params`, which the compiler alone and the interpreter take.
+    """
+    launched = output_of("launched_elsewhere.py").split()
+    assert launched == [
+        "add_blocks_kernel",
+        "add_tiles_kernel",
+        "group_norm_kernel",
+        "info_nce_kernel",
+        "statistics_kernel",
+        "weighted_average_kernel",
+    ]
+
+
+def output_of(script: str) -> str:
+    """What a script beside this file prints, run without Triton's interpreter."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(Path(__file__).parent / script)],
+        cwd=Path(__file__).parents[2],
+        env=environment | {"PYTHONPATH": "."},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout

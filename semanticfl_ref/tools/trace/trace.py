@@ -85,6 +85,8 @@ def trace_round(config: Config, *, images: int, round: int, offline: bool, say: 
         anchors = build_anchors(config, data, offline=offline, say=say)
     partition = few_images(data, images, config.run.seed)
     context = make_context(config, data.dataset, partition, anchors)
+    # A step that is captured as a CUDA graph has no values to show, and a replay no statements.
+    context = replace(context, method=replace(context.method, capturable=False))
     state = initial_state(context)
     while state.round < round - 1:
         state, _ = run_round(state, context)
