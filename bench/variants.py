@@ -33,7 +33,7 @@ class Variant:
         signature: argument -> Triton's type, such as "*bf16", "i32", "fp32", "constexpr".
         constants: values of the arguments that are "constexpr".
         divisible_by_16: arguments whose value or address is known to be a multiple of 16.
-        options: num_warps and num_stages, where they are not Triton's defaults.
+        options: of the launch, where they are not Triton's defaults.
         tensor_cores: whether the compiled code has to use them.
     """
 
@@ -135,13 +135,14 @@ def variant(
         kernel: the function under @triton.jit.
         types: argument -> Triton's type, of tensors and floating-point numbers; the other arguments
             are integers.
-        blocks: constants by their names, and the launch options num_warps and num_stages.
+        blocks: constants by their names, and the options of the launch.
         ragged: arguments that are not known to be multiples of 16.
         tensor_cores: whether the compiled code has to use them.
     """
     constants = {key: value for key, value in blocks.items() if key in kernel.arg_names}
     options = {key: value for key, value in blocks.items() if key not in constants}
-    assert set(options) <= {"num_warps", "num_stages"}, f"{name}: no such arguments: {options}"
+    known = {"num_warps", "num_stages", "enable_fp_fusion"}
+    assert set(options) <= known, f"{name}: no such arguments: {options}"
     assert set(types) <= set(kernel.arg_names), f"{name}: no such arguments: {types}"
     signature = (
         dict.fromkeys(kernel.arg_names, "i32") | types | dict.fromkeys(constants, "constexpr")

@@ -211,9 +211,14 @@ ADD_BLOCKS = {"BLOCK": 1024, "num_warps": 4}
 
 
 def block_sizes(dtype: torch.dtype, compared: bool) -> dict[str, int]:
-    """32 bytes of a row for each thread. A comparison takes one warp: its sums need no barrier."""
+    """32 bytes of a row for each thread. A comparison takes one warp: its sums need no barrier.
+
+    Without the compiler's own fusion of products with sums, which it chooses anew for every form:
+    squared norms would differ in the last bit.
+    """
     warps = 1 if compared else 4
-    return {"BLOCK": warps * 1024 // dtype.itemsize, "num_warps": warps}
+    sizes = {"BLOCK": warps * 1024 // dtype.itemsize, "num_warps": warps}
+    return sizes | {"enable_fp_fusion": False}
 
 
 def launch(

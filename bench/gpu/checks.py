@@ -68,15 +68,19 @@ def tests_stage(record: Record, bench: Bench) -> None:
 
 
 def diffusion_stage(record: Record, bench: Bench) -> None:
-    """Run bench_diffusion.py on Stable Diffusion 1.5's architecture; record its tables as
-    "diffusion"."""
+    """Run bench_diffusion.py, by default on Stable Diffusion 1.5's architecture; record its tables
+    as "diffusion"."""
     if importlib.util.find_spec("diffusers") is None:
         record.set("diffusion", {"skipped": "diffusers is not installed"})
         return
-    chosen = "cache_hit" if bench.rehearse else "step_by_step or encoder"
+    chosen = ["the_vae_encoder", "features_step_by_step"]
+    if bench.rehearse:
+        chosen = ["a_cache_hit_against_the_extraction"]
     command = [sys.executable, "-m", "pytest", "--benchmark-only", "-s", "-q"]
-    command += ["-p", "no:cacheprovider", "bench/bench_diffusion.py", "-k", chosen]
-    code, output = run(command, bench.seconds, SEMANTICFL_BENCH_MODEL="sd15")
+    command += ["-p", "no:cacheprovider"]
+    command += [f"bench/bench_diffusion.py::test_{name}" for name in chosen]
+    model = os.environ.get("SEMANTICFL_BENCH_MODEL", "sd15")
+    code, output = run(command, bench.seconds, SEMANTICFL_BENCH_MODEL=model)
     lines = [line for line in output.splitlines() if re.match(r"[DN]\d: |\| ", line)]
     record.set("diffusion", {"exit": code, "lines": lines})
     if code != 0 or not lines:

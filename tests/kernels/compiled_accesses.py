@@ -31,7 +31,7 @@ def accesses(name: str, dtype: torch.dtype, compared: bool, alignment: int) -> l
     compiled = triton.compile(
         ASTSource(kernel, types, constants, hints),
         target=GPUTarget("cuda", 90, 32),
-        options={"num_warps": sizes["num_warps"]},
+        options={name: value for name, value in sizes.items() if name != "BLOCK"},
     )
     return sorted(set(re.findall(r"(?:ld|st)\.global[\w.:]*", compiled.asm["ptx"])))
 
