@@ -323,8 +323,8 @@ def weighted_average(
             number. Rows may lie apart; a matrix whose rows are not contiguous is copied.
         weights_S: [S], real, not negative; normalised here. 0: the client is absent, whatever its
             parameters are.
-        start_P: floating [P], the parameters that the clients started from; with it the result
-            compares every client with them, those of weight 0 too.
+        start_P: [P], of params' dtype, the parameters that the clients started from; with it the
+            result compares every client with them, those of weight 0 too.
         earlier: the result of an earlier cohort, which was not final, to be continued.
         final: divide by the weights. Otherwise the result is the sum so far, for `earlier`.
         impl: "auto" (the kernel for CUDA tensors where it takes the call, else torch), "torch", or
@@ -387,6 +387,12 @@ def _check(
     for name, tensor in vectors.items():
         if tuple(tensor.shape) != shape[1:]:
             raise ValueError(f"{name} {tuple(tensor.shape)}, params {shape}: expected [P]")
+    # Of another dtype, the compiler would add a comparison's entries in an order of their own in
+    # every form.
+    if start_P is not None and start_P.dtype != params_SP.dtype:
+        raise ValueError(
+            f"start of {start_P.dtype}, params of {params_SP.dtype}: expected one dtype"
+        )
     for name, tensor in given.items():
         if tensor.requires_grad and torch.is_grad_enabled():
             raise ValueError(

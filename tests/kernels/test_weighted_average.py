@@ -81,7 +81,7 @@ def test_16_bit_rows_lose_nothing_against_averaging_in_fp32_and_rounding_once(im
 @pytest.mark.parametrize(("clients", "entries"), SHAPES)
 def test_cohorts_of_any_size_give_the_bits_of_all_at_once(impl, device, dtype, clients, entries):
     params = normal(clients, entries, device=device, dtype=dtype)
-    start = normal(entries, device=device, seed=1)
+    start = normal(entries, device=device, dtype=dtype, seed=1)
     weights = counts(clients, device=device)
     whole = weighted_average(params, weights, start, impl=impl)
     assert whole.values_P.dtype == dtype
@@ -161,7 +161,7 @@ def test_weights_that_sum_to_zero_give_nan(impl, device):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_comparison_against_plain_torch(impl, device, dtype):
     params, weights = normal(5, 2700, device=device, dtype=dtype), counts(5, device=device)
-    start = normal(2700, device=device, seed=9)
+    start = normal(2700, device=device, dtype=dtype, seed=9)
     average = weighted_average(params, weights, start, impl=impl)
     exact = (params.double() - start.double()).square().sum(1)
     torch.testing.assert_close(average.squared_norm_S, exact, rtol=1e-12, atol=0)

@@ -110,11 +110,15 @@ def test_other_errors_of_a_launch_are_not_hidden(device, monkeypatch):
 
 
 @needs_triton
-def test_loads_take_128_bits():
-    """Of aligned rows; 64 bits where the stride is a multiple of 8 bytes only. Compiled for an H100
-    that need not be here.
+def test_what_is_compiled():
+    """Loads take 128 bits of aligned rows, 64 bits where the stride is a multiple of 8 bytes only;
+    a comparison adds its entries in one order, whatever the form. Compiled for an H100 that need
+    not be here.
     """
-    found = json.loads(output_of("compiled_accesses.py"))
+    printed = json.loads(output_of("compiled_accesses.py"))
+    orders, found = printed["orders"], printed["accesses"]
+    assert len(orders["fp32"]) == len(orders["bf16"]) == 1
+    assert len(orders["bf16, start in fp32"]) == 2, "which is why that is refused"
     assert len(found) == 8
     for name, accesses in found.items():
         narrow = "ld.global.v2.b32" in accesses or "ld.global.b64" in accesses
