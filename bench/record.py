@@ -83,13 +83,30 @@ def commit() -> str | None:
 
 
 def kernels_digest(folder: Path = KERNELS) -> str:
-    """Sixteen hexadecimal digits that change with the code of the kernels, but not with comments,
-    docstrings or the version of Python."""
+    """Sixteen hexadecimal digits that change with what runs on the device or launches it.
+
+    That is, with `launch`, the functions under @triton.jit, and what they use of their file; not
+    with comments, docstrings or the version of Python.
+    """
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*.py")):
-        code = _code_of(ast.parse(path.read_text(encoding="utf-8")))
-        digest.update(f"{path.name} {code}\n".encode())
+        named = {}
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            for target in getattr(node, "targets", [node]):
+                named[getattr(target, "name", getattr(target, "id", None))] = node
+        wanted = {name for name, node in named.items() if name == "launch" or _is_compiled(node)}
+        found = set()
+        while wanted:
+            found |= wanted
+            used = (n for name in wanted for n in ast.walk(named[name]) if isinstance(n, ast.Name))
+            wanted = {name.id for name in used if name.id in named} - found
+        for name in sorted(found):
+            digest.update(f"{path.name} {name} {_code_of(named[name])}\n".encode())
     return digest.hexdigest()[:16]
+
+
+def _is_compiled(node: ast.AST) -> bool:
+    return any("jit" in ast.dump(each) for each in getattr(node, "decorator_list", []))
 
 
 def _code_of(node) -> str:

@@ -1,9 +1,9 @@
 """Which implementation of a kernel runs: plain torch, or Triton.
 
 The choice is `impl="auto" | "torch" | "triton"`. "auto" takes Triton for CUDA tensors where Triton
-can be used and the kernel takes the call, and torch everywhere else. "triton" is Triton or an error
-that says why not: who measures it must not measure torch. Where Triton is missing, older than 3.6,
-or cannot compile, one warning says why, and torch runs from then on: there is never an import
+can be used, and the kernel takes the call and pays; torch everywhere else. "triton" is Triton or an
+error that says why not: who measures it must not measure torch. Where Triton is missing, older than
+3.6, or cannot compile, one warning says why, and torch runs from then on: there is never an import
 error.
 
 The environment variable `SEMANTICFL_KERNELS`, with the same three values, replaces "auto". Its
@@ -43,7 +43,9 @@ _unusable: str | None = None  # why Triton cannot be used in this process
 _examined = False
 
 
-def implementation(impl: str, *tensors: torch.Tensor, obstacle: str | None = None) -> str:
+def implementation(
+    impl: str, *tensors: torch.Tensor, obstacle: str | None = None, pays: bool = True
+) -> str:
     """Choose the implementation for a call on these tensors.
 
     Under `torch.compile` the choice is made once, when the call is compiled.
@@ -53,6 +55,7 @@ def implementation(impl: str, *tensors: torch.Tensor, obstacle: str | None = Non
         tensors: every tensor that the kernel reads.
         obstacle: what the kernel does not take in this call, if anything; float64 is looked for
             here.
+        pays: whether the kernel is faster than torch in this call; if not, "auto" takes torch.
 
     Returns:
         "torch" or "triton".
@@ -64,7 +67,7 @@ def implementation(impl: str, *tensors: torch.Tensor, obstacle: str | None = Non
     on_cuda = all(tensor.is_cuda for tensor in tensors)
     if any(tensor.dtype == torch.float64 for tensor in tensors):
         obstacle = "float64 tensors"
-    return _choose(impl, on_cuda, obstacle)
+    return _choose(impl, on_cuda, obstacle, pays)
 
 
 def with_fallback(launch: Callable, reference: Callable, impl: str = "auto"):
@@ -105,7 +108,7 @@ def on_device(tensor: torch.Tensor):
 
 
 @torch.compiler.assume_constant_result
-def _choose(impl: str, on_cuda: bool, obstacle: str | None) -> str:
+def _choose(impl: str, on_cuda: bool, obstacle: str | None, pays: bool) -> str:
     name, by_name = "impl", impl == "triton"
     if impl == "auto" and os.environ.get(ENVIRONMENT):
         impl, name = os.environ[ENVIRONMENT], f"environment variable {ENVIRONMENT}"
@@ -116,7 +119,7 @@ def _choose(impl: str, on_cuda: bool, obstacle: str | None) -> str:
             f"impl = 'triton' with {obstacle}: the kernel does not take that; change the call, or "
             "use 'auto', which runs it in torch"
         )
-    if impl == "torch" or obstacle is not None or (impl == "auto" and not on_cuda):
+    if impl == "torch" or obstacle is not None or (impl == "auto" and not (on_cuda and pays)):
         return "torch"
     if not _usable():
         if by_name:

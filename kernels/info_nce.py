@@ -40,8 +40,8 @@ from torch import Tensor
 from semanticfl_ref.kernels.checks import require_floating, require_positive, require_tensors
 from semanticfl_ref.kernels.dispatch import implementation, on_device, tl, triton, with_fallback
 
-MOST_KEYS = 1024  # that the kernel takes; torch takes more
-MOST_FEATURES = 1024  # that the kernel takes: d(query) of a block of queries lives in registers
+KEYS_THAT_PAY = 64  # for each client; beyond, torch was faster on an H200 (docs/kernels.md)
+MOST_KEYS = MOST_FEATURES = 1024  # d(query) of a block of queries lives in registers
 PRECISION = "ieee"  # of products; "tf32x3" uses tensor cores, but is unproven at tau = 0.005
 NO_LABEL = -(2**63)  # ignore_index that no caller uses: -100 is an error, and is not skipped
 
@@ -304,8 +304,7 @@ def info_nce(
     that want no gradient, a temperature that is a number, and at least one query.
 
     Equation (info-nce) [van den Oord et al. 2018, Eq. 4]:
-        l_b = log sum_n exp(x_bn) - x_{b, y_b},
-        x_bn = q_b . k_n / (|q_b| |k_n| tau)
+        l_b = log sum_n exp(x_bn) - x_{b, y_b},  x_bn = q_b . k_n / (|q_b| |k_n| tau)
     Test: tests/kernels/test_info_nce.py::test_orthonormal_keys_and_aligned_queries,
         tests/kernels/test_info_nce.py::test_reference_by_finite_differences
 
@@ -316,8 +315,8 @@ def info_nce(
             are converted to their common type (`torch.promote_types`).
         labels: int64 [B] or [G, B], the positive key of each query, 0 ... N - 1.
         temperature: tau > 0, a number or a tensor of one element.
-        impl: "auto" (the kernel for CUDA tensors where it takes the call, else torch), "torch", or
-            "triton" (the kernel or an error); see `dispatch`.
+        impl: "auto" (for CUDA tensors and up to 64 keys for each client the kernel, if it takes the
+            call, else torch), "torch", or "triton" (the kernel or an error); see `dispatch`.
         validate: check the values of labels and of a temperature tensor, which waits for a GPU.
             Unchecked, one label out of range makes its client's loss NaN in the kernel; in torch it
             is an IndexError on a CPU, and on a GPU an assertion that ends the CUDA context.
@@ -347,11 +346,12 @@ def info_nce(
         return info_nce_reference(queries, keys, labels, temperature)
 
     def kernel() -> Tensor:
-        q, k, tau = queries.to(dtype), keys.to(dtype), float(temperature)
-        return info_nce_operator(q, k, labels, tau, torch.is_grad_enabled() and q.requires_grad)[0]
+        q, gradient = queries.to(dtype), torch.is_grad_enabled() and queries.requires_grad
+        return info_nce_operator(q, keys.to(dtype), labels, float(temperature), gradient)[0]
 
     obstacle = _obstacle(queries, keys, temperature)
-    if implementation(impl, queries, keys, obstacle=obstacle) == "torch":
+    pays = keys.shape[-2] <= KEYS_THAT_PAY * labels.shape[:-1].numel()
+    if implementation(impl, queries, keys, obstacle=obstacle, pays=pays) == "torch":
         return reference()
     if torch.compiler.is_compiling():  # whether the kernel can be compiled shows in the run
         return kernel()

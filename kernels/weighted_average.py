@@ -19,8 +19,7 @@ memory for S clients, e to an entry:
     writes    P e, or 8 P if more cohorts follow + 12 S per KiB of a row with the start
 
 Each thread loads 128 bits at a time where addresses allow it: give rows a stride that is a multiple
-of 16 bytes. Never allocated: parameters in float64, a mask [S, P]. (`weights @ params` moves the
-same bytes, but sums in float32, in an order of its own.)
+of 16 bytes. Never allocated: parameters in float64, a mask [S, P].
 
 Letters: K clients of a round, S clients of a cohort, P parameters.
 """
@@ -46,10 +45,9 @@ class Average(NamedTuple):
         values_P: the average [P] in the parameters' dtype; of a pass that is not final, float64
             [P], the sum of weight * parameters so far.
         weight: float64 [], the sum of the weights so far.
-        non_finite_S: int64 [S], entries of each client that are NaN or infinite; None without
-            `start_P`.
+        non_finite_S: int64 [S], each client's entries that are NaN or infinite; None without start.
         squared_norm_S: float64 [S], |params - start|^2 of each client, not finite for a client that
-            is not; None without `start_P`.
+            is not; None without start.
         final: whether the sum was divided by the weights; if so, it cannot be continued.
     """
 
@@ -212,10 +210,7 @@ ADD_BLOCKS = {"BLOCK": 1024, "num_warps": 4}
 
 def block_sizes(dtype: torch.dtype, compared: bool) -> dict[str, int]:
     """32 bytes of a row for each thread. A comparison takes one warp: its sums need no barrier.
-
-    Without the compiler's own fusion of products with sums, which it chooses anew for every form:
-    squared norms would differ in the last bit.
-    """
+    Products are fused with sums where the kernel says so, not where the compiler would."""
     warps = 1 if compared else 4
     sizes = {"BLOCK": warps * 1024 // dtype.itemsize, "num_warps": warps}
     return sizes | {"enable_fp_fusion": False}
@@ -321,10 +316,9 @@ def weighted_average(
     Args:
         params_SP: float32, bfloat16, float16 or float64 (torch only) [S, P], in ascending client
             number. Rows may lie apart; a matrix whose rows are not contiguous is copied.
-        weights_S: [S], real, not negative; normalised here. 0: the client is absent, whatever its
-            parameters are.
-        start_P: [P], of params' dtype, the parameters that the clients started from; with it the
-            result compares every client with them, those of weight 0 too.
+        weights_S: [S], real, not negative; normalised here. 0: the client is absent, even with NaN.
+        start_P: [P], of params' dtype, the parameters that the clients started from, with which
+            every client is compared, those of weight 0 too.
         earlier: the result of an earlier cohort, which was not final, to be continued.
         final: divide by the weights. Otherwise the result is the sum so far, for `earlier`.
         impl: "auto" (the kernel for CUDA tensors where it takes the call, else torch), "torch", or
@@ -346,17 +340,15 @@ def weighted_average(
     _check(params_SP, weights_S, start_P, earlier)
     if validate:
         _check_values(weights_S, earlier)
-    sums_P, weight = (None, None) if earlier is None else earlier[:2]
+    before = (None, None) if earlier is None else earlier[:2]
     weights_S = weights_S.to(torch.float64)
-    average = weighted_average_operator(params_SP, weights_S, start_P, sums_P, weight, final, impl)
-    compared = average[2:] if start_P is not None else (None, None)
-    return Average(*average[:2], *compared, final)
+    average = weighted_average_operator(params_SP, weights_S, start_P, *before, final, impl)
+    return Average(*average[:2], *(average[2:] if start_P is not None else (None, None)), final)
 
 
 def _column_slices(params_SP: Tensor) -> Iterator[slice]:
     """All columns, on a CPU in chunks: short enough for float64 sums to stay in the cache, and long
-    enough for every thread, of which torch gives each 32 768 entries.
-    """
+    enough for every thread, of which torch gives each 32 768 entries."""
     P = params_SP.shape[1]
     # One core, 4.9 M entries: 19.7 ms for all columns at once, 3.1 ms in chunks of 131 072.
     size = P if params_SP.is_cuda else 32_768 * max(4, torch.get_num_threads())
@@ -368,8 +360,8 @@ def _check(
     params_SP: Tensor, weights_S: Tensor, start_P: Tensor | None, earlier: Average | None
 ) -> None:
     """Shapes, dtypes and devices: all that can be checked without looking at values."""
-    vectors = {"start": start_P, "earlier": None if earlier is None else earlier.values_P}
-    vectors = {name: tensor for name, tensor in vectors.items() if tensor is not None}
+    vectors = {} if start_P is None else {"start": start_P}
+    vectors |= {} if earlier is None else {"earlier": earlier.values_P}
     given = {"params": params_SP, "weights": weights_S, **vectors}
     require_tensors(**given)
     require_floating(params=params_SP, **vectors)
@@ -387,12 +379,9 @@ def _check(
     for name, tensor in vectors.items():
         if tuple(tensor.shape) != shape[1:]:
             raise ValueError(f"{name} {tuple(tensor.shape)}, params {shape}: expected [P]")
-    # Of another dtype, the compiler would add a comparison's entries in an order of their own in
-    # every form.
-    if start_P is not None and start_P.dtype != params_SP.dtype:
-        raise ValueError(
-            f"start of {start_P.dtype}, params of {params_SP.dtype}: expected one dtype"
-        )
+        # Else the compiler would add a comparison's entries in another order in every form.
+        if name == "start" and tensor.dtype != params_SP.dtype:
+            raise ValueError(f"start of {tensor.dtype}: expected params' {params_SP.dtype}")
     for name, tensor in given.items():
         if tensor.requires_grad and torch.is_grad_enabled():
             raise ValueError(

@@ -1,10 +1,20 @@
-"""A small job that tests share, and one unbroken run of it."""
+"""A small job that tests share, and one unbroken run of it.
+
+Tests run on the CPU, so that they are the same everywhere. With SEMANTICFL_TESTS=cuda those of the
+kernels (tests/kernels) run natively, and replicas are compared on the device too.
+"""
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+# Before torch is imported; a benchmark measures what there is.
+if os.environ.get("SEMANTICFL_TESTS") != "cuda" and "--benchmark-only" not in sys.argv:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 import torch
 from processes import JOB, run_cli
 
@@ -12,7 +22,6 @@ if not torch.cuda.is_available():
     # Kernels run on the CPU through Triton's interpreter. Triton reads this when it is imported,
     # which some libraries do: before any test's module is.
     os.environ["TRITON_INTERPRET"] = "1"
-
 
 torch.set_num_threads(1)
 

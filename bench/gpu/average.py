@@ -1,8 +1,7 @@
 """The weighted average on a GPU, a stage of `bench/gpu.sh`.
 
 A1: at least 85 % of the copy bandwidth, also with non-finite counts and update norms in the same
-pass. A3: at least 5x Flower's NumPy aggregation. A4: a cohort can be averaged in parts; the running
-sum in fp64 is then written and read once more, and is counted so.
+pass. A3: at least 5x Flower's NumPy aggregation.
 
 Bytes are the least that a call must move: all parameters and the reference read once, the average
 written once.
@@ -22,7 +21,6 @@ from bench.peers import (
     ON_THE_HOST,
     PRODUCT,
     as_layers,
-    compiled,
     eager_average,
     flower,
     one_product,
@@ -91,9 +89,6 @@ def average_case(
         }
 
     runs = ours(bench, case, params_SP, weights_S, exact_P) | peers(bench, params_SP, weights_S)
-    if with_peers:
-        average = compiled(eager_average, bench.rehearse)
-        runs["torch.compile of eager, fp64"] = Contender(lambda: average(params_SP, weights_S))
     measure(record, bench, case, runs, check)
     if with_peers:
         measure_flower(record, bench, case, params_SP.cpu(), weights_S.cpu())
@@ -117,21 +112,12 @@ def ours(
 ) -> dict[str, Contender]:
     """The forms that a round uses."""
     start_P, impl = exact_P.to(params_SP.dtype), bench.impl
-    first, second = slice(0, len(weights_S) // 2), slice(len(weights_S) // 2, None)
-
-    def in_two_parts() -> Average:
-        earlier = weighted_average(params_SP[first], weights_S[first], final=False, impl=impl)
-        return weighted_average(params_SP[second], weights_S[second], None, earlier, impl=impl)
-
-    one_row = start_P.nbytes
-    running_sum = 2 * exact_P.nbytes  # written and read
     return {
         OURS: Contender(lambda: weighted_average(params_SP, weights_S, impl=impl)),
         WITH_DIAGNOSTICS: Contender(
             lambda: weighted_average(params_SP, weights_S, start_P, impl=impl),
-            {"bytes": case.bytes + one_row},
+            {"bytes": case.bytes + start_P.nbytes},
         ),
-        "ours, in two parts": Contender(in_two_parts, {"bytes": case.bytes + running_sum}),
     }
 
 

@@ -1,11 +1,9 @@
 """The other stages of `bench/gpu.sh`.
 
-The copy rate to compare with, the kernels' tests, compute-sanitizer, the compiler's report, and
-diffusion features.
+The copy rate to compare with, the kernels' tests, compute-sanitizer, and diffusion features.
 """
 
 import importlib.util
-import json
 import os
 import re
 import shutil
@@ -13,7 +11,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from pathlib import Path
 
 import torch
 
@@ -44,18 +41,21 @@ def copy_stage(record: Record, bench: Bench) -> None:
 
 
 def tests_stage(record: Record, bench: Bench) -> None:
-    """Run the kernels' tests; record as "tests" the last line of pytest, and failures by name."""
+    """Run the tests of the kernels and of replicas; record as "tests" the last line of pytest, and
+    failures by name."""
     # Without the options in setup.cfg, which need pytest-benchmark.
     command = [sys.executable, "-m", "pytest", "-q", "-rfE", "-p", "no:cacheprovider"]
     command += ["-o", "addopts=", "-m", "not heavy"]
     if bench.rehearse:
         command += ["tests/kernels/test_weighted_average.py", "-k", "on_paper"]
     else:
-        command.append("tests/kernels")
+        replicas = "test_the_number_of_replicas_does_not_matter"
+        command += ["tests/kernels", f"tests/federated/test_replicas.py::{replicas}"]
+    environment = {} if bench.rehearse else {"SEMANTICFL_TESTS": "cuda"}
     # Most of the time is spent compiling, which other cores can do.
     if not bench.rehearse and importlib.util.find_spec("xdist"):
         command += ["-n", str(min(12, os.cpu_count() or 1))]
-    code, output = run(command, bench.seconds)
+    code, output = run(command, bench.seconds, **environment)
     lines = output.strip().splitlines()
     found = {
         "exit": code,
@@ -115,25 +115,6 @@ def sanitizer_stage(record: Record, bench: Bench) -> None:
         record.set("sanitizer", found)
     if any(one["exit"] != 0 for one in found.values()):
         raise RuntimeError("; ".join(f"{kind}: {one['summary']}" for kind, one in found.items()))
-
-
-def compiled_stage(record: Record, bench: Bench) -> None:
-    """Record the report of this machine's Triton for the device's architecture as "compiled"."""
-    major = 9 if bench.device.type != "cuda" else torch.cuda.get_device_capability()[0]
-    architecture = {8: 80, 10: 100}.get(major, 90)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "report.json"
-        command = [sys.executable, "-m", "bench.compile_report", "--json", str(path)]
-        command += ["--arch", str(architecture)]
-        environment = {}
-        if bench.rehearse:
-            command += ["--modules", "compiled_examples", "--only", "scale"]
-            environment["PYTHONPATH"] = str(ROOT / "tests" / "bench")
-        code, output = run(command, bench.seconds, **environment)
-        if path.exists():
-            record.set("compiled", json.loads(path.read_text(encoding="utf-8")))
-    if code != 0:
-        raise RuntimeError(summary_of(code, output))
 
 
 def small_calls(

@@ -34,7 +34,6 @@ STAGES = {
     "group_norm_silu": ("bench.gpu.norm:stage", 60),
     "tests": ("bench.gpu.checks:tests_stage", 150),
     "sanitizer": ("bench.gpu.checks:sanitizer_stage", 90),
-    "compiled": ("bench.gpu.checks:compiled_stage", 120),
     "diffusion": ("bench.gpu.checks:diffusion_stage", 200),
 }
 LEAST_SECONDS = 15  # with less left, a stage is not started

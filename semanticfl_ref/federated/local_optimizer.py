@@ -81,6 +81,6 @@ def make_optimizer(
 
 def reset_optimizer(optimizer: Optimizer) -> None:
     """As it was when it was made; its tensors stay where they are."""
-    for state in optimizer.state.values():
-        for value in filter(torch.is_tensor, state.values()):
-            value.zero_()
+    states = [value for state in optimizer.state.values() for value in state.values()]
+    if tensors := [value for value in states if torch.is_tensor(value)]:
+        torch._foreach_zero_(tensors)  # in a few launches

@@ -2,8 +2,8 @@
 
 Each replica has a Python thread, since torch's operations release the interpreter's lock. On CUDA
 it also has a stream: each batch size's training step is captured as a graph, then replayed, so that
-the device does not wait for Python. Its parameters are no views of the row, where they would have
-any address: cuDNN's convolutions in fp32 then fail ("misaligned address").
+the device does not wait for Python. Its parameters are no views of the row, where they would lie at
+any address: on an H200, fp32 training of narrow models then ended in "misaligned address".
 
 What a client trains does not depend on how many replicas there are.
 

@@ -76,6 +76,13 @@ def made_up() -> dict:
         "kernels": record.kernels_digest(),
         "copy": {"gb_s": 1000.0},
         "rows": [*rows, failed],
+        "loop": [
+            client_step("ours, 5 replicas", 64, 1.0) | {"equals_eager": True},
+            client_step("bare eager loop", 64, 8.0),
+            client_step("ours, 5 replicas", 16, 0.5) | {"equals_eager": False},
+            client_step("bare eager loop", 16, 6.0),
+        ],
+        "round": {"ms_per_client_step": 0.5, "device_share": 0.7},
         "date": "2026-01-02",
         "commit": "0123abc",
         "torch": "2.11",
@@ -86,6 +93,15 @@ def made_up() -> dict:
         "timer": "A clock",
         "stages": {"tests": {"status": "done"}},
         "tests": {"last": "== 7 passed in 1s =="},
+    }
+
+
+def client_step(contender: str, width: int, time: float) -> dict:
+    return {
+        "method": "fedavg",
+        "width": width,
+        "contender": contender,
+        "ms_per_client_step": time,
     }
 
 
@@ -144,12 +160,16 @@ def test_claims_are_ratios_of_the_rows():
         # Its result was wrong, and a wrong result has no speed.
         ("A3", f"not measured ({NUMPY})", ""),
         ("N1", "60% ... 80%", "missed in 1 of 2"),
+        ("G1", "8.0x ... 12.0x", "missed in 1 of 2"),
+        ("G1", "0.50 ms", "yes"),
+        ("G1", "1 of 2 cases", "missed in 1 of 2"),
+        ("G3", "70%", "yes"),
     ]
 
 
 def test_claims_without_measurements_say_so():
     lines = claims.claims({"rows": []})
-    assert len(lines) == 9 and all(line.endswith("| not measured |  |") for line in lines)
+    assert len(lines) == 13 and all(line.endswith("| not measured |  |") for line in lines)
 
 
 def test_launches_are_counted_by_dtype():
@@ -265,15 +285,32 @@ def test_markers_that_are_missing_are_named(place, monkeypatch):
     assert (folder / "kernels.md").read_text() == "No markers.\n"
 
 
-def test_the_digest_is_of_code_alone(tmp_path):
-    documented = '"""What."""\n\n\ndef f(x):\n    """Twice."""\n    return 2 * x  # why\n'
-    (tmp_path / "k.py").write_text(documented)
-    before = record.kernels_digest(tmp_path)
-    otherwise = '"""Another."""\n# More.\ndef f(x):\n    """Two times."""\n    return 2 * x\n'
-    (tmp_path / "k.py").write_text(otherwise)
-    assert record.kernels_digest(tmp_path) == before
-    (tmp_path / "k.py").write_text("def f(x):\n    return 3 * x\n")
-    assert record.kernels_digest(tmp_path) != before
+def test_the_digest_is_of_what_runs_on_the_device(tmp_path):
+    def digest(text: str) -> str:
+        (tmp_path / "k.py").write_text(text)
+        return record.kernels_digest(tmp_path)
+
+    text = (
+        '"""What."""\nSIZE = 4\nOTHER = 1\n\n\n@triton.jit\ndef f(x):\n    """Twice."""\n'
+        "    return 2 * g(x)  # why\n\n\ndef g(x):\n    return x\n\n\n"
+        "def launch(x):\n    f[(1,)](x, SIZE)\n\n\ndef check(x):\n    assert x > OTHER\n"
+    )
+    before = digest(text)
+    for old, harmless in {
+        '"""What."""': '"""Another."""\n# More.',
+        '"""Twice."""': '"""Two times."""',
+        "OTHER = 1": "OTHER = 2",
+        "x > OTHER": "x >= OTHER",
+        "  # why": "",
+    }.items():
+        assert digest(text.replace(old, harmless)) == before
+    for old, new in {
+        "2 * g": "3 * g",
+        "return x": "return -x",
+        "= 4": "= 8",
+        "(1,)": "(2,)",
+    }.items():
+        assert digest(text.replace(old, new)) != before, old
 
 
 def test_a_record_is_whole_after_every_change(tmp_path):

@@ -56,15 +56,20 @@ def five_clients(small_context, name, modalities=(), **settings):
     return replace(context, partition=replace(context.partition, modalities=modalities))
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
 @pytest.mark.parametrize("name", METHODS)
-def test_the_number_of_replicas_does_not_matter(small_context, name):
+def test_the_number_of_replicas_does_not_matter(small_context, name, device):
     """1, 2, 3 or 5, and another number in every round."""
-    alone, lines = run_rounds(five_clients(small_context, name, run__replicas=1), 3)
+
+    def replicas(count):
+        return five_clients(small_context, name, run__replicas=count, run__device=device)
+
+    alone, lines = run_rounds(replicas(1), 3)
     for count in (2, 3, 5):
-        state, again = run_rounds(five_clients(small_context, name, run__replicas=count), 3)
+        state, again = run_rounds(replicas(count), 3)
         assert all(map(torch.equal, state.tensors.values(), alone.tensors.values()))
         assert again == lines
-    contexts = [five_clients(small_context, name, run__replicas=n) for n in (3, 1, 5)]
+    contexts = [replicas(count) for count in (3, 1, 5)]
     state = initial_state(contexts[0])
     for context, line in zip(contexts, lines, strict=True):
         state, again = run_round(state, context)

@@ -52,6 +52,13 @@ def test_an_obstacle_is_an_error_by_name_and_left_to_torch_otherwise(usable_trit
     assert implementation("auto", CUDA) == "triton"
 
 
+def test_a_kernel_that_does_not_pay_has_to_be_asked_for(usable_triton, monkeypatch):
+    assert implementation("auto", CUDA, pays=False) == "torch"
+    assert implementation("triton", CUDA, pays=False) == "triton"
+    monkeypatch.setenv("SEMANTICFL_KERNELS", "triton")
+    assert implementation("auto", CUDA, pays=False) == "triton"
+
+
 @pytest.mark.parametrize(
     ("impl", "tensors", "expected"),
     [

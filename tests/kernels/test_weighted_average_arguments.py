@@ -22,7 +22,11 @@ def test_wrong_shapes_dtypes_and_options_are_named(impl, device):
         ((params, ones.to(torch.complex64)), {}, "complex64"),
         ((params, ones, params), {}, r"start \(2, 3\)"),
         ((params, ones, params[0].long()), {}, "start of torch.int64"),
-        ((params, ones, params[0].half()), {}, "start of torch.float16, params of torch.float32"),
+        (
+            (params, ones, params[0].half()),
+            {},
+            "start of torch.float16: expected params' torch.float32",
+        ),
         ((params, ones, None, earlier(params[0])), {}, "earlier of .*float32"),
         ((params, ones, None, earlier(params[0].double(), True)), {}, "final = True: a final av"),
         ((params, ones, None, earlier(ones.double())), {}, r"earlier \(2,\)"),
