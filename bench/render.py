@@ -31,7 +31,7 @@ COLUMNS = (
     "contender",
     "ms (20 ... 80 %)",
     "GB/s",
-    "of the copy's rate",
+    "of the 4 GiB copy's rate",
     "extra MiB",
     "error",
 )

@@ -40,7 +40,7 @@ from torch import Tensor
 from semanticfl_ref.kernels.checks import require_floating, require_positive, require_tensors
 from semanticfl_ref.kernels.dispatch import implementation, on_device, tl, triton, with_fallback
 
-KEYS_THAT_PAY = 64  # for each client; beyond, torch was faster on an H200 (docs/kernels.md)
+KEYS_THAT_PAY = 64  # times G; beyond, torch was faster in a CUDA graph (docs/kernels.md)
 MOST_KEYS = MOST_FEATURES = 1024  # d(query) of a block of queries lives in registers
 PRECISION = "ieee"  # of products; "tf32x3" uses tensor cores, but is unproven at tau = 0.005
 NO_LABEL = -(2**63)  # ignore_index that no caller uses: -100 is an error, and is not skipped
@@ -315,8 +315,8 @@ def info_nce(
             are converted to their common type (`torch.promote_types`).
         labels: int64 [B] or [G, B], the positive key of each query, 0 ... N - 1.
         temperature: tau > 0, a number or a tensor of one element.
-        impl: "auto" (for CUDA tensors and up to 64 keys for each client the kernel, if it takes the
-            call, else torch), "torch", or "triton" (the kernel or an error); see `dispatch`.
+        impl: "auto" (for CUDA tensors and N <= 64 G the kernel, if it takes the call, else torch),
+            "torch", or "triton" (the kernel or an error); see `dispatch`.
         validate: check the values of labels and of a temperature tensor, which waits for a GPU.
             Unchecked, one label out of range makes its client's loss NaN in the kernel; in torch it
             is an IndexError on a CPU, and on a GPU an assertion that ends the CUDA context.

@@ -29,7 +29,7 @@ ARROWS = [
 LEVEL = {part: level for level, parts in enumerate(ARROWS) for part in parts}
 WITHOUT_TORCH = {"semanticfl_ref/run/folder.py", "semanticfl_ref/run/summary.py"}
 # Tokens of formatted code, without comments and docstrings: a long line does not cheat this.
-BUDGET = {"semanticfl_ref": 99_000, "kernels": 10_000, "bench": 22_100}
+BUDGET = {"semanticfl_ref": 99_000, "kernels": 10_000, "bench": 22_200}
 STORY = ("round", "client", "losses", "aggregate", "flat", "model", "methods/semanticfl")
 STORY_LINES, FILE_LINES, FUNCTION_LINES, PARAMETERS = 800, 400, 60, 8
 
