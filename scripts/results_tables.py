@@ -13,7 +13,9 @@ from statistics import fmean
 
 from gain_by_teacher import points
 
+from semanticfl_ref.formatting import format_bytes
 from semanticfl_ref.tools.compare.grid import method_settings, short_name
+from semanticfl_ref.tools.compare.statistics import POOLED
 from semanticfl_ref.tools.compare.tables import mean_and_deviation
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,6 +66,27 @@ def search() -> str:
         tried = f"{min(means.values()):.1f} to {max(means.values()):.1f}"
         rows.append([method, own, f"{means[chosen]:.1f}", tried])
     return markdown(["method", "chosen", "validation accuracy", "of its four"], rows)
+
+
+def main() -> str:
+    """Means of the last five in each scenario; over all of them, the rest."""
+    results = compared("main")
+    pooled = [r for r in results if r["scenario"] == POOLED]
+    scenarios = [s for s in dict.fromkeys(r["scenario"] for r in results) if s != POOLED]
+    means = {(r["scenario"], r["name"]): mean_and_deviation(r["mean_of_last"]) for r in results}
+    rows = [
+        [
+            r["name"],
+            *(means[scenario, r["name"]] for scenario in scenarios),
+            *gain(r),
+            mean_and_deviation(r["worst_client"]),
+            format_bytes(r["bytes_sent"]),
+        ]
+        for r in pooled
+    ]
+    reference = next(r["name"] for r in pooled if r["gain"] is None)
+    head = ["method", *scenarios, f"minus `{reference}`", "95 % interval", "p, Holm"]
+    return markdown([*head, "worst client", "communication"], rows)
 
 
 def accuracies(result: dict) -> list[str]:
@@ -127,6 +150,8 @@ def teachers() -> str:
 
 TABLES = {
     "search": search,
+    "main": main,
+    "proximal": lambda: one_scenario("proximal"),
     "short": short,
     "controls": lambda: one_scenario("controls"),
     "held-out": lambda: one_scenario("held-out"),
