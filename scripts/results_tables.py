@@ -151,7 +151,6 @@ def teachers() -> str:
 TABLES = {
     "search": search,
     "main": main,
-    "proximal": lambda: one_scenario("proximal"),
     "short": short,
     "controls": lambda: one_scenario("controls"),
     "held-out": lambda: one_scenario("held-out"),
