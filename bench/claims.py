@@ -77,12 +77,14 @@ def claims(result: dict) -> list[str]:
 def claims_of_the_loop(result: dict) -> list[tuple[str, ...]]:
     """As `claims`, of the stage `loop`."""
     rows, rounds = result.get("loop", []), [result["round"]] if "round" in result else []
-    times = {(r["contender"], r["method"], r["width"]): r["ms_per_client_step"] for r in rows}
-    ours = {tuple(case): time for (name, *case), time in times.items() if name == SIDE_BY_SIDE}
-    bare = {tuple(case): time for (name, *case), time in times.items() if name == BARE}
+    times = {SIDE_BY_SIDE: {}, BARE: {}}
+    for row in rows:
+        of_contender = times.setdefault(row["contender"], {})
+        of_contender[row["method"], row["width"]] = row["ms_per_client_step"]
+    ours, bare = times[SIDE_BY_SIDE], times[BARE]
     gains = [time / ours[case] for case, time in bare.items()]
     shares = [ours[case] / MOST_MS[case[1]] for case in ours if case[0] in ("fedavg", "semanticfl")]
-    equal = [row["equals_eager"] for row in rows if row.get("contender") in REPLAYED]
+    equal = [row["equals_eager"] for row in rows if row["contender"] in REPLAYED]
     return [
         (
             "G1",

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 
+from bench.claims import BARE, REPLAYED
 from bench.contexts import bare_steps, synthetic_context
 from bench.harness import Bench, guarded, interleaved
 from bench.record import Record
@@ -38,7 +39,8 @@ def stage(record: Record, bench: Bench) -> None:
 
 def measure_method(record: Record, bench: Bench, method: str, width: int) -> None:
     """Milliseconds per client-step: replayed with one replica and with five, eager, and bare."""
-    contexts = {f"ours, {n} replicas": context_of(bench, method, width, n) for n in (1, CLIENTS)}
+    counts = zip(REPLAYED, (1, CLIENTS), strict=True)
+    contexts = {name: context_of(bench, method, width, count) for name, count in counts}
     eager = context_of(bench, method, width, 1)
     uncaptured = dataclasses.replace(eager.method, capturable=False)
     contexts["ours, eager"] = dataclasses.replace(eager, method=uncaptured)
@@ -47,7 +49,7 @@ def measure_method(record: Record, bench: Bench, method: str, width: int) -> Non
     after, line = results["ours, eager"]
     calls = {name: round_of(start, context) for name, context in contexts.items()}
     if method == "fedavg":
-        calls["bare eager loop"] = lambda: bare_steps(eager, list(range(CLIENTS)))
+        calls[BARE] = lambda: bare_steps(eager, list(range(CLIENTS)))
     elif method != "semanticfl":
         del calls["ours, eager"]  # takes most of the time, and says no more of these
     sampling = {"least": 3} | bench.sampling

@@ -29,9 +29,7 @@ pytestmark = pytest.mark.skipif(
     not (ROOT / "semanticfl_ref" / "diffusion" / "tiny" / "unet").is_dir(),
     reason="the embedded diffusion model is not in this checkout",
 )
-# A GPU's shards hold more images, and its passes take another time.
-ON_CPU = ["--set", "run.device=cpu", "--set", "run.threads=1"]
-WORDS = ["--dataset", "digits", "--offline", *ON_CPU]
+WORDS = ["--dataset", "digits", "--offline", "--set", "run.threads=1"]
 DIGITS = [*WORDS, "--json"]
 SMALL = ["--set", "model.width=2", "--rounds", "1", "--local-epochs", "1"]
 
