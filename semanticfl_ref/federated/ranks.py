@@ -34,6 +34,7 @@ from semanticfl_ref.formatting import Say
 TIMEOUT = timedelta(days=1)
 _runs = itertools.count()
 PATIENCE = 3.0  # seconds in which a rank that lives says so
+REMEDY = "the last checkpoint is whole: continue with --resume"
 
 
 @contextmanager
@@ -176,7 +177,7 @@ def _lost_if_broken() -> Iterator[None]:
         yield
     except RuntimeError as error:
         _ignore_signals()
-        raise RankLost("the last checkpoint is whole: continue with --resume") from error
+        raise RankLost(REMEDY) from error
 
 
 def _ignore_signals() -> None:
@@ -207,4 +208,5 @@ def _explain(error: BaseException, store: dist.Store) -> None:
     if rank() > alive[0] and (stopped or isinstance(error, UserError)):
         raise SystemExit(1) from None
     if stopped and causes:
-        raise RankLost(f"{'; '.join(causes)}; {error}") from None
+        # torchrun's signal may come before the broken connection: such an interrupt has no words.
+        raise RankLost(f"{'; '.join(causes)}; {str(error) or REMEDY}") from None

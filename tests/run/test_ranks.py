@@ -12,11 +12,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from processes import ROOT, environment
 from run_folders import assert_same_results, lines_in, read_json
 
 from semanticfl_ref import cli
 from semanticfl_ref.config.registry import METHODS
+from semanticfl_ref.errors import RankLost
+from semanticfl_ref.federated import ranks
 
 JOBS = Path(__file__).with_name("rank_jobs.py")
 COMMON = [
@@ -122,6 +125,18 @@ def test_a_rank_that_dies_is_named_and_the_run_goes_on(tmp_path, victim):
     exact = [*flags("scaffold"), "--rounds", str(rounds + 1), "--out", str(whole)]
     assert cli.main(["train", *exact]) == 0
     assert_same_results(whole, run)
+
+
+@pytest.mark.parametrize("error", [RankLost(ranks.REMEDY), KeyboardInterrupt()])
+def test_a_signal_before_the_broken_connection(monkeypatch, error):
+    """torchrun stops the other ranks: one that only waits gets an interrupt without words."""
+    for name, value in {"TORCHELASTIC_RUN_ID": "none", "RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(ranks, "PATIENCE", 0.0)
+    store = dist.HashStore()
+    store.set("doing/0", "killed in round 3, with clients 0, 3")
+    with pytest.raises(RankLost, match=r"rank 0 of 2 ended: killed in round 3.*--resume$"):
+        ranks._explain(error, store)
 
 
 def rank_of(agent: int, number: int) -> int:
