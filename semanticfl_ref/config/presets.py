@@ -32,7 +32,6 @@ EMBEDDED = {
     "semanticfl.lambda_con": 0.1,
     "fedcda.warm_up": 10,
     "feddifrc.keys": "class-mean",
-    "feddifrc.consistency": "kl",
 }
 
 # By client optimizer; the data sets' rates are those of SGD.

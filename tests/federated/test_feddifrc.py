@@ -76,7 +76,7 @@ def test_defaults_are_published_ones_and_the_embedded_stand_ins():
     )
     assert (paper.method.keys, paper.method.consistency) == ("per-image", "l2")
     assert (paper.diffusion.timestep, paper.anchors.text) == (300, "unet")
-    assert (embedded.method.keys, embedded.method.consistency) == ("class-mean", "kl")
+    assert (embedded.method.keys, embedded.method.consistency) == ("class-mean", "l2")
     assert embedded.diffusion.timestep == 20, "300 is not for the embedded model"
     stand_in = {"data.name": "cifar10", "federation.method": "feddifrc", "diffusion.source": "tiny"}
     assert resolve(stand_in).diffusion.timestep == 20
