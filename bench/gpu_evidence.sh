@@ -6,7 +6,8 @@
 # Environment: PYTHON, DEVICE (cuda), WORKERS (8 runs at a time), SECONDS_LEFT (265 for each stage),
 # OUT, STAGES (all of: search main controls longer labels teachers). The stage unmatched needs
 # UNMATCHED, the folder that `scripts/make_tiny.py --align 0 --work DIR --out FOLDER` wrote: a
-# teacher that was not matched with class names.
+# teacher that was not matched with class names. It is used with the settings that were chosen for
+# SemanticFL with the embedded teacher, and with those that the same search chooses for itself.
 # Further arguments go to all grids; a rehearsal on a CPU:
 #   DEVICE=cpu WORKERS=2 OUT=/tmp/evidence bench/gpu_evidence.sh --seeds 1 --rounds 1 --width 2
 cd "$(dirname "$0")/.." || exit 2
@@ -70,11 +71,17 @@ for stage in ${STAGES:-search main controls longer labels teachers}; do
             run features probe --layers mid --timesteps 20,150,300,500,700,900 --json \
                 >"$OUT/teachers/probe.json" ;;
     unmatched)
-        : "${UNMATCHED:?needs a folder, see above}"
-        tuned unmatched "fedavg,semanticfl$(variants "unmatched:diffusion.source=$UNMATCHED")" \
-            --baseline semanticfl --scenarios nid1:0.3 "$@" &&
-            run features probe --sd "$UNMATCHED" --layers vae,down.0,down.1,mid,up.0,up.1 \
-                --timesteps 20,150,300 --json >"$OUT/unmatched/probe.json" ;;
+        source=diffusion.source=${UNMATCHED:?needs a folder, see above}
+        mkdir -p "$OUT/unmatched" &&
+            run features probe --set "$source" --layers vae,down.0,down.1,mid,up.0,up.1 \
+                --timesteps 20,150,300 --json >"$OUT/unmatched/probe.json" &&
+            grid search --methods semanticfl --set "$source" --scenarios nid1:0.3 \
+                --configurations 4 --seeds 2 --out "$OUT/search-unmatched" \
+                --vary federation.learning_rate=0.05,0.1,0.2,0.4 \
+                --vary semanticfl.lambda_kd=5,20,50 "$@" || exit
+        chosen=$(sed -n 's/.*"semanticfl": "semanticfl\[\(.*\)\]".*/\1/p' "$OUT/search-unmatched/search.json")
+        tuned unmatched "fedavg,semanticfl$(variants "unmatched:$source" \
+            "unmatched and tuned:$source;$chosen")" --scenarios nid1:0.3 "$@" ;;
     *) echo "unknown stage $stage" >&2 && exit 2 ;;
     esac || exit
 done
