@@ -7,7 +7,8 @@
 # OUT, STAGES (all of: search main controls longer labels teachers). The stage unmatched needs
 # UNMATCHED, the folder that `scripts/make_tiny.py --align 0 --work DIR --out FOLDER` wrote: a
 # teacher that was not matched with class names. It is used with the settings that were chosen for
-# SemanticFL with the embedded teacher, and with those that the same search chooses for itself.
+# SemanticFL with the embedded teacher, with those that the same search chooses for itself, and with
+# those of a second search, of smaller weights.
 # Further arguments go to all grids; a rehearsal on a CPU:
 #   DEVICE=cpu WORKERS=2 OUT=/tmp/evidence bench/gpu_evidence.sh --seeds 1 --rounds 1 --width 2
 cd "$(dirname "$0")/.." || exit 2
@@ -29,6 +30,14 @@ tuned() { # folder, methods, further arguments
     folder=$1 methods=$2
     shift 2
     grid compare --tuned "$OUT/search/search.json" --methods "$methods" --seeds 5 --out "$OUT/$folder" "$@"
+}
+chosen() { # folder, learning rates, weights, further arguments: SemanticFL's, by a search
+    folder=$1 rates=$2 weights=$3
+    shift 3
+    grid search --methods semanticfl --scenarios nid1:0.3 --configurations 4 --seeds 2 \
+        --out "$OUT/$folder" --vary "federation.learning_rate=$rates" \
+        --vary "semanticfl.lambda_kd=$weights" "$@" >&2 &&
+        sed -n 's/.*"semanticfl": "semanticfl\[\(.*\)\]".*/\1/p' "$OUT/$folder/search.json"
 }
 variants() { # the settings of SemanticFL, each of which makes a variant NAME=semanticfl[...]
     for variant; do printf ',%s=semanticfl[%s]' "${variant%%:*}" "${variant#*:}"; done
@@ -75,13 +84,11 @@ for stage in ${STAGES:-search main controls longer labels teachers}; do
         mkdir -p "$OUT/unmatched" &&
             run features probe --set "$source" --layers vae,down.0,down.1,mid,up.0,up.1 \
                 --timesteps 20,150,300 --json >"$OUT/unmatched/probe.json" &&
-            grid search --methods semanticfl --set "$source" --scenarios nid1:0.3 \
-                --configurations 4 --seeds 2 --out "$OUT/search-unmatched" \
-                --vary federation.learning_rate=0.05,0.1,0.2,0.4 \
-                --vary semanticfl.lambda_kd=5,20,50 "$@" || exit
-        chosen=$(sed -n 's/.*"semanticfl": "semanticfl\[\(.*\)\]".*/\1/p' "$OUT/search-unmatched/search.json")
-        tuned unmatched "fedavg,semanticfl$(variants "unmatched:$source" \
-            "unmatched and tuned:$source;$chosen")" --scenarios nid1:0.3 "$@" ;;
+            same=$(chosen unmatched-search 0.05,0.1,0.2,0.4 5,20,50 --set "$source" "$@") &&
+            smaller=$(chosen unmatched-smaller 0.1,0.2 0.5,2 --set "$source" "$@") &&
+            tuned unmatched "fedavg,semanticfl$(variants "unmatched:$source" \
+                "unmatched and tuned:$source;$same" "smaller weight:$source;$smaller")" \
+                --scenarios nid1:0.3 "$@" ;;
     *) echo "unknown stage $stage" >&2 && exit 2 ;;
     esac || exit
 done
