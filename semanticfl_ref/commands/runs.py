@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import fmean
 
 from semanticfl_ref.commands.output import show
+from semanticfl_ref.config.settings import Config
 from semanticfl_ref.errors import DataError, UserError
 from semanticfl_ref.formatting import format_percent
 from semanticfl_ref.run.folder import METRICS, RunFolder
@@ -37,13 +38,27 @@ def run(arguments) -> int:
     if arguments.what == "list":
         rows = [_described(each) for each in found]
         return show({"runs": rows}, arguments.json, lambda document: _table(document["runs"]))
-    lines = [{"run": str(each.path), **flat(line)} for each in found for line in _rounds(each)]
+    lines = []
+    for each in found:
+        named = _named(each, each.config("runs csv"))
+        lines += [named | flat(line) for line in _rounds(each)]
     if arguments.json:
         return show({"rounds": lines}, True, str)
     writer = csv.DictWriter(sys.stdout, list(dict.fromkeys(key for line in lines for key in line)))
     writer.writeheader()
     writer.writerows(lines)
     return 0
+
+
+def _named(folder: RunFolder, config: Config) -> dict:
+    """What tells a run from others."""
+    return {
+        "run": str(folder.path),
+        "method": config.federation.method,
+        "data": config.data.name,
+        "scenario": config.partition.scenario,
+        "seed": config.run.seed,
+    }
 
 
 def _rounds(folder: RunFolder) -> list[dict]:
@@ -61,12 +76,7 @@ def _described(folder: RunFolder) -> dict:
         return dict.fromkeys(COLUMNS) | {"run": str(folder.path), "state": str(error)}
     known = [line["test_accuracy"] for line in rounds if line["test_accuracy"] is not None]
     accuracies = known[-LAST:]
-    return {
-        "run": str(folder.path),
-        "method": config.federation.method,
-        "data": config.data.name,
-        "scenario": config.partition.scenario,
-        "seed": config.run.seed,
+    return _named(folder, config) | {
         "rounds": f"{len(rounds)} of {config.federation.rounds}",
         "last": accuracies[-1] if accuracies else None,
         "last_five": fmean(accuracies) if accuracies else None,

@@ -55,6 +55,11 @@ def test_metrics_as_csv(folder, unbroken_run, capsys):
     assert cli.main(["runs", "csv", str(folder)]) == 0
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     lines = RunFolder(unbroken_run).rounds()
+    config = RunFolder(unbroken_run).config()
+    named = (config.federation.method, config.data.name, config.partition.scenario)
+    assert (*named, str(config.run.seed)) == tuple(
+        rows[0][column] for column in ("method", "data", "scenario", "seed")
+    )
     assert [int(row["round"]) for row in rows] == [1, 2, 3, 4, 1, 2]
     for row, line in zip(rows, lines, strict=False):
         assert float(row["test_accuracy"]) == line["test_accuracy"]
