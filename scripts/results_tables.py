@@ -157,6 +157,7 @@ TABLES = {
     "longer": longer,
     "labels": labels,
     "teachers": teachers,
+    "unmatched": lambda: one_scenario("unmatched"),
 }
 
 
