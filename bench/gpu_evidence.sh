@@ -15,6 +15,7 @@ cd "$(dirname "$0")/.." || exit 2
 OUT=${OUT:-runs/evidence}
 NINE=fedavg,fedprox,scaffold,moon,fedrcl,feddisco,fedcda,feddifrc,semanticfl
 SLOW='fedavg at 0.05=fedavg[federation.learning_rate=0.05]'
+BLOCKS='--layers vae,down.0,down.1,mid,up.0,up.1 --timesteps 20,150,300'
 PROX='with prox=semanticfl[semanticfl.mu=0.1]'
 
 run() { # command, its arguments. INT: as Ctrl-C, which saves a checkpoint of every run.
@@ -82,8 +83,8 @@ for stage in ${STAGES:-search main controls longer labels teachers}; do
     unmatched)
         source=diffusion.source=${UNMATCHED:?needs a folder, see above}
         mkdir -p "$OUT/unmatched" &&
-            run features probe --set "$source" --layers vae,down.0,down.1,mid,up.0,up.1 \
-                --timesteps 20,150,300 --json >"$OUT/unmatched/probe.json" &&
+            run features probe $BLOCKS --set "$source" --json >"$OUT/unmatched/probe.json" &&
+            run features probe $BLOCKS --json >"$OUT/unmatched/probe-embedded.json" &&
             same=$(chosen unmatched-search 0.05,0.1,0.2,0.4 5,20,50 --set "$source" "$@") &&
             smaller=$(chosen unmatched-smaller 0.1,0.2 0.5,2 --set "$source" "$@") &&
             tuned unmatched "fedavg,semanticfl$(variants "unmatched:$source" \
