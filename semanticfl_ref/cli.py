@@ -103,9 +103,12 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         return _tell(error)
     except (MemoryError, RuntimeError, OSError) as error:
+        reason = str(error).strip().partition("\n")[0] or "out of memory"
+        if re.search(r"find C compiler|No working C\+\+ compiler", reason):  # Triton, torch.compile
+            remedy = "install gcc and g++, or set SEMANTICFL_KERNELS=torch, diffusion.compile=false"
+            return _tell(UserError(f"{reason}: {remedy}"))
         if not _is_shortage(error):
             raise
-        reason = str(error).strip().partition("\n")[0] or "out of memory"
         return _tell(
             DataError(
                 f"the machine's memory or processes do not suffice ({reason}): end other programs, "

@@ -26,6 +26,25 @@ def test_a_shortage_is_no_bug(monkeypatch, capsys, shortage):
     assert "memory or processes do not suffice" in line and "lower --replicas" in line
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Failed to find C compiler. Please specify via CC environment variable or set triton.knobs",
+        "InvalidCxxCompiler: No working C++ compiler found in torch._inductor.config\n\nSet TORCH",
+    ],
+    ids=["Triton", "torch.compile"],
+)
+def test_a_machine_without_a_compiler(monkeypatch, capsys, text):
+    def run(_arguments):
+        raise RuntimeError(text)
+
+    monkeypatch.setattr(cli.COMMANDS["config"], "run", run)
+    assert cli.main(["config", "list"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"semanticfl_ref: error: {text[:30]}") and "install gcc" in line
+    assert "SEMANTICFL_KERNELS=torch" in line and "diffusion.compile=false" in line
+
+
 def test_another_runtime_error_is_a_bug(monkeypatch):
     def run(_arguments):
         raise RuntimeError("shapes differ")
