@@ -4,6 +4,7 @@ What was not measured says so, and so does what missed its target or was measure
 kernel.
 """
 
+from collections import defaultdict
 from collections.abc import Callable
 
 from bench.harness import BOTH, FORWARD, OURS, as_graph
@@ -77,10 +78,9 @@ def claims(result: dict) -> list[str]:
 def claims_of_the_loop(result: dict) -> list[tuple[str, ...]]:
     """As `claims`, of the stage `loop`."""
     rows, rounds = result.get("loop", []), [result["round"]] if "round" in result else []
-    times = {SIDE_BY_SIDE: {}, BARE: {}}
+    times = defaultdict(dict)
     for row in rows:
-        of_contender = times.setdefault(row["contender"], {})
-        of_contender[row["method"], row["width"]] = row["ms_per_client_step"]
+        times[row["contender"]][row["method"], row["width"]] = row["ms_per_client_step"]
     ours, bare = times[SIDE_BY_SIDE], times[BARE]
     gains = [time / ours[case] for case, time in bare.items()]
     shares = [ours[case] / MOST_MS[case[1]] for case in ours if case[0] in ("fedavg", "semanticfl")]

@@ -14,6 +14,8 @@
 cd "$(dirname "$0")/.." || exit 2
 OUT=${OUT:-runs/evidence}
 NINE=fedavg,fedprox,scaffold,moon,fedrcl,feddisco,fedcda,feddifrc,semanticfl
+RATES=0.05,0.1,0.2,0.4 # learning rates and SemanticFL's weights that the searches try
+WEIGHTS=5,20,50
 SLOW='fedavg at 0.05=fedavg[federation.learning_rate=0.05]'
 BLOCKS='--layers vae,down.0,down.1,mid,up.0,up.1 --timesteps 20,150,300'
 PROX='with prox=semanticfl[semanticfl.mu=0.1]'
@@ -27,6 +29,12 @@ grid() { # as run
     shift
     run "$command" --workers "${WORKERS:-8}" --rounds 40 "$@"
 }
+searched() { # folder, methods, further arguments
+    folder=$1 methods=$2
+    shift 2
+    grid search --methods "$methods" --scenarios nid1:0.3 --configurations 4 --seeds 2 \
+        --out "$OUT/$folder" "$@"
+}
 tuned() { # folder, methods, further arguments
     folder=$1 methods=$2
     shift 2
@@ -35,8 +43,7 @@ tuned() { # folder, methods, further arguments
 chosen() { # folder, learning rates, weights, further arguments: SemanticFL's, by a search
     folder=$1 rates=$2 weights=$3
     shift 3
-    grid search --methods semanticfl --scenarios nid1:0.3 --configurations 4 --seeds 2 \
-        --out "$OUT/$folder" --vary "federation.learning_rate=$rates" \
+    searched "$folder" semanticfl --vary "federation.learning_rate=$rates" \
         --vary "semanticfl.lambda_kd=$weights" "$@" >&2 &&
         sed -n 's/.*"semanticfl": "semanticfl\[\(.*\)\]".*/\1/p' "$OUT/$folder/search.json"
 }
@@ -47,12 +54,11 @@ variants() { # the settings of SemanticFL, each of which makes a variant NAME=se
 for stage in ${STAGES:-search main controls longer labels teachers}; do
     case $stage in
     search)
-        grid search --methods $NINE --scenarios nid1:0.3 --configurations 4 --seeds 2 \
-            --out "$OUT/search" --vary federation.learning_rate=0.05,0.1,0.2,0.4 \
+        searched search "$NINE" --vary "federation.learning_rate=$RATES" \
             --vary fedprox.mu=0.01,0.1,1 --vary moon.mu=1,5 --vary fedrcl.contrast=0.1,0.3,1 \
             --vary feddisco.a=0.1,0.5 --vary fedcda.warm_up=5,10 \
             --vary feddifrc.lambda_text=0.1,1 --vary feddifrc.consistency=kl,l2 \
-            --vary semanticfl.lambda_kd=5,20,50 "$@" ;;
+            --vary "semanticfl.lambda_kd=$WEIGHTS" "$@" ;;
     main)
         tuned main "$NINE" --baseline semanticfl --scenarios nid1:0.1,nid1:0.3,nid2 "$@" &&
             tuned proximal "$NINE,$PROX" --baseline semanticfl --scenarios nid1:0.1 "$@" ;;
@@ -85,7 +91,7 @@ for stage in ${STAGES:-search main controls longer labels teachers}; do
         mkdir -p "$OUT/unmatched" &&
             run features probe $BLOCKS --set "$source" --json >"$OUT/unmatched/probe.json" &&
             run features probe $BLOCKS --json >"$OUT/unmatched/probe-embedded.json" &&
-            same=$(chosen unmatched-search 0.05,0.1,0.2,0.4 5,20,50 --set "$source" "$@") &&
+            same=$(chosen unmatched-search "$RATES" "$WEIGHTS" --set "$source" "$@") &&
             smaller=$(chosen unmatched-smaller 0.1,0.2 0.5,2 --set "$source" "$@") &&
             tuned unmatched "fedavg,semanticfl$(variants "unmatched:$source" \
                 "unmatched and tuned:$source;$same" "smaller weight:$source;$smaller")" \

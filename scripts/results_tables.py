@@ -52,6 +52,12 @@ def gain(result: dict) -> list[str]:
     return [f"{found['mean']:+.1f}", interval, "< 0.001" if p < 0.001 else f"{p:.2g}"]
 
 
+def gain_head(results: list[dict]) -> list[str]:
+    """The head above what `gain` returns; the baseline is the one without a difference."""
+    reference = next(r["name"] for r in results if r["gain"] is None)
+    return [f"minus `{reference}`", "95 % interval", "p, Holm"]
+
+
 def search() -> str:
     """What was chosen for each method, and the mean over seeds on the validation images."""
     found = json.loads((RESULTS / "search" / "search.json").read_text())
@@ -84,9 +90,8 @@ def main() -> str:
         ]
         for r in pooled
     ]
-    reference = next(r["name"] for r in pooled if r["gain"] is None)
-    head = ["method", *scenarios, f"minus `{reference}`", "95 % interval", "p, Holm"]
-    return markdown([*head, "worst client", "communication"], rows)
+    head = ["method", *scenarios, *gain_head(pooled), "worst client", "communication"]
+    return markdown(head, rows)
 
 
 def accuracies(result: dict) -> list[str]:
@@ -97,9 +102,8 @@ def accuracies(result: dict) -> list[str]:
 def one_scenario(folder: str) -> str:
     results = compared(folder)
     rows = [[r["name"], *accuracies(r), *gain(r)] for r in results]
-    reference = next(r["name"] for r in results if r["gain"] is None)
-    head = ["condition", "last round", "mean of the last five", f"minus `{reference}`"]
-    return markdown([*head, "95 % interval", "p, Holm"], rows)
+    head = ["condition", "last round", "mean of the last five", *gain_head(results)]
+    return markdown(head, rows)
 
 
 def short() -> str:
